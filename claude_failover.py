@@ -273,8 +273,8 @@ def format_duration(seconds):
 
 def utc_text(unix_s):
     """A unix time as '2026-03-01T12:00:00.123Z'."""
-    moment = datetime.fromtimestamp(unix_s, timezone.utc)
-    return moment.strftime('%Y-%m-%dT%H:%M:%S.') + f'{moment.microsecond // 1000:03d}Z'
+    seconds = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(unix_s))
+    return f'{seconds}.{int(unix_s * 1000) % 1000:03d}Z'
 
 
 def loads_object(data):
@@ -1185,8 +1185,6 @@ def read_error(body):
 # with the client.  Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 EVENT_END = re.compile(rb'\r?\n\r?\n')
-#: An event is parsed only when it can matter: text deltas, nearly all of a stream, are not.
-NOTEWORTHY = (b'"usage"', b'message_stop', b'event: error', b'"type":"error"', b'"type": "error"')
 HELD_BACK = ('message_start', 'ping')
 
 
@@ -1222,7 +1220,9 @@ class MessageStream:
         if not end and len(data) > MAX_EVENT_BYTES:
             end = len(data)
         events, self._tail = data[:end], data[end:]
-        if not self.opened_by or any(mark in events for mark in NOTEWORTHY):
+        # Text deltas, nearly all of a stream, need not be parsed.
+        if (not self.opened_by or b'"usage"' in events or b'message_stop' in events
+                or b'error' in events):
             for event in EVENT_END.split(events):
                 self._note(event)
         return events
@@ -1459,15 +1459,9 @@ LEVELS = ('debug', 'info', 'warn', 'error')
 SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
 
 
-def redact(value):
-    """A log field without anything that looks like a token."""
-    if isinstance(value, str):
-        return SECRET.sub(lambda match: mask_token(match.group()), value)
-    if isinstance(value, dict):
-        return {key: redact(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item) for item in value]
-    return value
+def redact(text):
+    """A text (a whole line of the log, say) with all that looks like a token masked."""
+    return SECRET.sub(lambda match: mask_token(match.group()), text)
 
 
 class JsonLog:
@@ -1489,7 +1483,7 @@ class JsonLog:
         if LEVELS.index(level) < self._least:
             return False
         record = {'time': utc_text(self._now()), 'level': level, 'event': event, **fields}
-        line = json.dumps(redact(record), default=str).encode() + b'\n'
+        line = redact(json.dumps(record, default=str)).encode() + b'\n'
         with self._lock:
             try:
                 self._append_locked(line)
@@ -1510,6 +1504,12 @@ class JsonLog:
             self._file.close()
             self._file = None
             os.replace(self.path, self.path + '.1')
+
+    def close(self):
+        with self._lock:
+            if self._file:
+                self._file.close()
+                self._file = None
 
     def debug(self, event, **fields):
         return self.write('debug', event, **fields)
@@ -1822,8 +1822,11 @@ class Watcher:
 # could read differently is refused (request smuggling), with a 4xx and a closed connection.
 
 METHODS = ('GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'HEAD', 'OPTIONS')
-REQUEST_LINE = re.compile(rb'([A-Z]{1,16}) ([!-~]+) HTTP/1\.([01])')
-FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+REQUEST_LINE = re.compile(r'([A-Z]{1,16}) ([!-~]+) HTTP/1\.([01])')
+#: Field lines as RFC 9110 section 5 has them: no folding, no space before the colon.  The
+#: first checks a whole head at once, the second takes it apart.
+FIELD_LINES = re.compile(r"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*")
+FIELD = re.compile(r'\r\n([^:\r\n]+):[ \t]*([^\r\n]*)')
 CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?')
 BARE_LF = re.compile(rb'(?<!\r)\n')
 LENGTH = re.compile(r'[0-9]{1,18}')
@@ -1853,35 +1856,54 @@ class RequestHead(NamedTuple):
 
 def connection_options(headers):
     """The names in a Connection field, lower case."""
-    return {name.strip().lower() for name in headers.get('connection', '').split(',')} - {''}
+    return name_list(headers.get('connection', ''))
+
+
+@functools.lru_cache(maxsize=64)
+def name_list(value):
+    return frozenset(name.strip().lower() for name in value.split(',')) - {''}
+
+
+def split_head(data):
+    """(first line, [(name, value), ...], whether every field line is well-formed); lines
+    that are not are left out."""
+    text = data.decode('latin-1')
+    end = text.find('\r\n')
+    if end < 0:
+        return text, [], True
+    lines = text[end:]
+    if FIELD_LINES.fullmatch(lines):
+        return text[:end], [(n, v.rstrip(' \t')) for n, v in FIELD.findall(lines)], True
+    good = [f'\r\n{line}' for line in lines.split('\r\n')[1:] if FIELD_LINES.fullmatch(f'\r\n{line}')]
+    return text[:end], [(n, v.rstrip(' \t')) for n, v in FIELD.findall(''.join(good))], False
 
 
 def join_fields(fields):
     """{lower-case name: value}.  Repeated fields are joined, so that a second Host or
     Content-Length makes a value that no strict pattern accepts."""
-    headers = {}
-    for name, value in fields:
-        name = name.lower()
-        headers[name] = f'{headers[name]}, {value}' if name in headers else value
+    headers = {name.lower(): value for name, value in fields}
+    if len(headers) < len(fields):
+        headers = {}
+        for name, value in fields:
+            name = name.lower()
+            headers[name] = f'{headers[name]}, {value}' if name in headers else value
     return headers
 
 
 def parse_head(data):
     """The RequestHead in the bytes before the blank line.  Raises BadRequest."""
-    first, *lines = data.split(b'\r\n')
+    first, fields, is_well_formed = split_head(data)
     match = REQUEST_LINE.fullmatch(first)
     if not match:
         raise BadRequest('The request line is not one of HTTP/1.0 or HTTP/1.1.')
-    if len(lines) > MAX_FIELDS:
+    if not is_well_formed:
+        raise BadRequest('A header field is malformed or folded.')
+    if len(fields) > MAX_FIELDS:
         raise BadRequest(f'The request has more than {MAX_FIELDS} header fields.', 431)
-    fields = []
-    for line in lines:
-        field = FIELD_LINE.fullmatch(line)
-        if not field or len(line) > MAX_LINE_BYTES:
-            raise BadRequest('A header field is malformed, folded or too long.')
-        fields.append((field.group(1).decode(), field.group(2).rstrip(b' \t').decode('latin-1')))
-    method, target = match.group(1).decode(), match.group(2).decode()
-    head = RequestHead(method, target, int(match.group(3)), fields, join_fields(fields))
+    if len(data) > MAX_LINE_BYTES and max(map(len, data.split(b'\r\n'))) > MAX_LINE_BYTES:
+        raise BadRequest(f'A line of the request head is over {MAX_LINE_BYTES} bytes.', 431)
+    method, target, minor_version = match.groups()
+    head = RequestHead(method, target, int(minor_version), fields, join_fields(fields))
     check_head(head)
     return head
 
@@ -2133,7 +2155,7 @@ class ClientRequest:
         self.betas = [b.strip() for b in head.headers.get('anthropic-beta', '').split(',') if b.strip()]
         self.credentials = read_credentials(head.headers, access_token)
         self._fields = head.fields
-        self._dropped = OWN_REQUEST_FIELDS | connection_options(head.headers)
+        self._named_by_connection = connection_options(head.headers)
 
     @property
     def is_message(self):
@@ -2146,9 +2168,9 @@ class ClientRequest:
     @functools.cached_property
     def forwarded_head(self):
         """The field lines that every attempt sends, as text."""
-        return ''.join(
+        return ''.join([
             f'{name}: {value}\r\n' for name, value in self._fields
-            if name.lower() not in self._dropped and not name.lower().startswith('x-proxy-'))
+            if goes_upstream(name) and name.lower() not in self._named_by_connection])
 
     @functools.cached_property
     def client_key(self):
@@ -2159,11 +2181,16 @@ class ClientRequest:
         if not self.credentials:
             return None
         secret = '\n'.join(value for _, value in self.credentials)
-        digest = hmac.new(CLIENT_SALT, secret.encode(), hashlib.sha256).hexdigest()[:24]
+        digest = hashlib.blake2b(secret.encode(), key=CLIENT_SALT, digest_size=12).hexdigest()
         return Key(f'client:{digest}', CLIENT_REF, ANTHROPIC, '', CLIENT_REF)
 
 
 CLIENT_SALT = os.urandom(32)
+
+
+@functools.lru_cache(maxsize=1024)        # clients send the same names again and again
+def goes_upstream(name):
+    return name.lower() not in OWN_REQUEST_FIELDS and not name.lower().startswith('x-proxy-')
 
 
 def read_credentials(headers, access_token=None):
@@ -2188,7 +2215,7 @@ def presents(value, access_token):
 # Upstream
 # ==============================================================================
 
-STATUS_LINE = re.compile(rb'HTTP/1\.([01]) ([1-5][0-9][0-9])(?: .*)?')
+STATUS_LINE = re.compile(r'HTTP/1\.([01]) ([1-5][0-9][0-9])(?: .*)?')
 #: Where programs keep a login that `file:PATH` may name: Claude Code's, the Codex CLI's.
 TOKEN_FIELDS = (('claudeAiOauth', 'accessToken'), ('tokens', 'access_token'), ('access_token',),
                 ('accessToken',), ('OPENAI_API_KEY',))
@@ -2293,6 +2320,7 @@ class UpstreamResponse:
         self.ended = False
         self.keep_alive = False
         self.got_bytes = False
+        self.when_closed = None       # takes the socket when it can be used again
 
     def read_head(self, method):
         """Reads up to the body.  Raises UpstreamCut, ClientGone, UpstreamTimeout."""
@@ -2312,19 +2340,13 @@ class UpstreamResponse:
         self._choose_framing(method)
 
     def _parse_head(self, data):
-        first, *lines = data.split(b'\r\n')
+        first, self.fields, _ = split_head(data)      # malformed and folded lines are dropped
         match = STATUS_LINE.fullmatch(first)
-        if not match or len(lines) > MAX_FIELDS:
+        if not match or len(self.fields) > MAX_FIELDS:
             raise UpstreamCut('it is no HTTP answer')
+        self._is_old = match.group(1) == '0'
         self.status = int(match.group(2))
-        self._is_old = match.group(1) == b'0'
-        fields = []
-        for line in lines:
-            field = FIELD_LINE.fullmatch(line)
-            if field:                 # folded and malformed lines are dropped
-                value = field.group(2).rstrip(b' \t').decode('latin-1')
-                fields.append((field.group(1).decode(), value))
-        self.fields, self.headers = fields, join_fields(fields)
+        self.headers = join_fields(self.fields)
 
     def _choose_framing(self, method):
         """RFC 9112 section 6.3."""
@@ -2434,9 +2456,13 @@ class UpstreamResponse:
             self._left = int(match.group(1), 16)
             self._in_trailers = not self._left
 
-    @property
-    def is_reusable(self):
-        return self.ended and self.keep_alive and not self._buffer
+    def close(self):
+        """Gives the connection back where nothing is left on it, and closes it otherwise."""
+        self._exchange.detach()
+        if self.ended and self.keep_alive and not self._buffer:
+            self.when_closed(self._sock)
+        else:
+            self._sock.close()
 
 
 class Upstream:
@@ -2449,24 +2475,12 @@ class Upstream:
         self._context = None
         self._context_lock = threading.Lock()
 
-    @contextlib.contextmanager
     def open(self, wanted, exchange, first_byte_s):
-        """The UpstreamResponse to an UpstreamRequest, its head read, for a `with` block.
+        """The UpstreamResponse to an UpstreamRequest, its head read; `close` ends it.
 
         A reused connection that dies before any byte of the answer is replaced silently.
         Raises UpstreamUnreachable, UpstreamTimeout, ClientGone.
         """
-        sock, response = self._send(wanted, exchange, first_byte_s)
-        try:
-            yield response
-        finally:
-            exchange.detach()
-            if response.is_reusable:
-                self._put_back(wanted.base, sock)
-            else:
-                sock.close()
-
-    def _send(self, wanted, exchange, first_byte_s):
         while True:
             exchange.check()
             sock = self._take_idle(wanted.base)
@@ -2478,7 +2492,8 @@ class Upstream:
                 exchange.attach(sock, first_byte_s)
                 send_request(sock, wanted)
                 response.read_head(wanted.method)
-                return sock, response
+                response.when_closed = functools.partial(self._put_back, wanted.base)
+                return response
             except (UpstreamCut, OSError) as error:
                 exchange.detach()
                 sock.close()
@@ -2512,6 +2527,13 @@ class Upstream:
             surplus = idle.pop(0)[0] if len(idle) > POOL_SIZE else None
         if surplus:
             surplus.close()
+
+    def close_idle(self):
+        with self._lock:
+            sockets = [sock for idle in self._idle.values() for sock, _ in idle]
+            self._idle.clear()
+        for sock in sockets:
+            sock.close()
 
     def _connect(self, base):
         proxy = outbound_proxy(base)
@@ -2628,9 +2650,9 @@ class Serving:
     def begin_round(self, plan):
         self.plan = plan
         self.failures = []            # [Failure, ...]
-        self.counts = collections.Counter()   # (model, rule name) -> answers
+        self.counts = {}              # (model, rule name) -> answers
         self.given_up = set()         # models
-        self.resets = collections.Counter()   # base URL -> connections lost before an answer
+        self.resets = {}              # base URL -> connections lost before an answer
         self.dead_ends = set()        # base URLs that another key would not reach either
         self.stopped = False
 
@@ -2663,12 +2685,17 @@ class Serving:
 
 
 def end_to_end_fields(response_fields, headers):
-    """An upstream's header fields as the client gets them: neither those of the connection,
-    nor any that would let a web page read the answer."""
-    dropped = OWN_RESPONSE_FIELDS | connection_options(headers)
-    return [(name, value) for name, value in response_fields
-            if name.lower() not in dropped
-            and not name.lower().startswith(('access-control-', 'x-proxy-'))]
+    """An upstream's header fields as the client gets them."""
+    named_by_connection = connection_options(headers)
+    return [field for field in response_fields
+            if goes_to_client(field[0]) and field[0].lower() not in named_by_connection]
+
+
+@functools.lru_cache(maxsize=1024)
+def goes_to_client(name):
+    """Neither fields of the connection, nor any that would let a web page read the answer."""
+    name = name.lower()
+    return name not in OWN_RESPONSE_FIELDS and not name.startswith(('access-control-', 'x-proxy-'))
 
 
 def new_request_id():
@@ -2711,7 +2738,8 @@ class Failover:
             return
         model = request.body.model if request.has_body else None
         models = model_chain(config.model_fallback, model) if model and request.is_message else [model]
-        plan = plan_attempts(config, profile, models, request.client_key)
+        is_clients_turn = CLIENT_REF in profile.order or not config.keys
+        plan = plan_attempts(config, profile, models, request.client_key if is_clients_turn else None)
         if not request.is_message:
             # Their own limits are not those of messages: a cooling key is only second choice.
             plan.sort(key=lambda a: self.cooldowns.blocking(a.key, None) is not None)
@@ -2747,16 +2775,15 @@ class Failover:
         was_repeated = False
         for _ in range(MAX_REPAIRS + 2):
             started = self._clock()
-            with contextlib.ExitStack() as stack:
-                reply = self._open(serving, attempt, stack)
-                serving.note(attempt, reply.outcome, started)
-                rule = reply.outcome.rule
-                if rule.step is Step.REPAIR and self._learn_repair(attempt.model, reply.outcome, serving):
-                    continue
-                if rule.step in (Step.RELAY, Step.REPAIR):
-                    self._relay(serving, attempt, reply)
-                    return True
-            if not was_repeated and self._tries_again(serving, attempt, rule, is_alone):
+            reply = self._open(serving, attempt)
+            serving.note(attempt, reply.outcome, started)
+            rule = reply.outcome.rule
+            if rule.step is Step.REPAIR and self._learn_repair(attempt.model, reply.outcome, serving):
+                continue
+            if rule.step in (Step.RELAY, Step.REPAIR):
+                self._relay(serving, attempt, reply)
+                return True
+            if self._tries_again(serving, attempt, rule, is_alone) and not was_repeated:
                 was_repeated = True
                 self._pause(serving)
                 continue
@@ -2767,7 +2794,7 @@ class Failover:
     def _tries_again(self, serving, attempt, rule, is_alone):
         """Counts this answer, and says whether the same key is tried once more."""
         counted = (attempt.model, rule.name)
-        serving.counts[counted] += 1
+        serving.counts[counted] = serving.counts.get(counted, 0) + 1
         if serving.counts[counted] >= rule.tries:
             serving.given_up.add(attempt.model)
             return False
@@ -2794,8 +2821,9 @@ class Failover:
     def _note_dead_end(self, serving, attempt, rule):
         """Another key of an unreachable host would fail alike; a reset gets one more try."""
         base_url = self._base_url(serving, attempt)
-        serving.resets[base_url] += rule is RESET
-        if rule is UNREACHABLE or serving.resets[base_url] > 1:
+        if rule is RESET:
+            serving.resets[base_url] = serving.resets.get(base_url, 0) + 1
+        if rule is UNREACHABLE or serving.resets.get(base_url, 0) > 1:
             serving.dead_ends.add(base_url)
 
     def _pause(self, serving):
@@ -2807,14 +2835,13 @@ class Failover:
 
     # -- one attempt -----------------------------------------------------------
 
-    def _open(self, serving, attempt, stack):
-        """Sends one attempt; its Reply.  An answer to relay stays open as long as `stack`."""
+    def _open(self, serving, attempt):
+        """Sends one attempt; its Reply, with the answer still open where it is to be relayed."""
         request = serving.request
         try:
             wanted = self._build(serving, attempt)
             first_byte_s = STREAM_FIRST_BYTE_S if request.body.seems_streamed else FIRST_BYTE_S
-            upstream = stack.enter_context(
-                self._upstream.open(wanted, serving.exchange, first_byte_s))
+            upstream = self._upstream.open(wanted, serving.exchange, first_byte_s)
             return self._read_reply(serving, attempt, upstream)
         except TokenUnavailable as error:
             return Reply(Outcome(NO_TOKEN, 0, str(error), None))
@@ -2857,13 +2884,20 @@ class Failover:
 
     def _read_reply(self, serving, attempt, upstream):
         """Reads as much of an answer as it takes to know what it means."""
-        is_stream = upstream.headers.get('content-type', '').startswith('text/event-stream')
-        is_plain = 'content-encoding' not in upstream.headers
-        if upstream.status >= 300:
-            return self._read_refusal(serving, attempt, upstream)
-        if not (is_stream and is_plain and serving.request.is_message):
-            return Reply(self._classify(serving, attempt, upstream), upstream.fields, upstream=upstream)
-        return self._read_opening(serving, attempt, upstream)
+        reply = None
+        try:
+            is_stream = upstream.headers.get('content-type', '').startswith('text/event-stream')
+            if upstream.status >= 300:
+                reply = self._read_refusal(serving, attempt, upstream)
+            elif is_stream and serving.request.is_message and 'content-encoding' not in upstream.headers:
+                reply = self._read_opening(serving, attempt, upstream)
+            else:
+                outcome = self._classify(serving, attempt, upstream)
+                reply = Reply(outcome, upstream.fields, upstream=upstream)
+            return reply
+        finally:
+            if reply is None or reply.upstream is None:
+                upstream.close()
 
     def _classify(self, serving, attempt, upstream, status=None, error=('', '')):
         request = serving.request
@@ -2920,11 +2954,12 @@ class Failover:
         headers = upstream.headers if upstream else {}
         fields = end_to_end_fields(reply.fields, headers) + serving.proxy_fields(attempt)
         if upstream is None:
-            self._send_whole(serving, reply.outcome.status, fields, reply.body)
-        elif reply.events:
-            self._relay_stream(serving, reply, fields)
-        else:
-            self._relay_body(serving, reply, fields)
+            return self._send_whole(serving, reply.outcome.status, fields, reply.body)
+        try:
+            relay = self._relay_stream if reply.events else self._relay_body
+            relay(serving, reply, fields)
+        finally:
+            upstream.close()
 
     def _send_whole(self, serving, status, fields, body):
         """An answer that is at hand; to a stream that was held open it is an `error` event."""
@@ -3011,7 +3046,8 @@ class Failover:
             is_my_turn = self._wait_in_queue(serving)
         finally:
             serving.queued_s += self._clock() - entered
-        self._replan(serving)
+        if is_my_turn:
+            self._replan(serving)
         return is_my_turn
 
     def _all_cool(self, serving):
@@ -3090,18 +3126,14 @@ class Failover:
 
 USAGE_FIELDS = ('input_tokens', 'output_tokens', 'cache_read_input_tokens',
                 'cache_creation_input_tokens')
+USAGE_COUNT = re.compile(rb'"(%b)"\s*:\s*(\d{1,12})' % '|'.join(USAGE_FIELDS).encode())
 JSON_TYPE = ('content-type', 'application/json')
 
 
 def read_usage(tail):
     """{'input_tokens': 10, ...} from the end of a plain answer's bytes, as far as it is there."""
-    usage = tail[tail.rfind(b'"usage"'):] if b'"usage"' in tail else b''
-    found = {}
-    for name in USAGE_FIELDS:
-        match = re.search(rb'"%b"\s*:\s*(\d{1,12})' % name.encode(), usage)
-        if match:
-            found[name] = int(match.group(1))
-    return found
+    start = tail.rfind(b'"usage"')
+    return {name.decode(): int(count) for name, count in USAGE_COUNT.findall(tail, start)} if start >= 0 else {}
 
 
 class FinalFailure(NamedTuple):
@@ -3570,7 +3602,9 @@ class App:
         deadline = time.monotonic() + DRAIN_S
         while len(self.watcher) and time.monotonic() < deadline:
             time.sleep(0.05)
+        self.upstream.close_idle()
         self.log.info('stopped', cut=len(self.watcher))
+        self.log.close()
 
     def stop(self):
         self._stop.set()
@@ -3598,12 +3632,19 @@ class App:
         return {
             'id': key.id, 'label': key.label, 'provider': key.provider,
             'token': mask_token(key.token), 'type': 'oauth' if key.oauth else 'api-key',
-            'state': 'served' if key.provider not in SERVED_PROVIDERS else 'ready',
-            **({'state': 'unused'} if key.provider not in SERVED_PROVIDERS else {}),
-            **({'state': 'cooling'} if any(c.model is None for c in mine) else
-               {'state': 'limited'} if mine else {}),
+            'state': key_state(key, mine),
             'needs_attention': any(c.outcome.rule.attention for c in mine),
             'answers': metrics['by_key'].get(key.id, 0)}
+
+
+def key_state(key, coolings):
+    """'unused' (its provider is not served), 'cooling' (for every model), 'limited' (for
+    some), 'ready'."""
+    if key.provider not in SERVED_PROVIDERS:
+        return 'unused'
+    if any(cooling.model is None for cooling in coolings):
+        return 'cooling'
+    return 'limited' if coolings else 'ready'
 
 
 def health_status(keys, problems):

@@ -1,0 +1,2199 @@
+#!/usr/bin/env python3
+"""Tests of claude_failover.py: python3 test_claude_failover.py
+
+Sections and their order are those of the program; fakes and builders come first.  Nothing
+sleeps and nothing leaves this machine: clocks are moved by hand, servers listen on port 0,
+HOME is a temporary folder.  Tests with real clients skip where those are not installed.
+"""
+import contextlib
+import io
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from unittest import mock
+
+import claude_failover as cf
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPT = os.path.join(HERE, 'claude_failover.py')
+START = 1_700_000_000.0       # a unix time for wall clocks
+PATIENCE_S = 10               # for threads to meet; never slept through
+OPUS, SONNET = 'claude-opus-5-5', 'claude-sonnet-5-5'
+
+
+# ==============================================================================
+# Fakes and builders
+# ==============================================================================
+
+class FakeClock:
+    """A clock that is moved by hand; `wait` moves it too, instead of waiting."""
+
+    def __init__(self, now=1000.0):
+        self.now = now
+        self.on_wait = lambda seconds: None
+
+    def __call__(self):
+        return self.now
+
+    def wait(self, event, seconds):
+        self.on_wait(seconds)
+        self.now += seconds
+        return event.is_set()
+
+
+def make_document(*key_ids, **changes):
+    """A configuration document with Anthropic keys 'a', 'b', ... on a free port."""
+    keys = {id: {'token': token_of(id), 'label': id, 'type': 'api-key'} for id in key_ids}
+    return {'profiles': {'default': {'port': 0, 'keyOrder': list(key_ids)}}, 'keys': keys, **changes}
+
+
+def make_config(*key_ids, **changes):
+    return cf.parse_config(make_document(*key_ids, **changes))
+
+
+def token_of(key_id):
+    return f'sk-ant-api03-{key_id}-0123456789abcdef0123456789abcdef'
+
+
+def messages_body(**changes):
+    return {'model': OPUS, 'max_tokens': 100, 'messages': [{'role': 'user', 'content': 'hi'}], **changes}
+
+
+def api_error(type, message):
+    return {'type': 'error', 'error': {'type': type, 'message': message}}
+
+
+MESSAGE = {'id': 'msg_1', 'type': 'message', 'role': 'assistant', 'model': OPUS, 'stop_reason': 'end_turn',
+           'content': [{'type': 'text', 'text': 'hello'}], 'usage': {'input_tokens': 10, 'output_tokens': 5}}
+
+
+def stream_events(text='hello', usage=(10, 5)):
+    """The events of one streamed message, as the API sends them."""
+    start = {**MESSAGE, 'content': [], 'stop_reason': None,
+             'usage': {'input_tokens': usage[0], 'output_tokens': 1}}
+    return [
+        {'type': 'message_start', 'message': start},
+        {'type': 'ping'},
+        {'type': 'content_block_start', 'index': 0, 'content_block': {'type': 'text', 'text': ''}},
+        *({'type': 'content_block_delta', 'index': 0, 'delta': {'type': 'text_delta', 'text': part}}
+          for part in re.findall('..?', text)),
+        {'type': 'content_block_stop', 'index': 0},
+        {'type': 'message_delta', 'delta': {'stop_reason': 'end_turn', 'stop_sequence': None},
+         'usage': {'output_tokens': usage[1]}},
+        {'type': 'message_stop'}]
+
+
+def stream_bytes(events=None, newline=b'\n'):
+    data = b''.join(cf.event_bytes(event) for event in (stream_events() if events is None else events))
+    return data.replace(b'\n', newline)
+
+
+OVERLOADED_EVENT = {'type': 'error', 'error': {'type': 'overloaded_error', 'message': 'Overloaded'}}
+
+
+def pieces(data, size):
+    return [data[i:i + size] for i in range(0, len(data), size)]
+
+
+class Play:
+    """One scripted answer: status, header fields, and the body in pieces.  An exception among
+    the pieces, or as the whole, is raised there; `answered` is set at the first read."""
+
+    def __init__(self, status=200, fields=None, body=MESSAGE, stream=None):
+        self.status = status
+        self.headers = {'content-type': 'application/json', **(fields or {})}
+        if stream is not None:
+            self.headers['content-type'] = 'text/event-stream'
+            self.pieces = stream if isinstance(stream, list) else [stream]
+        else:
+            self.pieces = [body if isinstance(body, bytes) else json.dumps(body).encode()]
+
+
+def refusal(status, type, message, **fields):
+    fields = {name.replace('_', '-'): value for name, value in fields.items()}
+    return Play(status, fields, api_error(type, message))
+
+
+class FakeUpstreamResponse:
+    def __init__(self, play):
+        self.status, self.headers = play.status, play.headers
+        self.fields = list(play.headers.items())
+        self.length = None
+        self._pieces = list(play.pieces)
+        self.is_closed = False
+
+    def close(self):
+        self.is_closed = True
+
+    def read(self):
+        piece = self._pieces.pop(0) if self._pieces else b''
+        if isinstance(piece, BaseException):
+            raise piece
+        return piece
+
+    def read_all(self, limit):
+        return b''.join(iter(self.read, b''))[:limit]
+
+
+class FakeUpstream:
+    """Plays a script instead of the network: {'a': [Play, ...], ...}; the last one repeats.
+
+    `seen` lists what was sent: (key id, model); `sent` the UpstreamRequests."""
+
+    def __init__(self, **script):
+        self.script = {key: list(plays if isinstance(plays, list) else [plays])
+                       for key, plays in script.items()}
+        self.seen, self.sent, self.opened = [], [], []
+
+    def open(self, wanted, exchange, first_byte_s):
+        head = wanted.head.decode()
+        token = re.search(r'sk-ant-\w+-(\w+)', head)
+        key = token.group(1) if token else 'client'
+        body = json.loads(wanted.body) if wanted.body else {}
+        self.seen.append((key, body.get('model')))
+        self.sent.append(wanted)
+        plays = self.script[key]
+        play = plays.pop(0) if len(plays) > 1 else plays[0]
+        if callable(play):
+            play = play(body)
+        if isinstance(play, BaseException):
+            raise play
+        self.opened.append(FakeUpstreamResponse(play))
+        return self.opened[-1]
+
+
+class FakeConnection:
+    """Keeps what is sent to the client."""
+
+    def __init__(self):
+        self.data = b''
+        self.breaks = False
+
+    def send(self, data):
+        if self.breaks:
+            raise cf.ClientGone
+        self.data += data
+
+
+class Answered:
+    """An HTTP answer, taken apart."""
+
+    def __init__(self, data):
+        head, _, rest = data.partition(b'\r\n\r\n')
+        first, *lines = head.decode('latin-1').split('\r\n')
+        self.status = int(first.split()[1])
+        self.fields = [tuple(line.split(': ', 1)) for line in lines]
+        self.headers = {name.lower(): value for name, value in self.fields}
+        self.is_complete = True
+        self.body = self._dechunk(rest) if 'transfer-encoding' in self.headers else rest
+
+    def _dechunk(self, data):
+        body = b''
+        self.is_complete = False
+        while data:
+            size, _, data = data.partition(b'\r\n')
+            count = int(size, 16)
+            if not count:
+                self.is_complete = True
+                break
+            body, data = body + data[:count], data[count + 2:]
+        return body
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def error(self):
+        return self.json['error']
+
+    @property
+    def events(self):
+        return read_events(self.body)
+
+
+def read_events(data):
+    """[{'type': ...}, ...]; fails on an event that is not whole or whose name differs."""
+    events = []
+    for block in re.split(rb'\r?\n\r?\n', data):
+        if block.strip():
+            name, _, value = block.replace(b'\r', b'').partition(b'\ndata: ')
+            event = json.loads(value)
+            assert name == b'event: ' + event['type'].encode(), block
+            events.append(event)
+    return events
+
+
+class ScratchTest(unittest.TestCase):
+    """A test with a folder of its own, which is also HOME."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix='failover-test-')
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.path = os.path.join(self.folder, 'config', 'config.json')
+        environ = {'HOME': self.folder, 'PATH': os.environ['PATH']}
+        patch = mock.patch.dict(os.environ, environ, clear=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def write_config(self, document):
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        text = document if isinstance(document, str) else json.dumps(document)
+        with open(self.path, 'w') as file:
+            file.write(text)
+        os.chmod(self.path, 0o600)
+
+    def read_config(self):
+        with open(self.path) as file:
+            return json.load(file)
+
+
+# ==============================================================================
+# Small tools
+# ==============================================================================
+
+class SmallToolsTest(ScratchTest):
+    def test_a_masked_token_shows_its_kind_and_last_four_characters_only(self):
+        for token, shown in (
+                (token_of('a'), 'sk-ant-api...cdef'), ('sk-ant-oat01-' + 'x' * 40, 'sk-ant-oat...xxxx'),
+                ('sk-ant-api03-short', 'sk-ant-api...'), ('secret', '...'), ('', '...'),
+                ('env:MY_KEY', 'env:MY_KEY'), ('file:~/.key', 'file:~/.key')):
+            with self.subTest(token=token):
+                self.assertEqual(cf.mask_token(token), shown)
+
+    def test_durations_read_as_a_person_says_them(self):
+        for seconds, text in ((0, '0 s'), (45.4, '45 s'), (99, '99 s'), (120, '2 min'),
+                              (3600, '60 min'), (7200, '2 h'), (11100, '3 h 5 min'),
+                              (200_000, '2 d 7 h'), (-5, '0 s')):
+            self.assertEqual(cf.format_duration(seconds), text)
+
+    def test_the_reason_of_an_error_never_quotes_what_was_sent(self):
+        import http.client
+        secret = token_of('a')
+        for error in (ValueError(f"Invalid header value b'{secret}'"), OSError(secret),
+                      http.client.BadStatusLine(secret), ConnectionResetError(104, 'Connection reset')):
+            self.assertNotIn('api03', cf.error_reason(error))
+
+    def test_control_characters_become_visible_not_active(self):
+        self.assertNotIn('\x1b', cf.printable('\x1b[31mred\r\nx'))
+        self.assertEqual(cf.header_text('naïve\r\nx-evil: 1'), 'na?ve??x-evil: 1')
+
+    def test_odd_json_is_a_value_error(self):
+        for data in ('[1]', 'nonsense', '[' * 100_000, b'\xff', '"text"', '1' * 5000):
+            with self.subTest(data=data[:20]), self.assertRaises(ValueError):
+                cf.loads_object(data)
+
+    def test_a_write_is_private_and_follows_a_symbolic_link(self):
+        real, link = os.path.join(self.folder, 'dotfiles.json'), os.path.join(self.folder, 'link.json')
+        with open(real, 'w') as file:
+            file.write('old')
+        os.symlink(real, link)
+        cf.write_atomically(link, b'new')
+        self.assertTrue(os.path.islink(link))
+        with open(real) as file:
+            self.assertEqual(file.read(), 'new')
+        self.assertEqual(stat.S_IMODE(os.stat(real).st_mode), 0o600)
+
+    def test_a_failed_write_leaves_the_old_file_and_no_litter(self):
+        path = os.path.join(self.folder, 'file')
+        cf.write_atomically(path, b'old')
+        with mock.patch('os.fsync', side_effect=OSError(28, 'No space left on device')):
+            with self.assertRaises(OSError):
+                cf.write_atomically(path, b'new')
+        with open(path) as file:
+            self.assertEqual(file.read(), 'old')
+        self.assertEqual(os.listdir(self.folder), ['file'])
+
+
+# ==============================================================================
+# Configuration
+# ==============================================================================
+
+#: As the Node program of the same name writes it.
+NODE_DOCUMENT = {
+    'profiles': {'default': {'port': 4080, 'keyOrder': ['personal', 'work'], 'openaiKeyOrder': ['oa'],
+                             'priorityOrder': ['anthropic:work', 'openai:oa', 'anthropic:personal']},
+                 'second': {'port': 4081, 'keyOrder': []}},
+    'keys': {'personal': {'token': token_of('personal'), 'label': 'Personal', 'type': 'api-key',
+                          'addedAt': '2026-01-01T00:00:00.000Z'},
+             'work': {'token': 'sk-ant-oat01-' + 'w' * 40, 'label': 'Work', 'type': 'oauth',
+                      'addedAt': '2026-01-01T00:00:00.000Z'}},
+    'openaiKeys': {'oa': {'token': 'sk-proj-' + 'o' * 40, 'label': 'OA', 'type': 'api_key',
+                          'addedAt': '2026-01-01T00:00:00.000Z'}},
+    'openaiModelFallback': True, 'openaiModelMapping': {'claude-opus-4-6': 'gpt-5.4'},
+    'modelFallback': {'claude-opus-4-6': 'claude-sonnet-4-6'},
+    'cooldownMs': 60000, 'queueWaitMs': 90000, 'logLevel': 'info', 'maxLogSize': 5242880}
+
+
+class ConfigurationTest(unittest.TestCase):
+    def test_a_file_of_the_node_program_loads_as_it_is(self):
+        config = cf.parse_config(NODE_DOCUMENT)
+        self.assertEqual(config.profiles['default'].order,
+                         ('anthropic:work', 'openai:oa', 'anthropic:personal'))
+        self.assertEqual(config.profiles['second'].order,
+                         ('anthropic:personal', 'anthropic:work', 'openai:oa'))
+        self.assertTrue(config.keys['anthropic:work'].oauth)
+        self.assertFalse(config.keys['anthropic:personal'].oauth)
+        self.assertEqual((config.cooldown_ms, config.model_fallback),
+                         (60000, {'claude-opus-4-6': 'claude-sonnet-4-6'}))
+        self.assertEqual(json.loads(cf.dump_config(config)), NODE_DOCUMENT)
+
+    def test_an_empty_document_gives_the_defaults(self):
+        config = cf.parse_config({})
+        self.assertEqual(config.profiles, {'default': cf.Profile('default', 4080, ())})
+        for setting in cf.SETTINGS:
+            self.assertEqual(getattr(config, cf.attribute_name(setting.name)), setting.default)
+
+    def test_null_is_the_default_and_a_users_map_replaces_the_default_whole(self):
+        config = cf.parse_config({'queueWaitMs': None, 'modelFallback': {}})
+        self.assertEqual((config.queue_wait_ms, config.model_fallback), (90000, {}))
+
+    def test_every_wrong_value_is_named_with_what_it_must_be(self):
+        key = {'token': token_of('a')}
+        for document, *words in (
+                ([], 'JSON object'),
+                ({'profiles': []}, 'profiles must be an object'),
+                ({'profiles': {'x': 4080}}, 'profiles.x must be an object'),
+                ({'profiles': {'x': {'port': '4080'}}}, 'profiles.x.port', 'without quotes', '"4080"'),
+                ({'profiles': {'x': {'port': 70000}}}, 'profiles.x.port', '65535'),
+                ({'profiles': {'x': {'port': True}}}, 'profiles.x.port'),
+                ({'profiles': {'x': {}}}, 'profiles.x.port', 'null'),
+                ({'profiles': {'x': {'port': 1}, 'y': {'port': 1}}}, 'profiles.y.port', 'profile x'),
+                ({'profiles': {'x\n': {'port': 1}}}, 'name'),
+                ({'profiles': {'x': {'port': 1, 'keyOrder': ['gone']}}}, 'profiles.x.keyOrder', "'gone'"),
+                ({'profiles': {'x': {'port': 1, 'keyOrder': 'a'}}}, 'profiles.x.keyOrder', 'list'),
+                ({'profiles': {'x': {'port': 1, 'priorityOrder': ['a']}}, 'keys': {'a': key}},
+                 'profiles.x.priorityOrder', "'a'"),
+                ({'keys': {'a': {}}}, 'keys.a has no token', 'remove-key a'),
+                ({'keys': {'a': {'token': ' '}}}, 'keys.a has no token'),
+                ({'keys': {'a': {'token': 'sk-ant- x'}}}, 'keys.a.token', 'copy it again'),
+                ({'keys': {'a': 'sk-ant-api03-x'}}, 'keys.a must be an object'),
+                ({'keys': {'a b': key}}, "keys.a b: a key's id"),
+                ({'keys': {'a': {**key, 'label': 5}}}, 'keys.a.label'),
+                ({'keys': {'a': {**key, 'baseUrl': 'ftp://x'}}}, 'keys.a.baseUrl'),
+                ({'openaiKeys': {'o': {}}}, 'openaiKeys.o has no token'),
+                ({'queueWaitMs': '90s'}, 'queueWaitMs', 'milliseconds', '"90s"'),
+                ({'queueWaitMs': -1}, 'queueWaitMs', '0 or more'),
+                ({'cooldownMs': 1.5}, 'cooldownMs'),
+                ({'maxLogSize': 1}, 'maxLogSize', '4096'),
+                ({'logLevel': 'loud'}, 'logLevel', 'debug, info, warn, error'),
+                ({'openaiModelFallback': 'yes'}, 'openaiModelFallback', 'true or false'),
+                ({'openaiApi': 'completions'}, 'openaiApi', 'responses'),
+                ({'modelFallback': {'a': 1}}, 'modelFallback', 'model names'),
+                ({'modelFallback': {'a*b': 'c'}}, 'modelFallback', 'only at the end'),
+                ({'anthropicBaseUrl': 'api.anthropic.com'}, 'anthropicBaseUrl', 'https://'),
+                ({'anthropicBaseUrl': 'https://u:p@host'}, 'anthropicBaseUrl', 'user name'),
+                ({'anthropicBaseUrl': 'http://example.com'}, 'anthropicBaseUrl', 'must use https'),
+                ({'anthropicBaseUrl': 'https://host:99999'}, 'anthropicBaseUrl'),
+                ({'accessToken': 'two words'}, 'accessToken'),
+                ({'allowedHosts': 'x'}, 'allowedHosts', 'list'),
+                ({'allowedOrigins': [1]}, 'allowedOrigins', 'list')):
+            with self.subTest(document=document):
+                with self.assertRaises(cf.ConfigError) as caught:
+                    cf.parse_config(document)
+                for word in words:
+                    self.assertIn(word, str(caught.exception))
+
+    def test_no_message_and_no_repr_shows_a_token(self):
+        secret = 'sk-ant-api03-very secret'
+        with self.assertRaises(cf.ConfigError) as caught:
+            cf.parse_config({'keys': {'a': {'token': secret}}})
+        self.assertNotIn('secret', str(caught.exception))
+        with self.assertRaises(cf.ConfigError) as caught:
+            cf.parse_config({'accessToken': 'my secret'})
+        self.assertNotIn('secret', str(caught.exception))
+        config = make_config('a')
+        self.assertNotIn('0123', repr(config) + repr(config.keys))
+
+    def test_plain_http_is_for_near_hosts(self):
+        for url in ('http://localhost:8000', 'http://127.0.0.1', 'http://[::1]:80', 'http://192.168.1.5/v1',
+                    'http://gpu-box:8000', 'http://host.docker.internal:11434', 'https://example.com/x'):
+            self.assertIsNone(cf.check_base_url(url), url)
+        self.assertIn('https', cf.check_base_url('http://93.184.216.34'))
+
+    def test_the_config_has_a_field_for_every_setting(self):
+        names = {cf.attribute_name(setting.name) for setting in cf.SETTINGS}
+        self.assertEqual(set(cf.Config._fields), names | {'document', 'profiles', 'keys'})
+
+
+# ==============================================================================
+# Configuration edits
+# ==============================================================================
+
+class ConfigurationEditsTest(unittest.TestCase):
+    def add(self, config, token=None, label='', **options):
+        return cf.add_key(config, token or token_of('new'), label, 'now', **options)
+
+    def test_a_new_key_follows_the_others_in_every_profile(self):
+        config, key = self.add(cf.parse_config(NODE_DOCUMENT), label='My New Key!')
+        self.assertEqual((key.id, key.label), ('my-new-key', 'My New Key!'))
+        self.assertEqual(config.profiles['default'].order[-1], 'anthropic:my-new-key')
+        self.assertEqual(config.document['profiles']['default']['keyOrder'][-1], 'my-new-key')
+
+    def test_unknown_fields_survive_edits(self):
+        document = {**NODE_DOCUMENT, 'future': {'x': [1]}}
+        document['keys'] = {**document['keys'], 'extra': {'token': token_of('e'), 'note': 'mine'}}
+        config, key = self.add(cf.parse_config(document))
+        config = cf.remove_key(config, key.id)
+        self.assertEqual(config.document['future'], {'x': [1]})
+        self.assertEqual(config.document['keys']['extra']['note'], 'mine')
+
+    def test_an_edit_leaves_the_old_config_as_it_was(self):
+        config = make_config('a')
+        before = json.dumps(config.document)
+        self.add(config)
+        cf.remove_key(config, 'a')
+        self.assertEqual(json.dumps(config.document), before)
+
+    def test_ids_are_free_and_speakable(self):
+        config = make_config()
+        for label, id in (('', 'key'), ('', 'key-2'), ('Ünïcode', 'n-code'), ('日本', 'key-3')):
+            config, key = self.add(config, token_of(f'{label}{id}'.encode('ascii', 'replace').hex()), label)
+            self.assertEqual(key.id, id)
+
+    def test_the_type_follows_the_token(self):
+        _, key = self.add(make_config(), 'sk-ant-oat01-' + 'x' * 40)
+        self.assertTrue(key.oauth)
+
+    def test_a_token_that_cannot_be_one_is_refused(self):
+        for token, word in (('', 'empty'), ('sk-proj-x', '--base-url'), (token_of('a'), 'already, as key a'),
+                            ('sk-ant-a b', 'copy it again')):
+            with self.subTest(token=token), self.assertRaisesRegex(cf.ConfigError, word):
+                self.add(make_config('a'), token) if token else cf.add_key(make_config(), ' ', '', 'now')
+
+    def test_another_server_takes_any_token(self):
+        config, key = self.add(make_config(), 'local-secret', base_url='http://localhost:8000')
+        self.assertEqual(key.base_url, 'http://localhost:8000')
+
+    def test_a_removed_key_leaves_every_order(self):
+        config = cf.remove_key(cf.parse_config(NODE_DOCUMENT), 'work')
+        self.assertEqual(config.profiles['default'].order, ('openai:oa', 'anthropic:personal'))
+        self.assertNotIn('work', json.dumps(config.document['profiles']))
+        config = cf.remove_key(config, 'oa')
+        self.assertEqual(config.document['openaiKeys'], {})
+
+    def test_an_unknown_or_ambiguous_key_is_named(self):
+        with self.assertRaisesRegex(cf.UnknownKey, "'nope'.*list-keys"):
+            cf.remove_key(make_config('a'), 'nope')
+        both = make_config('a', openaiKeys={'a': {'token': 'sk-x'}})
+        with self.assertRaisesRegex(cf.ConfigError, 'anthropic:a or openai:a'):
+            cf.remove_key(both, 'a')
+        self.assertEqual(list(cf.remove_key(both, 'openai:a').keys), ['anthropic:a'])
+
+
+# ==============================================================================
+# Planning
+# ==============================================================================
+
+class PlanningTest(unittest.TestCase):
+    def plan(self, config, models=(OPUS,), client=None):
+        plan = cf.plan_attempts(config, config.profiles['default'], list(models), client)
+        return [(attempt.key.id, attempt.model) for attempt in plan]
+
+    def test_names_map_exactly_then_by_the_longest_pattern_then_by_the_star(self):
+        mapping = {'claude-opus-4-6': 'exact', 'claude-*': 'any-*', 'claude-opus-*': 'claude-sonnet-*', '*': 'star'}
+        for model, mapped in (('claude-opus-4-6', 'exact'), (OPUS, SONNET), ('claude-x', 'any-x'), ('gpt', 'star')):
+            self.assertEqual(cf.map_model(mapping, model), mapped)
+        self.assertIsNone(cf.map_model({'claude-opus-*': 'x'}, 'claude-haiku-5'))
+
+    def test_a_chain_is_followed_link_by_link_without_cycles_at_most_five_long(self):
+        self.assertEqual(cf.model_chain({'a': 'b', 'b': 'c'}, 'a'), ['a', 'b', 'c'])
+        self.assertEqual(cf.model_chain({'a': 'b', 'b': 'a'}, 'a'), ['a', 'b'])
+        self.assertEqual(cf.model_chain({'*': '*x'}, 'a'), ['a', 'ax', 'axx', 'axxx', 'axxxx'])
+        self.assertEqual(cf.model_chain(cf.parse_config({}).model_fallback, OPUS), [OPUS, SONNET])
+
+    def test_all_keys_for_a_model_come_before_the_next_model(self):
+        self.assertEqual(self.plan(make_config('a', 'b'), (OPUS, SONNET)),
+                         [('a', OPUS), ('b', OPUS), ('a', SONNET), ('b', SONNET)])
+
+    def test_the_clients_own_credential_stands_where_the_order_puts_it(self):
+        client = cf.Key('client:1', 'client', cf.ANTHROPIC, '', 'client')
+        config = make_config('a', profiles={'default': {'port': 0, 'priorityOrder': ['client', 'anthropic:a']}})
+        self.assertEqual(self.plan(config, client=client), [('client', OPUS), ('a', OPUS)])
+        self.assertEqual(self.plan(config), [('a', OPUS)])
+
+    def test_without_any_key_the_clients_own_credential_is_used(self):
+        client = cf.Key('client:1', 'client', cf.ANTHROPIC, '', 'client')
+        self.assertEqual(self.plan(make_config(), client=client), [('client', OPUS)])
+        self.assertEqual(self.plan(make_config('a'), client=client), [('a', OPUS)])
+        self.assertEqual(self.plan(make_config()), [])
+
+    def test_keys_of_a_provider_that_is_not_served_are_not_planned(self):
+        config = make_config('a', openaiKeys={'o': {'token': 'sk-x'}}, openaiModelFallback=True)
+        self.assertEqual(self.plan(config), [('a', OPUS)])
+
+
+# ==============================================================================
+# Request bodies
+# ==============================================================================
+
+class RequestBodiesTest(unittest.TestCase):
+    def test_the_model_is_found_wherever_it_stands(self):
+        for data, model in (
+                (b'{"model":"claude-x","messages":[]}', 'claude-x'),
+                (b' {\n "model" : "claude-x[1m]" , "n": 1}', 'claude-x[1m]'),
+                (b'{"max_tokens":1,"model":"claude-x"}', 'claude-x'),
+                (b'{"messages":[{"model":"no"}]}', None), (b'{"model":5}', None), (b'[]', None),
+                (b'nonsense', None), (b'', None), (b'[' * 100_000, None)):
+            with self.subTest(data=data[:40]):
+                self.assertEqual(cf.RequestBody(data).model, model)
+
+    def test_another_model_changes_nothing_else(self):
+        data = b'{"model" : "claude-x", "text": "model \\u00e9 \xc3\xa9 1.0", "n": 1.0}'
+        for body in (data, bytearray(data)):
+            self.assertEqual(bytes(cf.RequestBody(body).for_model('y')), data.replace(b'claude-x', b'y'))
+        self.assertIs(cf.RequestBody(data).for_model('claude-x'), data)
+        late = b'{"n":1,"model":"claude-x"}'
+        self.assertEqual(json.loads(cf.RequestBody(late).for_model('y')), {'n': 1, 'model': 'y'})
+
+    def test_a_stream_is_what_the_top_level_field_says(self):
+        nested = b'{"model":"x","messages":[{"input":{"stream":true}}]}'
+        for data, streamed in ((b'{"model":"x","stream":true}', True), (b'{"model":"x","stream": false}', False),
+                               (nested, False), (b'{"model":"x"}', False)):
+            self.assertEqual(cf.RequestBody(data).is_streamed, streamed)
+
+    def test_thinking_that_nobody_signed_is_dropped_and_signed_thinking_stays(self):
+        signed = {'type': 'thinking', 'thinking': 'a', 'signature': 'sig'}
+        unsigned = {'type': 'thinking', 'thinking': 'b', 'signature': ''}
+        text = {'type': 'text', 'text': 'c'}
+        body = messages_body(messages=[
+            {'role': 'assistant', 'content': [signed, unsigned, text]}, {'role': 'user', 'content': 'x'},
+            {'role': 'assistant', 'content': [unsigned]}])
+        left = json.loads(cf.drop_unsigned_thinking(json.dumps(body).encode()))
+        self.assertEqual(left['messages'], [{'role': 'assistant', 'content': [signed, text]},
+                                            {'role': 'user', 'content': 'x'}])
+        data = json.dumps(messages_body(messages=body['messages'][1:2])).encode()
+        self.assertIs(cf.drop_unsigned_thinking(data), data)
+
+    def test_each_complaint_has_its_repair(self):
+        thinking = {'type': 'thinking', 'thinking': 'a', 'signature': 's'}
+        body = messages_body(
+            thinking={'type': 'adaptive'}, output_config={'effort': 'high', 'format': 1}, max_tokens=128000,
+            context_management={'edits': [{'type': 'clear_thinking_20251015'}, {'type': 'other'}]},
+            tools=[{'name': 't', 'defer_loading': True}],
+            messages=[{'role': 'assistant', 'content': [thinking, {'type': 'text', 'text': 'x'}]}])
+        for message, name, gone, changed in (
+                ('messages.1.content.0: Invalid `signature` in `thinking` block', 'signature',
+                 '"thinking": "a"', {}),
+                ('thinking.type: adaptive is not supported by this model', 'thinking', 'adaptive',
+                 {'context_management': {'edits': [{'type': 'other'}]}}),
+                ('This model does not support the effort parameter.', 'effort', '"effort"',
+                 {'output_config': {'format': 1}}),
+                ('output_config: is not supported', 'output_config', 'output_config', {}),
+                ('context_management: Extra inputs are not permitted', 'field', 'context_management', {}),
+                ('tools.0.custom.defer_loading: Extra inputs are not permitted', 'field', 'defer_loading',
+                 {'tools': [{'name': 't'}]}),
+                ('max_tokens: 128000 > 64000, which is the maximum', 'max_tokens', '128000',
+                 {'max_tokens': 64000})):
+            with self.subTest(message=message):
+                repair = cf.find_repair(message)
+                self.assertEqual(repair[0], name)
+                data, _ = cf.apply_repairs([repair], json.dumps(body).encode(), [])
+                repaired = json.loads(data)
+                self.assertNotIn(gone, json.dumps(repaired))
+                for field, value in changed.items():
+                    self.assertEqual(repaired[field], value)
+
+    def test_an_unknown_beta_is_left_out_of_the_header(self):
+        repair = cf.find_repair('Unexpected value(s) `effort-2025-11-24` for the `anthropic-beta` header')
+        self.assertEqual(repair, ('beta', 'effort-2025-11-24'))
+        _, betas = cf.apply_repairs([repair], b'{}', ['effort-2025-11-24', 'context-1m-2025-08-07'])
+        self.assertEqual(betas, ['context-1m-2025-08-07'])
+
+    def test_what_no_repair_fits_is_left_alone(self):
+        self.assertIsNone(cf.find_repair('messages: at least one message is required'))
+
+
+# ==============================================================================
+# Classification
+# ==============================================================================
+
+def answer(status, message='', type='', model=OPUS, path=cf.MESSAGES_PATH, is_fallback=False, **headers):
+    headers = {name.replace('_', '-'): str(value) for name, value in headers.items()}
+    return cf.Answer(status, headers, type, message, START, path, model, is_fallback)
+
+
+def unified(window, status, reset_in_s):
+    prefix = f'anthropic_ratelimit_unified_{window}_'
+    return {prefix + 'status': status, prefix + 'reset': int(START + reset_in_s)}
+
+
+#: Each row of the policy: (rule, answer, seconds read from it)
+POLICY = (
+    ('answered', answer(200), None), ('answered', answer(302), None),
+    ('relayed', answer(400, 'messages: at least one message is required'), None),
+    ('relayed', answer(400, 'prompt is too long: 1200000 tokens > 1000000 maximum'), None),
+    ('relayed', answer(413, 'too large', 'request_too_large'), None),
+    ('relayed', answer(405), None), ('relayed', answer(409), None), ('relayed', answer(422), None),
+    ('relayed', answer(404, 'Not found', 'not_found_error'), None),
+    ('relayed', answer(400, 'thinking.type: adaptive is not supported'), None),
+    ('relayed', answer(501), None), ('relayed', answer(418), None),
+    ('no_credit', answer(400, 'Your credit balance is too low to access the API.'), None),
+    ('billing', answer(402, 'payment', 'billing_error'), None),
+    ('usage_limit', answer(400, 'You have reached your specified API usage limits. You will regain access '
+                                'on 2023-11-20 at 00:00 UTC.'), 438400 - 0),
+    ('usage_limit', answer(400, 'You have reached your specified API usage limits.'), None),
+    ('disabled', answer(400, 'This organization has been disabled.'), None),
+    ('disabled', answer(403, 'OAuth authentication is currently not allowed for this organization.'), None),
+    ('bad_signature', answer(400, 'messages.1.content.0: Invalid `signature` in `thinking` block'), None),
+    ('unsupported_field', answer(400, 'thinking.type: adaptive is not supported', is_fallback=True), None),
+    ('unsupported_field', answer(400, 'tags: Extra inputs are not permitted', is_fallback=True), None),
+    ('auth_failed', answer(401, 'invalid x-api-key', 'authentication_error'), None),
+    ('forbidden', answer(403, 'no permission', 'permission_error'), None),
+    ('unknown_model', answer(404, f'model: {OPUS}', 'not_found_error'), None),
+    ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'allowed', 90000)), 7200),
+    ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'rejected', 90000)), 90000),
+    ('window_spent', answer(429, anthropic_ratelimit_unified_status='rejected',
+                            anthropic_ratelimit_unified_reset=int(START + 60)), 60),
+    ('window_spent', answer(429, retry_after=50, anthropic_ratelimit_unified_5h_status='rejected'), 50),
+    ('family_window_spent', answer(429, **unified('5h', 'allowed', 10), **unified('7d', 'allowed_warning', 20),
+                                   **unified('7d_opus', 'rejected', 3000),
+                                   anthropic_ratelimit_unified_status='rejected',
+                                   anthropic_ratelimit_unified_reset=int(START + 5)), 3000),
+    ('rate_limited', answer(429, retry_after=20, **unified('overage', 'rejected', 99),
+                            **unified('5h', 'allowed', 10)), 20),
+    ('rate_limited', answer(429, retry_after='20'), 20), ('rate_limited', answer(429, retry_after='1.5'), 1.5),
+    ('rate_limited', answer(429, anthropic_ratelimit_requests_remaining=0, anthropic_ratelimit_tokens_remaining=0,
+                            anthropic_ratelimit_requests_reset='2023-11-14T22:13:30Z',
+                            anthropic_ratelimit_tokens_reset='2023-11-14T22:13:50Z'), 30),
+    ('spend_limit', answer(429, 'limit', 'rate_limit_error enforced_spend_limit_reached', retry_after=5), None),
+    ('extra_usage', answer(429, 'Extra usage is required for long context requests.'), None),
+    ('extra_usage', answer(429, anthropic_ratelimit_unified_overage_disabled_reason='out_of_credits'), None),
+    ('request_limited', answer(429, x_should_retry='true'), None),
+    ('throttled', answer(429), None), ('throttled', answer(429, retry_after='soon'), None),
+    ('throttled', answer(429, x_should_retry='false'), None),
+    ('throttled', answer(429, x_should_retry='true', anthropic_ratelimit_requests_remaining=5), None),
+    ('other_limit', answer(429, retry_after=20, path='/v1/messages/count_tokens'), None),
+    *(('server_error', answer(status), None) for status in (408, 500, 502, 503, 504, 520, 524)),
+    ('overloaded', answer(529, 'Overloaded', 'overloaded_error'), None),
+)
+
+
+class ClassificationTest(unittest.TestCase):
+    def test_every_answer_means_what_its_row_says(self):
+        for name, given, seconds in POLICY:
+            with self.subTest(rule=name, answer=given):
+                outcome = cf.classify(given)
+                self.assertEqual(outcome.rule.name, name)
+                if name != 'usage_limit':
+                    self.assertEqual(outcome.hint_s, seconds)
+
+    def test_every_rule_has_a_case(self):
+        self.assertEqual({rule.name for rule in cf.RULES}, {name for name, _, _ in POLICY})
+
+    def test_a_usage_limit_ends_at_the_date_it_names(self):
+        message = 'You have reached your specified API usage limits. You will regain access on 2023-11-20 at 00:00 UTC.'
+        self.assertEqual(cf.classify(answer(400, message)).hint_s, 1_700_438_400 - START)
+
+    def test_retry_after_is_seconds_a_decimal_or_a_date(self):
+        for value, seconds in (
+                ('20', 20), (' 20 ', 20), ('1.5', 1.5), ('0', 0), ('Tue, 14 Nov 2023 22:14:20 GMT', 60),
+                ('Tue, 14 Nov 2023 22:00:00 GMT', 0), ('-5', None), ('soon', None), ('', None), (None, None),
+                ('99999999999', None), ('1e5', None), ('\u0663', None), ('Tue, 99 Nov 2023 22:14:20 GMT', None),
+                ('Tue, 14 Nov 9999 22:14:20 GMT', None)):
+            with self.subTest(value=value):
+                self.assertEqual(cf.parse_retry_after(value, START), seconds)
+
+    def test_resets_are_unix_seconds_or_rfc_3339(self):
+        for value, seconds in (('1700000060', 60), ('2023-11-14T22:14:20Z', 60), ('2023-11-14T22:14:20+00:00', 60),
+                               ('2023-11-14T23:14:20+01:00', 60), ('1699999999', None), ('nonsense', None),
+                               ('99999999999', None), ('', None), (None, None)):
+            with self.subTest(value=value):
+                self.assertEqual(cf.parse_reset(value, START), seconds)
+
+    def test_an_error_body_in_any_shape_is_read(self):
+        for body, told in ((json.dumps(api_error('x', 'y')), ('x', 'y')),
+                           ('{"error":{"type":"x","details":{"error_code":"c"},"message":"y"}}', ('x c', 'y')),
+                           ('<html>bad\x1b gateway', ('', '<html>bad\ufffd gateway')), ('{"error":"text"}', ('', '{"error":"text"}')),
+                           ('{"error":{}}', ('', '')), ('', ('', ''))):
+            self.assertEqual(cf.read_error(body.encode()), told)
+
+
+# ==============================================================================
+# Event streams
+# ==============================================================================
+
+class EventStreamsTest(unittest.TestCase):
+    def read(self, data, size=None):
+        stream = cf.MessageStream()
+        return stream, [stream.feed(piece) for piece in pieces(data, size or len(data))]
+
+    def test_reads_may_fall_anywhere(self):
+        for newline in (b'\n', b'\r\n'):
+            data = stream_bytes(stream_events('He said: "event: error", é 世界'), newline)
+            for size in [*range(1, 60), len(data)]:
+                with self.subTest(newline=newline, size=size):
+                    stream, passed = self.read(data, size)
+                    self.assertEqual(b''.join(passed), data)
+                    self.assertEqual((stream.opened_by, stream.stopped, stream.stop_reason, stream.error),
+                                     ('content_block_start', True, 'end_turn', None))
+                    self.assertEqual(stream.usage, {'input_tokens': 10, 'output_tokens': 5})
+
+    def test_only_whole_events_pass(self):
+        data = stream_bytes()
+        for cut in range(len(data)):
+            stream = cf.MessageStream()
+            passed = stream.feed(data[:cut])
+            self.assertTrue(passed == b'' or passed.endswith(b'\n\n'))
+            read_events(passed)
+
+    def test_an_event_leaves_as_soon_as_it_is_whole(self):
+        stream = cf.MessageStream()
+        for event in stream_events():
+            self.assertEqual(stream.feed(cf.event_bytes(event)), cf.event_bytes(event))
+
+    def test_message_start_and_ping_do_not_open_a_stream(self):
+        stream, _ = self.read(stream_bytes(stream_events()[:2]))
+        self.assertIsNone(stream.opened_by)
+
+    def test_an_error_opens_it_only_when_it_comes_first(self):
+        stream, _ = self.read(stream_bytes([*stream_events()[:2], OVERLOADED_EVENT]))
+        self.assertEqual((stream.opened_by, stream.error['type']), ('error', 'overloaded_error'))
+        stream, _ = self.read(stream_bytes([*stream_events()[:3], OVERLOADED_EVENT]))
+        self.assertEqual((stream.opened_by, stream.error['type']), ('content_block_start', 'overloaded_error'))
+
+    def test_comments_and_odd_events_pass_unread(self):
+        data = b': comment\n\ndata: not json\n\nevent: x\ndata: [1]\n\n\n\n' + stream_bytes()
+        stream, passed = self.read(data)
+        self.assertEqual((b''.join(passed), stream.opened_by), (data, 'content_block_start'))
+
+    def test_a_last_event_without_its_blank_line_is_whole_only_as_json(self):
+        data = stream_bytes()
+        stream, _ = self.read(data[:-2])
+        self.assertFalse(stream.stopped)
+        self.assertEqual((stream.last(), stream.stopped), (cf.event_bytes({'type': 'message_stop'}), True))
+        stream, _ = self.read(data[:-5])
+        self.assertEqual(stream.last(), b'')
+
+    def test_an_endless_event_passes_in_parts(self):
+        stream = cf.MessageStream()
+        with mock.patch.object(cf, 'MAX_EVENT_BYTES', 100):
+            self.assertEqual(stream.feed(b'data: ' + b'x' * 90), b'')
+            self.assertEqual(len(stream.feed(b'x' * 90)), 186)
+
+
+# ==============================================================================
+# Cooldowns
+# ==============================================================================
+
+def rule(name):
+    return next(rule for rule in (*cf.RULES, cf.UNREACHABLE, cf.RESET) if rule.name == name)
+
+
+class CooldownsTest(unittest.TestCase):
+    def setUp(self):
+        self.clock = FakeClock()
+        self.cooldowns = cf.Cooldowns(self.clock)
+        self.a, self.b = make_config('a', 'b').keys.values()
+
+    def cool(self, name, hint_s=None, key=None, model=OPUS, limit_s=3600):
+        return self.cooldowns.cool(key or self.a, model, cf.Outcome(rule(name), 429, 'why', hint_s), limit_s)
+
+    def left(self, key=None, model=OPUS, ticket=None):
+        cooling = self.cooldowns.blocking(key or self.a, model, ticket)
+        return cooling and self.cooldowns.remaining_s(cooling)
+
+    def test_a_pair_cools_alone_and_a_key_for_every_model(self):
+        self.cool('rate_limited', 20)
+        self.assertEqual((self.left(), self.left(model=SONNET), self.left(self.b)), (20, None, None))
+        self.cool('auth_failed')
+        self.assertEqual((self.left(), self.left(model=SONNET), self.left(model=None)), (300, 300, 300))
+
+    def test_a_hint_is_capped_and_an_end_is_an_end(self):
+        self.cool('rate_limited', 7200)
+        self.clock.now += 3599
+        self.assertEqual(self.left(), 1)
+        self.clock.now += 1
+        self.assertIsNone(self.left())
+
+    def test_a_cooldown_never_shortens_a_longer_one(self):
+        self.cool('rate_limited', 100)
+        self.cool('rate_limited', 5)
+        self.assertEqual(self.left(), 100)
+
+    def test_repeats_double_up_to_their_limit_and_a_success_starts_over(self):
+        lengths = []
+        for _ in range(6):
+            lengths.append(self.cool('throttled'))
+            self.clock.now += lengths[-1]
+        self.assertEqual(lengths, [30, 60, 120, 240, 300, 300])
+        self.cooldowns.succeeded(self.a, OPUS)
+        self.assertEqual(self.cool('throttled'), 30)
+
+    def test_requests_that_meet_one_limit_together_count_as_one_repeat(self):
+        self.assertEqual([self.cool('throttled') for _ in range(3)], [30, 30, 30])
+        self.clock.now += 30
+        self.assertEqual(self.cool('throttled'), 60)
+
+    def test_the_third_server_error_in_a_row_cools(self):
+        self.assertEqual([self.cool('server_error') for _ in range(3)], [0, 0, 15])
+        self.cooldowns.succeeded(self.a, OPUS)
+        self.assertEqual(self.cool('server_error'), 0)
+        self.cooldowns.succeeded(self.a, OPUS)
+        self.assertEqual([self.cool('unreachable') for _ in range(3)], [0, 0, 15])
+        self.assertEqual(self.left(model=SONNET), 15)
+
+    def test_a_success_ends_the_pairs_cooldown_but_not_the_keys(self):
+        self.cool('rate_limited', 100)
+        self.cool('window_spent', 200)
+        self.cooldowns.succeeded(self.a, OPUS)
+        self.assertEqual(self.left(), 200)
+
+    def test_clearing_ends_all_or_some(self):
+        for key in (self.a, self.b):
+            self.cool('rate_limited', 100, key)
+            self.cool('rate_limited', 100, key, SONNET)
+        self.assertEqual(self.cooldowns.clear(self.a.ref, OPUS), 1)
+        self.assertEqual((self.left(), self.left(model=SONNET)), (None, 100))
+        self.assertEqual(self.cooldowns.clear(self.a.ref), 1)
+        self.assertEqual(self.cooldowns.clear(), 2)
+        self.assertEqual(self.cooldowns.snapshot(), [])
+
+    def test_the_snapshot_lists_the_earliest_return_first(self):
+        self.cool('rate_limited', 100)
+        self.cool('rate_limited', 50, self.b)
+        self.assertEqual([(c.key.id, left) for c, left in self.cooldowns.snapshot()], [('b', 50), ('a', 100)])
+
+    def test_only_the_first_in_the_queue_tries_a_key_that_comes_back(self):
+        self.cool('rate_limited', 20)
+        first, second = (self.cooldowns.join_queue([(self.a.ref, OPUS)], threading.Event()) for _ in range(2))
+        self.assertEqual(self.cooldowns.seconds_to_turn(first), 20)
+        self.clock.now += 20
+        self.assertEqual(self.cooldowns.seconds_to_turn(first), 0)
+        self.assertIsNone(self.cooldowns.seconds_to_turn(second))
+        self.assertEqual((self.left(ticket=first), self.left(ticket=second), self.left()), (None, 0, 0))
+        self.cooldowns.succeeded(self.a, OPUS)
+        self.assertTrue(second.wake.is_set())
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), 0)
+
+    def test_the_next_in_the_queue_follows_when_the_first_leaves_or_fails(self):
+        self.cool('rate_limited', 20)
+        first, second = (self.cooldowns.join_queue([(self.a.ref, OPUS)], threading.Event()) for _ in range(2))
+        self.clock.now += 20
+        self.assertEqual(self.cooldowns.seconds_to_turn(first), 0)
+        self.cool('rate_limited', 30)
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), 30)
+        self.clock.now += 30
+        self.cooldowns.leave_queue(first)
+        self.assertTrue(second.wake.is_set())
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), 0)
+
+    def test_nobody_waits_for_money_or_a_login(self):
+        self.cool('auth_failed')
+        ticket = self.cooldowns.join_queue([(self.a.ref, OPUS)], threading.Event())
+        self.assertEqual(self.cooldowns.seconds_to_turn(ticket), float('inf'))
+
+    def test_the_records_stay_bounded(self):
+        with mock.patch.object(cf, 'MAX_COOLDOWNS', 10):
+            for number in range(100):
+                self.cool('throttled', model=f'model-{number}')
+        self.assertLessEqual(len(self.cooldowns.snapshot()), 10)
+
+
+# ==============================================================================
+# Journal
+# ==============================================================================
+
+class JournalTest(ScratchTest):
+    def setUp(self):
+        super().setUp()
+        self.log_path = os.path.join(self.folder, 'logs', 'x.log')
+
+    def log(self, **options):
+        log = cf.JsonLog(self.log_path, **options)
+        self.addCleanup(log.close)
+        return log
+
+    def lines(self, path=None):
+        with open(path or self.log_path) as file:
+            return [json.loads(line) for line in file]
+
+    def test_a_line_is_one_json_object_without_a_token(self):
+        log = self.log(now=lambda: START)
+        jwt = 'eyJhbGciOiJub25lIn0.eyJzdWIiOiIxMjM0NTY3ODkwIn0.c2lnbmF0dXJl'
+        log.info('test', token=token_of('a'), nested={'x': [f'Bearer {jwt}']}, text='\x1b[31m\u2028\n')
+        with open(self.log_path, 'rb') as file:
+            data = file.read()
+        self.assertEqual(data.count(b'\n'), 1)
+        self.assertTrue(data.isascii())
+        for secret in (token_of('a'), jwt, jwt.split('.')[1], '\x1b'):
+            self.assertNotIn(secret.encode(), data)
+        self.assertEqual(self.lines()[0]['time'], '2023-11-14T22:13:20.000Z')
+
+    def test_lines_below_the_level_are_left_out(self):
+        log = self.log(level='warn')
+        self.assertFalse(log.info('no'))
+        self.assertTrue(log.error('yes'))
+        self.assertEqual([line['event'] for line in self.lines()], ['yes'])
+
+    def test_the_file_is_rotated_and_private(self):
+        log = self.log(max_bytes=4096)
+        for number in range(100):
+            log.info('line', number=number, text='x' * 60)
+        numbers = [line['number'] for path in (self.log_path + '.1', self.log_path) for line in self.lines(path)]
+        self.assertEqual(numbers, list(range(numbers[0], 100)))
+        self.assertLess(os.path.getsize(self.log_path), 4096 + 200)
+        self.assertEqual(stat.S_IMODE(os.stat(self.log_path).st_mode), 0o600)
+
+    def test_a_log_that_cannot_be_written_stops_nothing_and_comes_back(self):
+        with open(os.path.join(self.folder, 'logs'), 'w'):
+            pass
+        log = self.log()
+        self.assertFalse(log.info('lost'))
+        self.assertTrue(log.failed)
+        os.unlink(os.path.join(self.folder, 'logs'))
+        self.assertTrue(log.info('kept'))
+        self.assertFalse(log.failed)
+
+    def test_finished_requests_are_counted(self):
+        metrics = cf.Metrics()
+        attempts = [{'key': 'a', 'status': 429}, {'key': 'b', 'status': 200}]
+        for record in ({'outcome': 'answered', 'key': 'b', 'attempts': attempts, 'input_tokens': 7,
+                        'fallback': 'x -> y', 'queued_ms': 5}, {'outcome': 'failed', 'attempts': []}):
+            metrics.finished(record)
+        counts, recent = metrics.snapshot()
+        self.assertEqual(counts, {
+            'requests': 2, 'answered': 1, 'failed': 1, 'refused': 0, 'client_gone': 0, 'rotations': 1,
+            'fallbacks': 1, 'queued': 1, 'input_tokens': 7, 'output_tokens': 0, 'by_key': {'b': 1}})
+        self.assertEqual(recent[0]['outcome'], 'failed')
+
+
+# ==============================================================================
+# Configuration store
+# ==============================================================================
+
+class ConfigStoreTest(ScratchTest):
+    def store(self, document=None):
+        if document is not None:
+            self.write_config(document)
+        store = cf.ConfigStore(self.path)
+        store.load()
+        return store
+
+    def add(self, config, id='new'):
+        return cf.add_key(config, token_of(id), id, 'now')[0]
+
+    def touch(self, document):
+        """Writes the file with a time of its own, as an edit a moment later would."""
+        self.write_config(document)
+        self.moment = getattr(self, 'moment', 0) + 1
+        os.utime(self.path, (self.moment, self.moment))
+
+    def test_a_file_that_is_not_there_means_the_defaults_and_is_made_by_an_edit(self):
+        store = self.store()
+        self.assertEqual(store.current.keys, {})
+        store.update(self.add)
+        self.assertEqual(self.read_config()['profiles'], {'default': {'port': 4080, 'keyOrder': ['new']}})
+        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
+        self.assertEqual(stat.S_IMODE(os.stat(os.path.dirname(self.path)).st_mode), 0o700)
+
+    def test_an_edit_keeps_what_was_changed_in_between(self):
+        store = self.store(make_document('a'))
+        self.touch(make_document('a', 'b', future=1))
+        store.update(self.add)
+        self.assertEqual(list(self.read_config()['keys']), ['a', 'b', 'new'])
+        self.assertEqual(self.read_config()['future'], 1)
+
+    def test_an_edit_is_done_again_when_the_file_changes_under_it(self):
+        store = self.store(make_document('a'))
+        rounds = []
+
+        def edit(config):
+            rounds.append(list(config.document['keys']))
+            if len(rounds) == 1:
+                self.touch(make_document('a', 'b'))
+            return self.add(config)
+        store.update(edit)
+        self.assertEqual(rounds, [['a'], ['a', 'b']])
+        self.assertEqual(list(self.read_config()['keys']), ['a', 'b', 'new'])
+
+    def test_an_edit_follows_a_symbolic_link(self):
+        store = self.store(make_document('a'))
+        real = os.path.join(self.folder, 'dotfiles.json')
+        os.rename(self.path, real)
+        os.symlink(real, self.path)
+        store.update(self.add)
+        self.assertTrue(os.path.islink(self.path))
+        self.assertIn('new', self.read_config()['keys'])
+
+    def test_a_broken_file_is_never_overwritten(self):
+        store = self.store(make_document('a'))
+        for broken in ('{"keys": ', '{"keys": []}', '\xff'):
+            self.touch(broken)
+            with self.subTest(broken=broken), self.assertRaises(cf.ConfigError):
+                store.update(self.add)
+            with open(self.path) as file:
+                self.assertEqual(file.read(), broken)
+
+    def test_a_full_disk_loses_nothing(self):
+        store = self.store(make_document('a'))
+        before = self.read_config()
+        with mock.patch('os.fsync', side_effect=OSError(28, 'No space left on device')):
+            with self.assertRaisesRegex(cf.FailoverError, 'nothing was changed'):
+                store.update(self.add)
+        self.assertEqual((self.read_config(), list(store.current.keys)), (before, ['anthropic:a']))
+
+    def test_a_changed_file_is_taken_up_once(self):
+        store = self.store(make_document('a'))
+        self.assertFalse(store.reload_if_changed())
+        self.touch(make_document('a', 'b'))
+        self.assertTrue(store.reload_if_changed())
+        self.assertEqual(len(store.current.keys), 2)
+        self.assertFalse(store.reload_if_changed())
+
+    def test_a_wrong_or_vanished_file_leaves_the_old_configuration_in_force(self):
+        store = self.store(make_document('a'))
+        in_force = store.current
+        for text, words in (('{"queueWaitMs": "x"}', 'queueWaitMs must be'), ('{\n  "keys": }', 'line 2, column 11')):
+            self.touch(text)
+            self.assertTrue(store.reload_if_changed())
+            self.assertIn(words, store.problem)
+            self.assertIn(self.path, store.problem)
+            self.assertIs(store.current, in_force)
+        os.unlink(self.path)
+        self.assertTrue(store.reload_if_changed())
+        self.assertIn('is gone', store.problem)
+        self.touch(make_document('a', 'b'))
+        self.assertTrue(store.reload_if_changed())
+        self.assertEqual((store.problem, len(store.current.keys)), (None, 2))
+
+    def test_a_byte_order_mark_is_no_error(self):
+        self.assertEqual(len(self.store('\ufeff' + json.dumps(make_document('a'))).current.keys), 1)
+
+    def test_a_file_that_others_could_read_is_made_private_and_that_is_said(self):
+        self.write_config(make_document('a'))
+        os.chmod(self.path, 0o644)
+        store = self.store()
+        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
+        self.assertIn('readable by others', store.notice)
+
+    def test_two_programs_that_edit_at_once_both_succeed(self):
+        self.write_config(make_document('a'))
+        stores = [cf.ConfigStore(self.path) for _ in range(8)]
+        threads = [threading.Thread(target=store.update, args=(lambda config, n=n: self.add(config, f'k{n}'),))
+                   for n, store in enumerate(stores)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        self.assertEqual(len(self.read_config()['keys']), 9)
+
+
+# ==============================================================================
+# Exchanges
+# ==============================================================================
+
+class ExchangesTest(unittest.TestCase):
+    def pair(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        return ours, theirs
+
+    def setUp(self):
+        self.clock = FakeClock()
+        self.client, self.clients_end = self.pair()
+        self.upstream, self.upstreams_end = self.pair()
+        self.exchange = cf.Exchange(self.client, self.clock)
+        self.exchange.attach(self.upstream, 60)
+        self.watcher = cf.Watcher(self.clock)
+
+    def test_a_client_that_leaves_ends_its_upstream(self):
+        self.watcher.look([self.exchange])
+        self.assertFalse(self.exchange.gone)
+        self.clients_end.close()
+        self.watcher.look([self.exchange])
+        self.assertTrue(self.exchange.gone and self.exchange.wake.is_set())
+        self.assertEqual(self.upstreams_end.recv(1), b'')
+        with self.assertRaises(cf.ClientGone):
+            self.exchange.check()
+
+    def test_a_client_that_sends_its_next_request_early_stays(self):
+        self.clients_end.send(b'GET ')
+        self.watcher.look([self.exchange])
+        self.assertFalse(self.exchange.gone)
+
+    def test_a_silent_upstream_is_ended_at_its_deadline(self):
+        self.clock.now += 59
+        self.exchange.extend(300)
+        self.clock.now += 299
+        self.watcher.look([self.exchange])
+        self.assertFalse(self.exchange.timed_out)
+        self.clock.now += 2
+        self.watcher.look([self.exchange])
+        self.assertEqual(self.upstreams_end.recv(1), b'')
+        with self.assertRaises(cf.UpstreamTimeout):
+            self.exchange.check()
+
+    def test_a_detached_upstream_is_let_alone(self):
+        self.exchange.detach()
+        self.exchange.client_left()
+        self.upstream.send(b'x')
+        self.assertEqual(self.upstreams_end.recv(1), b'x')
+
+    def test_the_thread_notices_by_itself(self):
+        watcher = cf.Watcher()
+        watcher.start()
+        with watcher.watching(self.exchange):
+            self.assertEqual(len(watcher), 1)
+            self.clients_end.close()
+            self.assertTrue(self.exchange.wake.wait(PATIENCE_S))
+        self.assertEqual(len(watcher), 0)
+
+
+# ==============================================================================
+# Client connections
+# ==============================================================================
+
+REQUEST = (b'POST /v1/messages?beta=true HTTP/1.1\r\nHost: localhost:4080\r\nContent-Type: application/json\r\n'
+           b'X-Api-Key: k \r\nContent-Length: 5\r\n\r\nhello')
+CHUNKED = (b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n'
+           b'3\r\nhel\r\n2;note=x\r\nlo\r\n0\r\nTrailer: x\r\n\r\n')
+
+
+class SocketTest(unittest.TestCase):
+    """Feeds bytes to a reader from another thread, in pieces."""
+
+    def fed(self, data, size=None):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+
+        def feed():
+            with theirs, contextlib.suppress(OSError):        # a refused request is not read on
+                for piece in pieces(data, size or max(1, len(data))):
+                    theirs.sendall(piece)
+        thread = threading.Thread(target=feed, daemon=True)
+        thread.start()
+        self.addCleanup(thread.join, PATIENCE_S)
+        return ours
+
+
+class ClientConnectionsTest(SocketTest):
+    def connection(self, data, size=None):
+        with mock.patch.object(socket, 'TCP_NODELAY', socket.SO_KEEPALIVE), \
+                mock.patch.object(socket, 'IPPROTO_TCP', socket.SOL_SOCKET):   # a pair is not TCP
+            return cf.ClientConnection(self.fed(data, size))
+
+    def read(self, data, size=None):
+        connection = self.connection(data, size)
+        head = connection.read_head()
+        return head, bytes(connection.read_body(head)), connection
+
+    def test_reads_may_fall_anywhere(self):
+        for data in (REQUEST, CHUNKED):
+            for size in (*range(1, 40), len(data)):
+                with self.subTest(size=size, data=data[:30]):
+                    head, body, connection = self.read(data + REQUEST, size)
+                    self.assertEqual((head.method, body), ('POST', b'hello'))
+                    self.assertEqual(connection.read_head().target, '/v1/messages?beta=true')
+
+    def test_a_head_keeps_names_values_and_order(self):
+        head, _, _ = self.read(REQUEST)
+        self.assertEqual(head.fields[2], ('X-Api-Key', 'k'))
+        self.assertEqual(head.headers['content-type'], 'application/json')
+        self.assertTrue(head.keeps_alive)
+
+    def test_keeping_the_connection_follows_version_and_connection_field(self):
+        for line, field, kept in (('HTTP/1.1', '', True), ('HTTP/1.1', 'Connection: Close\r\n', False),
+                                  ('HTTP/1.0', '', False), ('HTTP/1.0', 'Connection: keep-alive\r\n', True)):
+            head, _, _ = self.read(f'GET / {line}\r\n{field}\r\n'.encode())
+            self.assertEqual(head.keeps_alive, kept)
+
+    def test_what_two_readers_could_read_differently_is_refused(self):
+        post = b'POST /v1/messages HTTP/1.1\r\nHost: x\r\n'
+        for data, status in (
+                (b'GET /\r\n\r\n', 400), (b'GET / HTTP/2.0\r\n\r\n', 400), (b'GET  / HTTP/1.1\r\n\r\n', 400),
+                (b'get / HTTP/1.1\r\n\r\n', 400), (b'GET / HTTP/1.1\nHost: x\n\n', 400),
+                (b'GET / HTTP/1.1\r\nHost: x\n\r\n\r\n', 400), (b'BREW / HTTP/1.1\r\n\r\n', 405),
+                (b'CONNECT x:443 HTTP/1.1\r\n\r\n', 405), (b'TRACE / HTTP/1.1\r\n\r\n', 405),
+                (b'GET http://x/ HTTP/1.1\r\n\r\n', 400), (b'GET //x/ HTTP/1.1\r\n\r\n', 400),
+                (b'GET /a/../b HTTP/1.1\r\n\r\n', 400), (b'GET /a/%2E%2e/b HTTP/1.1\r\n\r\n', 400),
+                (b'GET /a/..%2fb HTTP/1.1\r\n\r\n', 400), (b'GET /a\\b HTTP/1.1\r\n\r\n', 400),
+                (b'GET /a#b HTTP/1.1\r\n\r\n', 400), (b'GET /\xe9 HTTP/1.1\r\n\r\n', 400),
+                (post + b'Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello', 400),
+                (post + b'Content-Length: +5\r\n\r\nhello', 400), (post + b'Content-Length: 0x5\r\n\r\nhello', 400),
+                (post + b'Content-Length: 5, 5\r\n\r\nhello', 400), (post + b'Content-Length: \xb2\r\n\r\nhello', 400),
+                (post + b'Content-Length: 9999999999999999999\r\n\r\n', 400),
+                (post + b'Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n', 400),
+                (post + b'Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n', 400),
+                (post + b'Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n', 400),
+                (b'POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n', 400),
+                (post + b'Name : value\r\n\r\n', 400), (post + b' folded: x\r\n\r\n', 400),
+                (post + b'A: b\r\n c\r\n\r\n', 400), (post + b'A: b\x00c\r\n\r\n', 400),
+                (post + b'A: b\rc\r\n\r\n', 400), (post + b'no colon\r\n\r\n', 400), (post + b': empty\r\n\r\n', 400),
+                (post + b'Expect: 200-maybe\r\n\r\n', 417),
+                (post + b'A: b\r\n' * 101 + b'\r\n', 431), (post + b'A: ' + b'b' * 17_000 + b'\r\n\r\n', 431),
+                (post + b'A: ' + b'b' * 70_000 + b'\r\n\r\n', 431),
+                (post + b'Transfer-Encoding: chunked\r\n\r\nxyz\r\n', 400),
+                (post + b'Transfer-Encoding: chunked\r\n\r\n-1\r\n', 400),
+                (post + b'Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n', 400),
+                (post + b'Transfer-Encoding: chunked\r\n\r\n' + b'1' * 17_000, 400),
+                (post + b'Transfer-Encoding: chunked\r\n\r\n0\r\n' + b'T: x\r\n' * 101, 400),
+                (post + b'Transfer-Encoding: chunked\r\n\r\n7ffffff\r\n', 413)):
+            with self.subTest(data=data[:120]):
+                with self.assertRaises(cf.BadRequest) as caught:
+                    self.read(data)
+                self.assertEqual(caught.exception.status, status)
+
+    def test_a_field_of_spaces_costs_no_time_worth_mentioning(self):
+        head, _, _ = self.read(b'GET / HTTP/1.1\r\nA:' + b' ' * 16_000 + b'\r\n\r\n')
+        self.assertEqual(head.headers['a'], '')
+
+    def test_a_client_that_leaves_within_a_request_is_gone(self):
+        for cut in (20, len(REQUEST) - 2):
+            with self.subTest(cut=cut), self.assertRaises(cf.ClientGone):
+                self.read(REQUEST[:cut])
+        self.assertIsNone(self.connection(b'').read_head())
+
+    def test_a_slow_head_is_refused_in_the_end(self):
+        clock = FakeClock()
+        connection = cf.ClientConnection(mock.Mock(recv=lambda size: b'G'), clock)
+
+        def slow_receive(size):
+            clock.now += 2
+            return b'G'
+        connection.sock.recv = slow_receive
+        with self.assertRaises(cf.BadRequest) as caught:
+            connection.read_head()
+        self.assertEqual(caught.exception.status, 408)
+
+    def response(self, method='GET', minor_version=1):
+        connection = FakeConnection()
+        head = cf.RequestHead(method, '/', minor_version, [], {})
+        return cf.ClientResponse(connection, head), connection
+
+    def test_a_head_and_its_first_piece_leave_together(self):
+        response, connection = self.response()
+        response.start(200, [('a', 'b')])
+        self.assertEqual(connection.data, b'')
+        response.write(b'hello')
+        self.assertTrue(connection.data.endswith(b'\r\n\r\n5\r\nhello\r\n'))
+        response.finish()
+        self.assertEqual((Answered(connection.data).body, Answered(connection.data).is_complete), (b'hello', True))
+
+    def test_an_abandoned_answer_has_no_end(self):
+        response, connection = self.response()
+        response.start(200, [])
+        response.write(b'hello')
+        response.abandon()
+        self.assertFalse(Answered(connection.data).is_complete or response.keep_alive)
+
+    def test_head_and_http_1_0_get_what_they_can_read(self):
+        response, connection = self.response('HEAD')
+        response.send(200, [], b'hello')
+        self.assertTrue(connection.data.endswith(b'content-length: 5\r\n\r\n'))
+        response, connection = self.response(minor_version=0)
+        response.start(200, [])
+        response.write(b'hello')
+        response.finish()
+        self.assertTrue(connection.data.endswith(b'connection: close\r\n\r\nhello'))
+
+    def request(self, *fields, access_token=None, target='/v1/messages'):
+        head = cf.RequestHead('POST', target, 1, list(fields), cf.join_fields(fields))
+        return cf.ClientRequest(head, b'{}', 'default', access_token)
+
+    def test_a_doubled_v1_is_one(self):
+        self.assertEqual(self.request(target='/v1/v1/messages?beta=true').target, '/v1/messages?beta=true')
+
+    def test_only_end_to_end_fields_go_on(self):
+        request = self.request(('Host', 'x'), ('Connection', 'keep-alive, X-Hop'), ('X-Hop', '1'), ('Cookie', 'c'),
+                               ('X-Api-Key', 'k'), ('Authorization', 'Bearer k'), ('X-Proxy-Key', 'y'),
+                               ('Accept-Encoding', 'gzip'), ('User-Agent', 'me'), ('anthropic-version', '2026-10-21'))
+        self.assertEqual(request.forwarded_head, 'User-Agent: me\r\nanthropic-version: 2026-10-21\r\n')
+
+    def test_the_access_token_is_no_credential_of_the_clients(self):
+        fields = (('x-api-key', 'pass'), ('authorization', 'Bearer sk-ant-oat01-x'))
+        self.assertEqual(self.request(*fields, access_token='pass').credentials, [fields[1]])
+        self.assertEqual(self.request(*fields).credentials, list(fields))
+        self.assertIsNone(self.request(('authorization', 'bearer pass'), access_token='pass').client_key)
+
+    def test_a_clients_credential_cools_under_a_name_that_does_not_tell_it(self):
+        one, same, other = (self.request(('x-api-key', value)).client_key for value in ('k1', 'k1', 'k2'))
+        self.assertEqual(one.ref, same.ref)
+        self.assertNotEqual(one.ref, other.ref)
+        self.assertNotIn('k1', repr(tuple(one)))
+
+
+# ==============================================================================
+# Upstream
+# ==============================================================================
+
+class RawServer:
+    """A server on a port of its own that hands each connection to `play(socket, number)`."""
+
+    def __init__(self, test, play, wrap=lambda sock: sock):
+        self.listener = socket.create_server(('127.0.0.1', 0))
+        self.port = self.listener.getsockname()[1]
+        self.url = f'http://127.0.0.1:{self.port}'
+        self.connections = 0
+        self.problems = []
+        self._play, self._wrap = play, wrap
+        thread = threading.Thread(target=self._accept, daemon=True)
+        thread.start()
+        test.addCleanup(thread.join, PATIENCE_S)
+        test.addCleanup(self._close)
+
+    def _close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(sock, self.connections), daemon=True).start()
+
+    def _serve(self, sock, number):
+        try:
+            with self._wrap(sock) as wrapped:
+                self._play(wrapped, number)
+        except OSError as error:
+            self.problems.append(error)
+
+
+def read_request(sock):
+    """(head, body) of the next request; None at the end of the connection."""
+    data = b''
+    while b'\r\n\r\n' not in data:
+        piece = sock.recv(65536)
+        if not piece:
+            return None
+        data += piece
+    head, _, body = data.partition(b'\r\n\r\n')
+    length = int((re.search(rb'(?i)content-length: (\d+)', head) or [0, 0])[1])
+    while len(body) < length:
+        body += sock.recv(65536)
+    return head, body
+
+
+def plain_answer(body=b'{}', status='200 OK', fields=''):
+    return f'HTTP/1.1 {status}\r\n{fields}content-length: {len(body)}\r\n\r\n'.encode() + body
+
+
+class UpstreamTest(SocketTest):
+    def setUp(self):
+        self.upstream = cf.Upstream()
+        self.addCleanup(lambda: self.upstream.close_idle())
+        self.exchange = cf.Exchange(None)
+        patch = mock.patch.dict(os.environ)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for name in ('HTTPS_PROXY', 'https_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE'):
+            os.environ.pop(name, None)
+
+    def wanted(self, url, method='POST', body=b'{}'):
+        return cf.UpstreamRequest(cf.parse_base_url(url), method,
+                                  b'%b / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n' % (method.encode(), len(body)), body)
+
+    def get(self, url, **options):
+        response = self.upstream.open(self.wanted(url, **options), self.exchange, 60)
+        try:
+            return response.status, response.read_all(1 << 20)
+        finally:
+            response.close()
+
+    def response(self, data, size=None, method='POST'):
+        sock = self.fed(data, size)
+        response = cf.UpstreamResponse(sock, self.exchange)
+        response.read_head(method)
+        return response
+
+    def test_answers_may_arrive_in_any_pieces(self):
+        for data, body in (
+                (plain_answer(b'hello'), b'hello'),
+                (b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\nT: x\r\n\r\n', b'hello'),
+                (b'HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n' + plain_answer(b'hello'), b'hello'),
+                (b'HTTP/1.0 200\r\n\r\nhello', b'hello'), (plain_answer(b'', '204 No Content'), b'')):
+            for size in (*range(1, 30), len(data)):
+                with self.subTest(data=data[:60], size=size):
+                    response = self.response(data, size)
+                    self.assertEqual(response.read_all(100), body)
+                    self.assertTrue(response.ended)
+
+    def test_an_answer_to_head_has_no_body(self):
+        response = self.response(b'HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n', method='HEAD')
+        self.assertEqual((response.length, response.read()), (5, b''))
+
+    def test_a_body_that_ends_too_early_is_a_cut(self):
+        for data in (b'HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhello',
+                     b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n',
+                     b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\nhello',
+                     b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n',
+                     b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhello\r\n0\r\n\r\n',
+                     b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n'):
+            with self.subTest(data=data), self.assertRaises(cf.UpstreamCut):
+                self.response(data).read_all(100)
+
+    def test_what_is_no_answer_is_a_cut(self):
+        for data in (b'nonsense\r\n\r\n', b'HTTP/1.1 2000 OK\r\n\r\n', b'HTTP/1.1 101 Switching\r\n\r\n', b'',
+                     b'HTTP/1.1 200 OK\r\ncontent-length: 5, 5\r\n\r\nhello',
+                     b'HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n',
+                     b'HTTP/1.1 200 OK\r\n' + b'a: b\r\n' * 101 + b'\r\n', b'HTTP/1.1 200 OK\r\na: ' + b'b' * 70_000):
+            with self.subTest(data=data[:60]), self.assertRaises(cf.UpstreamCut):
+                self.response(data)
+
+    def test_folded_and_malformed_fields_are_dropped(self):
+        response = self.response(b'HTTP/1.1 200 OK\r\na: 1\r\n b: 2\r\nc : 3\r\nd: 4\r\ncontent-length: 0\r\n\r\n')
+        self.assertEqual(response.fields, [('a', '1'), ('d', '4'), ('content-length', '0')])
+
+    def test_a_connection_is_reused(self):
+        def play(sock, number):
+            while read_request(sock):
+                sock.sendall(plain_answer(b'%d' % number))
+        server = RawServer(self, play)
+        self.assertEqual([self.get(server.url)[1] for _ in range(3)], [b'1'] * 3)
+
+    def test_a_connection_that_closed_while_idle_is_replaced_silently(self):
+        done = threading.Event()
+
+        def play(sock, number):
+            read_request(sock)
+            sock.sendall(plain_answer(b'%d' % number))
+            if number == 1:
+                sock.shutdown(socket.SHUT_RDWR)
+                done.set()
+            else:
+                read_request(sock)
+        server = RawServer(self, play)
+        self.assertEqual(self.get(server.url)[1], b'1')
+        self.assertTrue(done.wait(PATIENCE_S))
+        self.assertEqual(self.get(server.url)[1], b'2')
+
+    def test_a_reused_connection_that_dies_before_an_answer_is_replaced_once(self):
+        def play(sock, number):
+            read_request(sock)
+            sock.sendall(plain_answer(b'%d' % number))
+            read_request(sock)        # and it closes without an answer
+        server = RawServer(self, play)
+        self.assertEqual([self.get(server.url)[1] for _ in range(2)], [b'1', b'2'])
+
+    def test_a_fresh_connection_that_dies_is_an_error(self):
+        server = RawServer(self, lambda sock, number: read_request(sock))
+        with self.assertRaises(cf.UpstreamUnreachable) as caught:
+            self.get(server.url)
+        self.assertTrue(caught.exception.connected)
+        self.assertEqual(server.connections, 1)
+
+    def test_unasked_bytes_and_old_connections_are_thrown_away(self):
+        sent = threading.Event()
+
+        def play(sock, number):
+            read_request(sock)
+            sock.sendall(plain_answer(b'%d' % number))
+            if number == 1:
+                sock.sendall(plain_answer(b'stale'))
+                sent.set()
+            read_request(sock)
+        server = RawServer(self, play)
+        self.assertEqual(self.get(server.url)[1], b'1')
+        self.assertTrue(sent.wait(PATIENCE_S))
+        self.assertEqual(self.get(server.url)[1], b'2')
+        self.upstream._now = lambda: time.time() + cf.POOL_IDLE_S + 1
+        self.assertEqual(self.get(server.url)[1], b'3')
+
+    def test_an_unread_answer_costs_its_connection(self):
+        def play(sock, number):
+            while read_request(sock):
+                sock.sendall(plain_answer(b'x' * 100_000))
+        server = RawServer(self, play)
+        response = self.upstream.open(self.wanted(server.url), self.exchange, 60)
+        response.read()
+        response.close()
+        self.get(server.url)
+        self.assertEqual(server.connections, 2)
+
+    def test_an_answer_to_a_body_that_was_not_read_is_read(self):
+        def play(sock, number):
+            sock.recv(1000)
+            sock.sendall(plain_answer(b'too large', '413 Too Large', 'connection: close\r\n'))
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(65536):
+                pass
+        server = RawServer(self, play)
+        self.assertEqual(self.get(server.url, body=b'x' * 5_000_000), (413, b'too large'))
+
+    def test_trouble_names_the_host_and_the_reason(self):
+        with socket.create_server(('127.0.0.1', 0)) as closed:
+            url = f'http://127.0.0.1:{closed.getsockname()[1]}'
+        with self.assertRaisesRegex(cf.UpstreamUnreachable, '127.0.0.1: Connection refused') as caught:
+            self.get(url)
+        self.assertFalse(caught.exception.connected)
+        with mock.patch('socket.getaddrinfo', side_effect=socket.gaierror(-2, 'unknown')):
+            with self.assertRaisesRegex(cf.UpstreamUnreachable, 'nowhere.example: name resolution failed'):
+                self.get('http://nowhere.example')
+
+    def test_a_client_that_left_ends_a_wait_for_an_answer(self):
+        asked = threading.Event()
+
+        def play(sock, number):
+            read_request(sock)
+            asked.set()
+            sock.recv(1)
+        server = RawServer(self, play)
+
+        def leave():
+            asked.wait(PATIENCE_S)
+            self.exchange.client_left()
+        threading.Thread(target=leave, daemon=True).start()
+        with self.assertRaises(cf.ClientGone):
+            self.get(server.url)
+
+    def tls_files(self):
+        """(certificate and key file), made by openssl."""
+        if not shutil.which('openssl'):
+            self.skipTest('openssl is not installed')
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        path = os.path.join(folder, 'cert.pem')
+        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes',
+                        '-keyout', path + '.key', '-out', path, '-days', '2', '-subj', '/CN=localhost',
+                        '-addext', 'subjectAltName=DNS:localhost'], check=True, capture_output=True)
+        return path
+
+    def tls_server(self):
+        path = self.tls_files()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path, path + '.key')
+
+        def play(sock, number):
+            while read_request(sock):
+                sock.sendall(plain_answer(b'%d' % number))
+        server = RawServer(self, play, lambda sock: context.wrap_socket(sock, server_side=True))
+        return server, f'https://localhost:{server.port}', path
+
+    def test_tls_is_verified_and_reused(self):
+        server, url, path = self.tls_server()
+        with self.assertRaisesRegex(cf.UpstreamUnreachable, 'certificate not accepted.*SSL_CERT_FILE'):
+            self.get(url)
+        os.environ['SSL_CERT_FILE'] = path
+        self.upstream = cf.Upstream()      # it reads the setting when it first needs TLS
+        self.assertEqual([self.get(url) for _ in range(3)], [(200, b'2')] * 3)
+        with self.assertRaisesRegex(cf.UpstreamUnreachable, 'certificate not accepted'):
+            self.get(url.replace('localhost', '127.0.0.1'))      # the name is verified too
+
+    def test_a_proxy_is_used_for_far_https_hosts_by_connect(self):
+        seen = queue.Queue()
+
+        def play(sock, number):
+            seen.put(read_request(sock)[0])
+            sock.sendall(b'HTTP/1.1 407 Proxy Authentication Required\r\n\r\n')
+        proxy = RawServer(self, play)
+        os.environ['HTTPS_PROXY'] = f'http://user:p%40ss@127.0.0.1:{proxy.port}'
+        with self.assertRaisesRegex(cf.UpstreamUnreachable, 'api.example.com by way of the proxy 127.0.0.1'):
+            self.get('https://api.example.com')
+        head = seen.get(timeout=PATIENCE_S).decode()
+        self.assertTrue(head.startswith('CONNECT api.example.com:443 '))
+        self.assertIn('Proxy-Authorization: Basic dXNlcjpwQHNz', head)
+        os.environ['NO_PROXY'] = 'example.com'
+        self.assertIsNone(cf.outbound_proxy(cf.parse_base_url('https://api.example.com')))
+        for url in ('https://localhost:1', 'https://127.0.0.1', 'http://gpu-box:8000'):
+            self.assertIsNone(cf.outbound_proxy(cf.parse_base_url(url)))
+        os.environ['HTTPS_PROXY'] = 'socks5://127.0.0.1:1'
+        with self.assertRaisesRegex(cf.UpstreamUnreachable, 'must be an http:// URL'):
+            cf.outbound_proxy(cf.parse_base_url('https://other.org'))
+
+    def test_base_urls_keep_their_path_less_a_closing_v1(self):
+        for url, host_field, path in (
+                ('https://api.anthropic.com', 'api.anthropic.com', ''), ('http://[::1]:8000/', '[::1]:8000', ''),
+                ('https://x.example/anthropic/', 'x.example', '/anthropic'), ('http://h:1/a/v1', 'h:1', '/a')):
+            base = cf.parse_base_url(url)
+            self.assertEqual((base.host_field, base.path), (host_field, path))
+
+    def test_tokens_are_read_where_they_are_kept(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        os.environ['SOME_KEY'] = ' secret '
+        for content, token in ((' secret \n', 'secret'), ('{"claudeAiOauth": {"accessToken": "t1"}}', 't1'),
+                               ('{"tokens": {"access_token": "t2"}, "OPENAI_API_KEY": null}', 't2'),
+                               ('{"OPENAI_API_KEY": "t3"}', 't3')):
+            path = os.path.join(folder, 'token')
+            with open(path, 'w') as file:
+                file.write(content)
+            self.assertEqual(cf.read_token(f'file:{path}'), token)
+        self.assertEqual((cf.read_token('env:SOME_KEY'), cf.read_token('sk-x')), ('secret', 'sk-x'))
+        for content, words in (('two words', 'does not hold a token alone'), ('{"a": 1}', 'no access token'),
+                               ('{', 'not valid JSON')):
+            with open(path, 'w') as file:
+                file.write(content)
+            with self.subTest(content=content), self.assertRaisesRegex(cf.TokenUnavailable, words):
+                cf.read_token(f'file:{path}')
+        with self.assertRaisesRegex(cf.TokenUnavailable, 'NOT_THERE is not set'):
+            cf.read_token('env:NOT_THERE')
+        with self.assertRaisesRegex(cf.TokenUnavailable, 'cannot be read'):
+            cf.read_token(f'file:{folder}/none')
+
+
+# ==============================================================================
+# Failover
+# ==============================================================================
+
+RATE_LIMITED = refusal(429, 'rate_limit_error', 'slow down', retry_after='20')
+SERVER_TROUBLE = refusal(500, 'api_error', 'Internal server error')
+OVERLOADED = refusal(529, 'overloaded_error', 'Overloaded')
+BAD_KEY = refusal(401, 'authentication_error', 'invalid x-api-key')
+FORBIDDEN = refusal(403, 'permission_error', 'not for you')
+NO_CREDIT = refusal(400, 'invalid_request_error', 'Your credit balance is too low to access the Anthropic API.')
+NO_MODEL = refusal(404, 'not_found_error', f'model: {OPUS}')
+LONG = refusal(429, 'rate_limit_error', 'slow down', retry_after='3000')
+REFUSED = cf.UpstreamUnreachable('host: Connection refused', False)
+RESET = cf.UpstreamUnreachable('host: it closed the connection', True)
+
+
+class FailoverTest(unittest.TestCase):
+    def setUp(self):
+        self.clock = FakeClock()
+        self.cooldowns = cf.Cooldowns(self.clock)
+        self.log = mock.Mock()
+        self.metrics = cf.Metrics()
+
+    def failover(self, upstream, config):
+        self.store = mock.Mock(current=config)
+        self.upstream = upstream
+        self.failover_ = cf.Failover(self.store, self.cooldowns, upstream, cf.Journal(self.log, self.metrics),
+                                     clock=self.clock, now=lambda: START, wait=self.clock.wait,
+                                     jitter=lambda low, high: low)
+        return self.failover_
+
+    def serve(self, failover, body=None, method='POST', target=cf.MESSAGES_PATH, fields=(), exchange=None):
+        data = b'' if method in ('GET', 'HEAD') else json.dumps(body or messages_body()).encode()
+        head = cf.RequestHead(method, target, 1, list(fields), cf.join_fields(fields))
+        connection = FakeConnection()
+        response = cf.ClientResponse(connection, head)
+        failover.serve(cf.ClientRequest(head, data, 'default'), response, exchange or cf.Exchange(None, self.clock))
+        return Answered(connection.data)
+
+    def one(self, script, keys='ab', body=None, **changes):
+        """One request over some keys' scripts; (Answered, [key ids tried])."""
+        changes.setdefault('queueWaitMs', 0)
+        changes.setdefault('modelFallback', {})
+        answered = self.serve(self.failover(FakeUpstream(**script), make_config(*keys, **changes)), body)
+        return answered, [key for key, _ in self.upstream.seen]
+
+    def cooling(self):
+        return {(c.key.id, c.model): left for c, left in self.cooldowns.snapshot()}
+
+    def record(self):
+        return self.metrics.snapshot()[1][0]
+
+    def test_each_answer_of_the_first_key_has_its_consequence(self):
+        """Two keys, one model: (answer of a, keys tried, what cools, client's status)."""
+        pair = ('a', OPUS)
+        unified = {'anthropic_ratelimit_unified_5h_status': 'rejected',
+                   'anthropic_ratelimit_unified_5h_reset': str(int(START) + 1800)}
+        for play, tried, cooled, status in (
+                (Play(), 'a', {}, 200),
+                (Play(302, {'location': 'https://elsewhere.example'}), 'a', {}, 302),
+                (refusal(400, 'invalid_request_error', 'prompt is too long'), 'a', {}, 400),
+                (refusal(413, 'request_too_large', 'too large'), 'a', {}, 413),
+                (refusal(404, 'not_found_error', 'Not found'), 'a', {}, 404),
+                (NO_CREDIT, 'ab', {('a', None): 3600}, 200),
+                (refusal(402, 'billing_error', 'pay'), 'ab', {('a', None): 3600}, 200),
+                (refusal(400, 'invalid_request_error', 'This organization has been disabled.'), 'ab', {('a', None): 3600}, 200),
+                (BAD_KEY, 'ab', {('a', None): 300}, 200),
+                (FORBIDDEN, 'ab', {pair: 600}, 200),
+                (NO_MODEL, 'ab', {pair: 3600}, 200),
+                (refusal(429, 'rate_limit_error', 'x', **unified), 'ab', {('a', None): 1800}, 200),
+                (RATE_LIMITED, 'ab', {pair: 20}, 200),
+                (refusal(429, 'rate_limit_error', 'enforced_spend_limit_reached'), 'ab', {('a', None): 3600}, 200),
+                (refusal(429, 'rate_limit_error', 'Extra usage is required'), 'ab', {pair: 300}, 200),
+                (refusal(429, 'rate_limit_error', 'x', x_should_retry='true'), 'ab', {}, 200),
+                (refusal(429, 'rate_limit_error', 'x'), 'ab', {pair: 30}, 200),
+                (SERVER_TROUBLE, 'aab', {}, 200),
+                (refusal(520, 'api_error', 'x'), 'aab', {}, 200),
+                (OVERLOADED, 'ab', {pair: 10}, 200),
+                (RESET, 'ab', {}, 200),
+                (REFUSED, 'a', {}, 502),
+                (cf.UpstreamTimeout(), 'a', {}, 504),
+                (Play(stream=stream_bytes([*stream_events()[:2], OVERLOADED_EVENT])), 'ab', {pair: 10}, 200),
+                (Play(stream=stream_bytes(stream_events()[:1])), 'aab', {}, 200),
+                (Play(stream=[b'', cf.UpstreamCut('cut')]), 'aab', {}, 200)):
+            with self.subTest(play=play.__dict__ if isinstance(play, Play) else play):
+                self.setUp()
+                answered, seen = self.one({'a': play, 'b': Play()})
+                self.assertEqual((answered.status, ''.join(seen), self.cooling()), (status, tried, cooled))
+                self.assertTrue(all(response.is_closed for response in self.upstream.opened))
+
+    def test_one_key_alone_is_tried_again_only_where_that_helps(self):
+        for play, tried, status in ((RATE_LIMITED, 'a', 429), (SERVER_TROUBLE, 'aa', 502), (OVERLOADED, 'aa', 529),
+                                    (BAD_KEY, 'a', 401), (FORBIDDEN, 'a', 502), (NO_MODEL, 'a', 404), (NO_CREDIT, 'a', 400),
+                                    (RESET, 'a', 502), (refusal(429, 'rate_limit_error', 'x', x_should_retry='true'), 'a', 429)):
+            with self.subTest(play=getattr(play, '__dict__', play)):
+                self.setUp()
+                answered, seen = self.one({'a': play}, 'a')
+                self.assertEqual((answered.status, ''.join(seen)), (status, tried))
+
+    def test_a_pause_precedes_the_same_key_again(self):
+        waits = []
+        self.clock.on_wait = waits.append
+        self.one({'a': [SERVER_TROUBLE, Play()]}, 'a')
+        self.assertEqual(waits, [0.5])
+
+    def test_a_model_is_given_up_after_three_server_errors_or_two_overloads(self):
+        for play, tried in ((SERVER_TROUBLE, 'aab'), (OVERLOADED, 'ab'),
+                            (refusal(429, 'rate_limit_error', 'x', x_should_retry='true'), 'ab')):
+            self.setUp()
+            _, seen = self.one(dict.fromkeys('abcd', play), 'abcd')
+            self.assertEqual(''.join(seen), tried)
+
+    def test_no_key_of_an_unreachable_host_is_tried_but_those_of_another(self):
+        for play, tried in ((REFUSED, 'ad'), (RESET, 'abd')):
+            config = make_document('a', 'b', 'c', 'd', queueWaitMs=0)
+            config['keys']['d']['baseUrl'] = 'https://other.example'
+            upstream = FakeUpstream(a=play, b=play, c=play, d=Play())
+            answered = self.serve(self.failover(upstream, cf.parse_config(config)))
+            self.assertEqual((answered.status, ''.join(key for key, _ in upstream.seen)), (200, tried))
+
+    def test_three_failures_in_a_row_rest_what_failed(self):
+        for _ in range(3):
+            self.one({'a': RESET}, 'a')
+        self.assertEqual(self.cooling(), {('a', None): 15})
+        self.setUp()
+        self.one({'a': SERVER_TROUBLE}, 'a')
+        self.one({'a': SERVER_TROUBLE}, 'a')
+        self.assertEqual(self.cooling(), {})
+        self.one({'a': SERVER_TROUBLE}, 'a')
+        self.assertEqual(self.cooling(), {('a', OPUS): 15})
+
+    def test_a_fallback_model_answers_when_every_key_is_spent_for_the_first(self):
+        upstream = FakeUpstream(a=[RATE_LIMITED, Play()], b=RATE_LIMITED)
+        answered = self.serve(self.failover(upstream, make_config('a', 'b')))
+        self.assertEqual(upstream.seen, [('a', OPUS), ('b', OPUS), ('a', SONNET)])
+        self.assertEqual(answered.headers['x-proxy-fallback'], f'{OPUS} -> {SONNET}')
+        self.assertEqual((answered.headers['x-proxy-key'], answered.headers['x-proxy-model'],
+                          answered.headers['x-proxy-attempts'], answered.headers['x-proxy-provider']),
+                         ('a', SONNET, 'a=429,b=429,a=200', 'anthropic'))
+        self.assertEqual(self.record()['fallback'], f'{OPUS} -> {SONNET}')
+
+    def test_answers_about_the_request_itself_stop_before_the_next_model(self):
+        for play in (refusal(429, 'rate_limit_error', 'x', x_should_retry='true'), refusal(400, 'x', 'y')):
+            upstream = FakeUpstream(a=play)
+            self.serve(self.failover(upstream, make_config('a', queueWaitMs=0)))
+            self.assertEqual({model for _, model in upstream.seen}, {OPUS})
+
+    def test_a_relayed_answer_is_the_upstreams_byte_for_byte(self):
+        body = b'{"type":"error",  "error":{"type":"invalid_request_error","message":"caf\xc3\xa9"}}\n'
+        play = Play(400, {'request-id': 'req_1', 'Access-Control-Allow-Origin': '*', 'x-proxy-key': 'forged',
+                          'anthropic-ratelimit-requests-remaining': '5'}, body)
+        answered, _ = self.one({'a': play}, 'a')
+        self.assertEqual(answered.body, body)
+        self.assertEqual((answered.headers['request-id'], answered.headers['x-proxy-key']), ('req_1', 'a'))
+        self.assertEqual(answered.headers['anthropic-ratelimit-requests-remaining'], '5')
+        self.assertNotIn('access-control-allow-origin', answered.headers)
+
+    def test_the_request_goes_on_as_it_came(self):
+        fields = [('User-Agent', 'claude-cli/2'), ('anthropic-version', '2026-10-21'), ('x-api-key', 'mine'),
+                  ('anthropic-beta', 'x-1, y-2')]
+        upstream = FakeUpstream(a=Play())
+        self.serve(self.failover(upstream, make_config('a', anthropicBaseUrl='https://host.example/prefix')),
+                   target='/v1/messages?beta=true', fields=fields)
+        head = upstream.sent[0].head.decode()
+        self.assertTrue(head.startswith('POST /prefix/v1/messages?beta=true HTTP/1.1\r\nhost: host.example\r\n'))
+        self.assertIn(f'x-api-key: {token_of("a")}\r\n', head)
+        self.assertIn('anthropic-beta: x-1,y-2\r\n', head)
+        self.assertIn('User-Agent: claude-cli/2\r\nanthropic-version: 2026-10-21\r\n', head)
+        self.assertNotIn('mine', head)
+        self.assertEqual(upstream.sent[0].body, json.dumps(messages_body()).encode())
+
+    def test_an_oauth_token_goes_as_bearer_with_its_beta_once(self):
+        document = make_document('a')
+        document['keys']['a'].update(token='sk-ant-oat01-a-0123456789', type='oauth')
+        for betas in ('', 'x-1, oauth-2025-04-20'):
+            upstream = FakeUpstream(a=Play())
+            self.serve(self.failover(upstream, cf.parse_config(document)), fields=[('anthropic-beta', betas)] if betas else [])
+            head = upstream.sent[0].head.decode()
+            self.assertIn('authorization: Bearer sk-ant-oat01-a-0123456789\r\n', head)
+            self.assertNotIn('x-api-key', head)
+            self.assertEqual(head.count(cf.OAUTH_BETA), 1)
+
+    def test_a_token_that_cannot_be_read_is_passed_over_and_named(self):
+        document = make_document('a', 'b', queueWaitMs=0)
+        document['keys']['a']['token'] = 'env:NOT_THERE_AT_ALL'
+        answered = self.serve(self.failover(FakeUpstream(b=Play()), cf.parse_config(document)))
+        self.assertEqual((answered.status, answered.headers['x-proxy-attempts']), (200, 'a=no_token,b=200'))
+        del document['keys']['b'], document['profiles']['default']['keyOrder'][1]
+        answered = self.serve(self.failover(FakeUpstream(), cf.parse_config(document)))
+        self.assertEqual(answered.status, 401)
+        self.assertIn('NOT_THERE_AT_ALL is not set', answered.error['message'])
+
+    # -- the client's own credential
+
+    def test_pass_through_uses_and_cools_the_clients_own_credential(self):
+        upstream = FakeUpstream(client=[RATE_LIMITED, Play()])
+        failover = self.failover(upstream, make_config(queueWaitMs=0, modelFallback={}))
+        mine, other = [('x-api-key', 'mine')], [('authorization', 'Bearer other')]
+        self.assertEqual(self.serve(failover, fields=mine).status, 429)
+        self.assertIn(b'x-api-key: mine\r\n', upstream.sent[0].head)
+        self.assertEqual(self.serve(failover, fields=other).status, 200)
+        self.assertIn(b'authorization: Bearer other\r\n', upstream.sent[1].head)
+        self.assertEqual(self.serve(failover, fields=mine).status, 429)
+        self.assertEqual(len(upstream.sent), 2)
+
+    def test_a_clients_login_comes_first_where_the_order_says_so(self):
+        config = make_config('a', profiles={'default': {'port': 0, 'priorityOrder': ['client', 'anthropic:a']}})
+        upstream = FakeUpstream(client=RATE_LIMITED, a=Play())
+        answered = self.serve(self.failover(upstream, config), fields=[('authorization', 'Bearer login')])
+        self.assertEqual(answered.headers['x-proxy-attempts'], 'client=429,a=200')
+        self.assertNotIn(b'login', upstream.sent[1].head)
+
+    def test_a_refused_login_of_the_clients_is_told_as_it_came(self):
+        answered = self.serve(self.failover(FakeUpstream(client=BAD_KEY), make_config()), fields=[('x-api-key', 'x')])
+        self.assertEqual((answered.status, answered.json), (401, api_error('authentication_error', 'invalid x-api-key')))
+        self.assertNotIn('x-should-retry', answered.headers)
+
+    def test_without_any_key_or_credential_the_answer_says_what_to_do(self):
+        answered = self.serve(self.failover(FakeUpstream(), make_config()))
+        self.assertEqual((answered.status, answered.headers['x-should-retry']), (401, 'false'))
+        self.assertIn('claude-failover add-key', answered.error['message'])
+
+    # -- streams
+
+    def stream(self, *parts, key='a', after=None):
+        """Serves one streamed answer made of these pieces."""
+        upstream = FakeUpstream(a=Play(stream=list(parts)), b=after or Play())
+        answered = self.serve(self.failover(upstream, make_config('a', 'b', queueWaitMs=0)),
+                              body=messages_body(stream=True))
+        self.assertTrue(all(response.is_closed for response in upstream.opened))
+        return answered
+
+    def test_a_stream_is_passed_on_unchanged_in_pieces_of_every_size(self):
+        data = stream_bytes(stream_events('Hello, é 世界'))
+        for size in (*range(1, 80), len(data)):
+            with self.subTest(size=size):
+                answered = self.stream(*pieces(data, size))
+                self.assertEqual((answered.body, answered.is_complete), (data, True))
+        self.assertEqual((self.record()['input_tokens'], self.record()['output_tokens']), (10, 5))
+
+    def test_an_event_leaves_before_the_next_arrives(self):
+        connection = FakeConnection()
+        passed = []
+        events = stream_events()
+
+        class Watching(FakeUpstreamResponse):
+            def read(self):
+                passed.append(connection.data.count(b'event: '))
+                return super().read()
+        play = Play(stream=[cf.event_bytes(event) for event in events])
+        upstream = FakeUpstream(a=play)
+        upstream.open = lambda *args: Watching(play)
+        head = cf.RequestHead('POST', cf.MESSAGES_PATH, 1, [], {})
+        failover = self.failover(upstream, make_config('a'))
+        failover.serve(cf.ClientRequest(head, json.dumps(messages_body(stream=True)).encode(), 'default'),
+                       cf.ClientResponse(connection, head), cf.Exchange(None, self.clock))
+        self.assertEqual(passed, [0, 0, 0, *range(3, len(events) + 1)])
+
+    def test_a_stream_that_is_cut_after_its_commit_ends_with_an_error_and_no_end(self):
+        data = stream_bytes()
+        for cut in (len(stream_bytes(stream_events()[:3])), len(data) // 2, len(data) // 2 + 7):
+            for end in ([cf.UpstreamCut('it closed')], [cf.UpstreamTimeout()], []):
+                with self.subTest(cut=cut, end=end):
+                    answered = self.stream(data[:cut], *end)
+                    self.assertEqual(answered.events[-1]['type'], 'error')
+                    self.assertEqual(answered.events[-1]['error']['type'], 'api_error')
+                    self.assertFalse(answered.is_complete)
+                    self.assertEqual(self.record()['outcome'], 'failed')
+
+    def test_a_missing_message_stop_is_written_when_the_message_was_whole(self):
+        data = stream_bytes(stream_events()[:-1])
+        for end in ([], [cf.UpstreamCut('it closed')]):
+            answered = self.stream(data, *end)
+            self.assertEqual((answered.events, answered.is_complete), (stream_events(), True))
+
+    def test_an_error_event_after_the_commit_is_passed_on(self):
+        data = stream_bytes([*stream_events()[:4], OVERLOADED_EVENT])
+        answered = self.stream(data)
+        self.assertEqual((answered.body, answered.is_complete), (data, True))
+        self.assertEqual((self.record()['outcome'], self.record()['error']), ('failed', 'Overloaded'))
+
+    def test_an_error_that_opens_a_stream_is_answered_with_its_status(self):
+        for type, status, message in (('rate_limit_error', 429, 'x'), ('overloaded_error', 529, 'x'), ('api_error', 502, 'x'),
+                                      ('invalid_request_error', 400, 'bad'), ('brand_new_error', 502, 'x')):
+            data = stream_bytes([{'type': 'error', 'error': {'type': type, 'message': message}}])
+            with self.subTest(type=type):
+                self.setUp()
+                play = Play(stream=data)
+                answered = self.stream(data, after=play)
+                self.assertEqual((answered.status, answered.headers['content-type']), (status, 'application/json'))
+
+    def test_a_client_that_leaves_is_recorded_and_its_upstream_closed(self):
+        upstream = FakeUpstream(a=Play(stream=stream_bytes()))
+        failover = self.failover(upstream, make_config('a'))
+        head = cf.RequestHead('POST', cf.MESSAGES_PATH, 1, [], {})
+        connection = FakeConnection()
+        connection.breaks = True
+        response = cf.ClientResponse(connection, head)
+        failover.serve(cf.ClientRequest(head, b'{"model":"x"}', 'default'), response, cf.Exchange(None, self.clock))
+        self.assertEqual((self.record()['outcome'], response.keep_alive), ('client_gone', False))
+        self.assertTrue(upstream.opened[0].is_closed)
+
+    # -- repairs
+
+    def test_a_fallback_model_is_sent_what_it_takes_and_that_is_remembered(self):
+        complaint = refusal(400, 'invalid_request_error', 'thinking.type: adaptive is not supported by this model')
+
+        def sonnet(body):
+            return complaint if 'thinking' in body else Play()
+
+        def play(body):
+            return RATE_LIMITED if body['model'] == OPUS else sonnet(body)
+        upstream = FakeUpstream(a=[play, play])
+        failover = self.failover(upstream, make_config('a', queueWaitMs=0))
+        body = messages_body(thinking={'type': 'adaptive'})
+        self.assertEqual(self.serve(failover, body).status, 200)
+        self.assertEqual([model for _, model in upstream.seen], [OPUS, SONNET, SONNET])
+        self.assertEqual(self.serve(failover, body).status, 200)
+        self.assertEqual([model for _, model in upstream.seen][3:], [SONNET])
+        self.assertEqual(self.serve(failover, {**body, 'model': SONNET}).status, 400)     # asked for: relayed
+
+    def test_several_complaints_are_mended_one_by_one_and_one_that_stays_is_told(self):
+        def sonnet(body):
+            for field in ('thinking', 'context_management', 'tags'):
+                if field in body:
+                    return refusal(400, 'invalid_request_error', f'{field}: Extra inputs are not permitted')
+            return Play()
+
+        def play(body):
+            return RATE_LIMITED if body['model'] == OPUS else sonnet(body)
+        body = messages_body(thinking={}, context_management={}, tags=[])
+        upstream = FakeUpstream(a=[play, play])
+        self.assertEqual(self.serve(self.failover(upstream, make_config('a', queueWaitMs=0)), body).status, 200)
+        stubborn = refusal(400, 'invalid_request_error', 'thinking: no')
+        self.setUp()
+        upstream = FakeUpstream(a=[RATE_LIMITED, stubborn])
+        self.assertEqual(self.serve(self.failover(upstream, make_config('a', queueWaitMs=0)), body).status, 400)
+        self.assertEqual(len(upstream.seen), 3)
+
+    def test_thinking_with_a_signature_that_is_refused_goes_once_without(self):
+        complaint = refusal(400, 'invalid_request_error', 'messages.0.content.0: Invalid `signature` in `thinking` block')
+        thinking = {'type': 'thinking', 'thinking': 'hm', 'signature': 'foreign'}
+        body = messages_body(messages=[{'role': 'assistant', 'content': [thinking, {'type': 'text', 'text': 'x'}]},
+                                       {'role': 'user', 'content': 'y'}])
+        upstream = FakeUpstream(a=lambda sent: complaint if 'foreign' in json.dumps(sent) else Play())
+        failover = self.failover(upstream, make_config('a'))
+        self.assertEqual(self.serve(failover, body).status, 200)
+        self.assertEqual(len(upstream.seen), 2)
+        self.serve(failover, body)
+        self.assertEqual(len(upstream.seen), 4)       # the next conversation keeps its thinking
+
+    # -- other paths
+
+    def test_reads_rotate_and_writes_without_a_model_do_not(self):
+        for method, target, tried, status in (
+                ('GET', '/v1/models', 'ab', 200), ('GET', '/v1/messages/batches/x', 'ab', 200),
+                ('POST', '/v1/messages/batches', 'a', 401), ('DELETE', '/v1/files/x', 'a', 401)):
+            with self.subTest(target=target):
+                self.setUp()
+                upstream = FakeUpstream(a=BAD_KEY, b=Play())
+                answered = self.serve(self.failover(upstream, make_config('a', 'b')), {'x': 1}, method, target)
+                self.assertEqual((''.join(key for key, _ in upstream.seen), answered.status), (tried, status))
+
+    def test_the_first_ready_key_is_used_and_a_limited_one_rather_than_none(self):
+        upstream = FakeUpstream(a=Play(), b=Play())
+        failover = self.failover(upstream, make_config('a', 'b'))
+        spent = cf.Outcome(rule('window_spent'), 429, 'x', 100)
+        keys = list(self.store.current.keys.values())
+        self.cooldowns.cool(keys[0], None, spent, 3600)
+        self.serve(failover, method='GET', target='/v1/models')
+        self.cooldowns.cool(keys[1], None, spent, 3600)
+        self.assertEqual(self.serve(failover, method='GET', target='/v1/models').status, 200)
+        self.assertEqual([key for key, _ in upstream.seen], ['b', 'a'])
+
+    def test_limits_of_count_tokens_rotate_and_cool_nothing(self):
+        upstream = FakeUpstream(a=RATE_LIMITED, b=[Play(), RATE_LIMITED])
+        failover = self.failover(upstream, make_config('a', 'b'))
+        target = '/v1/messages/count_tokens?beta=true'
+        self.assertEqual(self.serve(failover, target=target).status, 200)
+        answered = self.serve(failover, target=target)
+        self.assertEqual((answered.status, answered.json), (429, api_error('rate_limit_error', 'slow down')))
+        self.assertEqual(self.cooling(), {})
+        self.assertEqual({model for _, model in upstream.seen}, {OPUS})
+
+    def test_an_answer_that_is_no_stream_of_messages_passes_as_it_is(self):
+        upstream = FakeUpstream(a=Play(200, {'content-encoding': 'gzip'}, stream=[b'\x1f\x8b', b'raw']))
+        answered = self.serve(self.failover(upstream, make_config('a')))
+        self.assertEqual((answered.body, answered.headers['content-encoding']), (b'\x1f\x8braw', 'gzip'))
+
+    def test_a_plain_answer_that_is_cut_has_no_end(self):
+        play = Play()
+        play.pieces = [b'{"half":', cf.UpstreamCut('cut')]
+        answered, _ = self.one({'a': play}, 'a')
+        self.assertEqual((answered.is_complete, self.record()['outcome']), (False, 'failed'))
+
+    # -- the queue
+
+    def test_a_request_waits_for_the_nearest_return_within_its_time(self):
+        upstream = FakeUpstream(a=[RATE_LIMITED, Play()], b=refusal(429, 'rate_limit_error', 'x', retry_after='50'))
+        answered = self.serve(self.failover(upstream, make_config('a', 'b', modelFallback={})))
+        self.assertEqual((answered.status, self.clock.now - 1000), (200, 20))
+        self.assertEqual([key for key, _ in upstream.seen], ['a', 'b', 'a'])
+        self.assertEqual((answered.headers['x-proxy-queued'], self.record()['queued_ms']), ('20', 20000))
+        self.assertEqual(self.cooldowns.queue_length(), 0)
+
+    def test_a_return_that_is_too_far_is_answered_at_once(self):
+        for changes in ({'queueWaitMs': 19000}, {'queueWaitMs': 0}):
+            self.setUp()
+            answered, seen = self.one({'a': RATE_LIMITED}, 'a', **changes)
+            self.assertEqual((answered.status, self.clock.now, seen), (429, 1000, ['a']))
+
+    def test_waiting_twice_does_not_double_the_time(self):
+        upstream = FakeUpstream(a=RATE_LIMITED)
+        answered = self.serve(self.failover(upstream, make_config('a', queueWaitMs=50_000, modelFallback={})))
+        self.assertEqual((answered.status, self.clock.now - 1000, len(upstream.seen)), (429, 40, 3))
+
+    def test_nobody_waits_for_billing_or_a_login(self):
+        for play in (NO_CREDIT, BAD_KEY, NO_MODEL):
+            self.setUp()
+            for _ in range(2):
+                self.one({'a': play}, 'a', queueWaitMs=3_600_000)
+            self.assertEqual(self.clock.now, 1000)
+
+    def test_a_held_stream_is_kept_alive_by_pings(self):
+        upstream = FakeUpstream(a=[refusal(429, 'rate_limit_error', 'x', retry_after='35'), Play(stream=stream_bytes())])
+        answered = self.serve(self.failover(upstream, make_config('a', modelFallback={})), messages_body(stream=True))
+        self.assertEqual((answered.status, answered.headers['content-type']), (200, 'text/event-stream; charset=utf-8'))
+        self.assertEqual(answered.events, [{'type': 'ping'}] * 3 + stream_events())
+        self.assertTrue(answered.is_complete)
+
+    def test_a_held_stream_is_told_of_its_failure_by_an_event(self):
+        upstream = FakeUpstream(a=[refusal(429, 'rate_limit_error', 'x', retry_after='35'), LONG])
+        answered = self.serve(self.failover(upstream, make_config('a', modelFallback={})), messages_body(stream=True))
+        self.assertEqual([event['type'] for event in answered.events], ['ping'] * 3 + ['error'])
+        self.assertEqual(answered.events[-1]['error']['type'], 'rate_limit_error')
+
+    def test_a_held_plain_request_just_waits(self):
+        upstream = FakeUpstream(a=[refusal(429, 'rate_limit_error', 'x', retry_after='35'), Play()])
+        answered = self.serve(self.failover(upstream, make_config('a', modelFallback={})))
+        self.assertEqual((answered.status, answered.json), (200, MESSAGE))
+
+    def test_a_new_configuration_clearing_and_leaving_end_the_wait(self):
+        for event, status in (('config', 200), ('clear', 200), ('shutdown', 429), ('leave', None)):
+            with self.subTest(event=event):
+                self.setUp()
+                upstream = FakeUpstream(a=[RATE_LIMITED, Play()], b=Play())
+                failover = self.failover(upstream, make_config('a', modelFallback={}))
+                exchange = cf.Exchange(None, self.clock)
+
+                def act(seconds):
+                    {'config': lambda: setattr(self.store, 'current', make_config('a', 'b')),
+                     'clear': self.cooldowns.clear, 'leave': exchange.client_left,
+                     'shutdown': lambda: setattr(failover, 'stopping', True)}[event]()
+                    self.cooldowns.wake_all()
+                    self.clock.now -= seconds
+                self.clock.on_wait = act
+                if status is None:
+                    with self.assertRaises(IndexError):       # nothing was written
+                        self.serve(failover, exchange=exchange)
+                    self.assertEqual(self.record()['outcome'], 'client_gone')
+                else:
+                    self.assertEqual(self.serve(failover, exchange=exchange).status, status)
+                self.assertEqual((self.clock.now, self.cooldowns.queue_length()), (1000, 0))
+
+    def test_a_returning_key_meets_one_request_and_then_the_others(self):
+        """Ten requests wait for one key; the second goes only when the first has its headers."""
+        arrived, release = queue.Queue(), threading.Semaphore(0)
+
+        class Gate(FakeUpstream):
+            def open(self, *args):
+                arrived.put(threading.current_thread().name)
+                release.acquire(timeout=PATIENCE_S)
+                return super().open(*args)
+        failover = self.failover(Gate(a=Play()), make_config('a', modelFallback={}))
+        failover._wait = threading.Event.wait
+        key = self.store.current.keys['anthropic:a']
+        self.cooldowns.cool(key, OPUS, cf.Outcome(rule('rate_limited'), 429, 'x', 50), 3600)
+        threads = [threading.Thread(target=self.serve, args=(failover,), daemon=True) for _ in range(10)]
+        joined = threading.Semaphore(0)
+        join_queue = self.cooldowns.join_queue
+        self.cooldowns.join_queue = lambda *args: (join_queue(*args), joined.release())[0]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            self.assertTrue(joined.acquire(timeout=PATIENCE_S))
+        self.clock.now += 50
+        self.cooldowns.wake_all()
+        arrived.get(timeout=PATIENCE_S)
+        self.assertEqual(self.cooldowns.queue_length(), 10)
+        self.assertTrue(arrived.empty())
+        release.release()
+        for _ in range(9):
+            arrived.get(timeout=PATIENCE_S)
+            release.release()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        self.assertEqual(self.metrics.snapshot()[0]['answered'], 10)
+
+    # -- the final failure
+
+    def test_the_final_failure_names_all_that_was_tried_and_when_to_come_back(self):
+        answered, _ = self.one({'a': RATE_LIMITED, 'b': LONG})
+        self.assertEqual((answered.status, answered.error['type']), (429, 'rate_limit_error'))
+        message = answered.error['message']
+        for words in (f'a with {OPUS} 429 rate_limited, back in 20 s: slow down', f'b with {OPUS} 429', 'a in 20 s'):
+            self.assertIn(words, message)
+        self.assertEqual(answered.headers['retry-after'], '20')
+        self.assertNotIn('x-should-retry', answered.headers)
+        self.assertTrue(answered.headers['request-id'].startswith('req_'))
+        self.assertEqual(answered.headers['x-proxy-attempts'], 'a=429,b=429')
+
+    def test_what_waiting_cannot_mend_says_so(self):
+        for plays, status, retry_after, should_retry in (
+                ((LONG, LONG), 429, '3000', 'false'), ((RATE_LIMITED, BAD_KEY), 429, '20', None),
+                ((BAD_KEY, BAD_KEY), 502, None, 'false'), ((FORBIDDEN, BAD_KEY), 502, None, 'false'),
+                ((NO_CREDIT, NO_CREDIT), 400, None, 'false'), ((NO_MODEL, NO_MODEL), 404, None, 'false'),
+                ((SERVER_TROUBLE, SERVER_TROUBLE), 502, None, None), ((OVERLOADED, OVERLOADED), 529, '10', None),
+                ((RATE_LIMITED, SERVER_TROUBLE), 429, '20', None), ((NO_MODEL, SERVER_TROUBLE), 502, None, None)):
+            with self.subTest(status=status, plays=[play.pieces for play in plays]):
+                self.setUp()
+                answered, _ = self.one({'a': plays[0], 'b': plays[1]})
+                self.assertEqual(
+                    (answered.status, answered.headers.get('retry-after'), answered.headers.get('x-should-retry')),
+                    (status, retry_after, should_retry))
+
+    def test_keys_that_rest_are_named_with_what_they_said_last(self):
+        for play, status, words in ((BAD_KEY, 401, 'invalid x-api-key'), (NO_CREDIT, 400, 'credit balance'),
+                                    (NO_MODEL, 404, OPUS), (FORBIDDEN, 502, 'not for you'), (LONG, 429, 'slow down')):
+            self.setUp()
+            for _ in range(2):
+                answered, _ = self.one({'a': play}, 'a')
+            self.assertEqual(answered.status, status)
+            self.assertIn(words, answered.error['message'])
+
+    def test_a_final_429_carries_the_upstreams_limit_fields(self):
+        play = refusal(429, 'rate_limit_error', 'x', anthropic_ratelimit_unified_5h_status='rejected',
+                       anthropic_ratelimit_unified_5h_reset=str(int(START) + 30))
+        answered, _ = self.one({'a': play}, 'a')
+        self.assertEqual(answered.headers['anthropic-ratelimit-unified-5h-status'], 'rejected')
+
+    def test_no_token_is_ever_told(self):
+        for plays in ((BAD_KEY, BAD_KEY), (LONG, LONG), (Play(), Play())):
+            self.setUp()
+            answered, _ = self.one({'a': plays[0], 'b': plays[1]})
+            told = repr(answered.fields) + repr(answered.body) + repr(self.log.mock_calls) + repr(self.record())
+            self.assertNotIn('0123456789abcdef', told)
+
+    def test_the_record_of_a_request_tells_its_chain(self):
+        self.one({'a': RATE_LIMITED, 'b': Play()})
+        record = self.record()
+        self.assertEqual([(a['key'], a['status'], a['result']) for a in record['attempts']],
+                         [('a', 429, 'rate_limited'), ('b', 200, 'answered')])
+        self.assertEqual((record['outcome'], record['key'], record['status'], record['model'], record['input_tokens'],
+                          record['output_tokens']), ('answered', 'b', 200, OPUS, 10, 5))
+
+
+if __name__ == '__main__':
+    unittest.main()
