@@ -7,7 +7,7 @@ fallback model answers; when a key is about to come back, the request waits for 
 One request, from top to bottom of its path (and from bottom to top of this file):
 
     Handler             reads the head strictly, guards Host and Origin, matches ROUTES
-    Handler.proxy       makes a ClientRequest and an Exchange (both ends of one request)
+    forward             makes a ClientRequest and an Exchange (both ends of one request)
     Failover.serve      plans, tries, queues, and gives the final failure
       plan_attempts     [Attempt(key, model), ...] in the profile's order
       Upstream.open     sends one attempt; an UpstreamResponse or UpstreamUnreachable
@@ -28,22 +28,23 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Configuration           SETTINGS, Key, Profile, Config: parsed once, never changed
     Configuration edits     Config -> Config: what commands do to it
     Planning                which key with which model, in which order
-    Classification          RULES: what every upstream answer means
     Request bodies          the model in a body, and repairs that a fallback model needs
+    Classification          RULES: what every upstream answer means
     Event streams           whole server-sent events, and what they said on their way through
     Cooldowns               who rests until when, and the queue of those who wait
     Journal                 the log file, the counters, the recent requests
     Configuration store     the file: atomic, private, reloaded when it changes
     Exchanges               both ends of a request, and the watcher that sees either end leave
-    Upstream                connections that are reused, answers that are read strictly
     Client connections      request heads and bodies read strictly, answers written once
+    Upstream                connections that are reused, answers that are read strictly
     Failover                one request from its plan to its answer
     HTTP server             the guard, ROUTES, a listener for each profile
     Service                 the App: puts the parts together, reloads, stops
     Command line            COMMANDS: printing happens only here
     Main
 
-The first seven know no clock, file, socket or thread: values in, values out.
+From Configuration to Event streams nothing knows a clock, file, socket or thread: values
+in, values out.
 Tests: python3 test_claude_failover.py
 """
 from __future__ import annotations
@@ -58,6 +59,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import itertools
 import json
 import math
 import os
@@ -3336,7 +3338,7 @@ def api_clear_cooldowns(call):
     call.send_json(200, {'cleared': cleared})
 
 
-def proxy(call):
+def forward(call):
     app = call.app
     request = ClientRequest(call.head, call.body, call.profile_name, app.store.current.access_token)
     with app.watcher.watching(Exchange(call.connection.sock)) as exchange:
@@ -3352,7 +3354,7 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route(('OPTIONS',), r'/.*', show_options, is_open=True),
-    Route(METHODS, r'/v1/.+', proxy),
+    Route(METHODS, r'/v1/.+', forward),
     Route(('HEAD', 'GET'), r'/', show_start_page, is_open=True),
     Route(('HEAD', 'GET'), r'/health', api_health),
     Route(('POST',), r'/api/cooldowns/clear', api_clear_cooldowns),
@@ -3455,12 +3457,30 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def __init__(self, profile, app):
         self.profile_name, self.wanted_port, self.app = profile.name, profile.port, app
+        self._is_closing = False
         super().__init__((LISTEN_HOST, profile.port), Handler)
 
     def server_bind(self):
         # Not HTTPServer's: it looks up the host's full name, seconds where DNS is broken.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
+
+    def serve_forever(self, poll_interval=None):
+        """Accepts until `shutdown`, blocked in accept: nothing wakes while nobody comes."""
+        while not self._is_closing:
+            try:
+                request, client_address = self.get_request()
+            except OSError:
+                # The end, or no file descriptor left: others will close theirs.
+                time.sleep(0 if self._is_closing else 0.05)
+                continue
+            self.process_request(request, client_address)
+
+    def shutdown(self):
+        self._is_closing = True
+        with contextlib.suppress(OSError):        # macOS says "not connected", and closing wakes it
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.server_close()
 
     def process_request(self, request, client_address):
         if self.app.slots.acquire(blocking=False):
@@ -3558,9 +3578,7 @@ class App:
 
     def _close_listeners(self, names):
         for name in names:
-            listener = self.listeners.pop(name)
-            listener.shutdown()
-            listener.server_close()
+            self.listeners.pop(name).shutdown()
 
     def _reload_loop(self):
         while not self._stop.wait(RELOAD_S):
@@ -3746,19 +3764,32 @@ def cmd_start(options):
     stop_on_signals(app)
     say_started(app)
     app.run()
-    return 0
+    sys.stdout.flush()
+    # Not by way of the interpreter's end: it would pull OpenSSL away under threads that are
+    # still inside it.
+    os._exit(0)
 
 
 def stop_on_signals(app):
-    """The first SIGTERM or SIGINT drains, the second ends at once."""
-    import signal
+    """The first SIGTERM or SIGINT drains, the second ends at once.
 
-    def handle(number, frame):
-        if app.stopping:
-            os._exit(1)
-        app.stop()
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    A signal may reach any thread, and only wakes that one: so its number goes over a socket
+    to a thread that waits for it, not to a handler that the waiting main thread would run.
+    """
+    import signal
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+
+    def watch():
+        with writer:
+            while reader.recv(1):
+                if app.stopping:
+                    os._exit(1)
+                app.stop()
+    threading.Thread(target=watch, name='signals', daemon=True).start()
 
 
 def say_started(app):
@@ -3917,50 +3948,46 @@ def say_keys(health, style):
 
 
 def cmd_logs(options):
-    path = log_path(options.config)
-    style = Style(sys.stdout)
+    path, style = log_path(options.config), Style(sys.stdout)
     try:
-        lines, position = last_lines(path, options.lines)
+        follower = follow_lines(path)
+        so_far = itertools.takewhile(lambda line: line is not None, follower)
+        last = list(collections.deque(so_far, maxlen=max(0, options.lines)))
     except FileNotFoundError:
-        if not options.follow:
-            say(f'No log yet: {path}')
-            return 0
-        lines, position = [], None
-    for line in lines:
+        say(f'There is no log yet: {path}')
+        return 0
+    for line in last:
         say_log_line(line, options.json, style)
-    if options.follow:
-        follow_log(path, position, lambda line: say_log_line(line, options.json, style))
+    while options.follow:
+        line = next(follower)
+        if line is None:
+            time.sleep(0.25)
+        else:
+            say_log_line(line, options.json, style)
     return 0
 
 
-def last_lines(path, count):
-    """([line, ...], (inode, offset)): the last lines of a log, and where it ends."""
-    with open(path, 'rb') as file:
-        data = file.read()
-        found = os.fstat(file.fileno())
-    lines = data.splitlines()
-    return lines[-count:] if count else [], (found.st_ino, len(data))
-
-
-def follow_log(path, position, tell):
-    """Tells each further line, also of the file that follows a rotation, until Ctrl-C."""
-    inode, offset = position or (None, 0)
+def follow_lines(path):
+    """Yields the lines of a log; None where it ends for now.  Goes on in the file that follows
+    a rotation, after the last line of the one before.  Raises FileNotFoundError."""
     rest = b''
+    file = open(path, 'rb')
     while True:
-        time.sleep(0.25)
-        try:
-            with open(path, 'rb') as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != inode or found.st_size < offset:
-                    inode, offset, rest = found.st_ino, 0, b''
-                file.seek(offset)
-                data = file.read()
-        except FileNotFoundError:     # between a rotation and its next line
-            continue
-        offset += len(data)
-        *lines, rest = (rest + data).split(b'\n')
-        for line in lines:
-            tell(line)
+        has_rotated = not is_same_file(file, path)      # asked before the last read, not after
+        *lines, rest = (rest + file.read()).split(b'\n')
+        yield from lines
+        if has_rotated and os.path.exists(path):
+            file.close()
+            file, rest = open(path, 'rb'), b''
+        else:
+            yield None
+
+
+def is_same_file(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:         # between a rotation and the next line
+        return False
 
 
 def say_log_line(line, as_json, style):

@@ -5,6 +5,7 @@ Sections and their order are those of the program; fakes and builders come first
 sleeps and nothing leaves this machine: clocks are moved by hand, servers listen on port 0,
 HOME is a temporary folder.  Tests with real clients skip where those are not installed.
 """
+import ast
 import contextlib
 import io
 import json
@@ -2193,6 +2194,763 @@ class FailoverTest(unittest.TestCase):
                          [('a', 429, 'rate_limited'), ('b', 200, 'answered')])
         self.assertEqual((record['outcome'], record['key'], record['status'], record['model'], record['input_tokens'],
                           record['output_tokens']), ('answered', 'b', 200, OPUS, 10, 5))
+
+
+# ==============================================================================
+# HTTP server
+# ==============================================================================
+
+class PretendAnthropic:
+    """A Messages API on a port of its own.  Keys in `limited` answer 429; a prompt that says
+    `write PATH` is answered by a Write tool call, then by text."""
+
+    def __init__(self, test):
+        self.limited = set()
+        self.seen = []                # [(key id, method, path, body), ...]
+        self.gone = threading.Event() # a client of ours left in the middle of an answer
+        self.hold = None              # an Event: answers wait for it
+        self.asked = threading.Semaphore(0)
+        self.server = RawServer(test, self._play)
+        self.url = self.server.url
+
+    def _play(self, sock, number):
+        while True:
+            request = read_request(sock)
+            if request is None:
+                return
+            head, body = request
+            method, path, _ = head.split(b'\r\n')[0].decode().split(' ')
+            token = re.search(rb'sk-ant-\w+-(\w+)', head)
+            key = token.group(1).decode() if token else 'client'
+            body = json.loads(body) if body else None
+            self.seen.append((key, method, path, body))
+            self.asked.release()
+            if self.hold and not self._held(sock):
+                return
+            sock.sendall(self._answer(key, path, body))
+
+    def _held(self, sock):
+        """Waits for `hold`; False when the client left meanwhile."""
+        while not self.hold.is_set():
+            if cf.readable([sock]) and cf.has_left(sock):
+                self.gone.set()
+                return False
+            self.hold.wait(0.01)
+        return True
+
+    def _answer(self, key, path, body):
+        fields = 'request-id: req_upstream\r\ncontent-type: application/json\r\n'
+        if key in self.limited:
+            error = json.dumps(api_error('rate_limit_error', 'slow down')).encode()
+            return plain_answer(error, '429 Too Many Requests', fields + 'retry-after: 3000\r\n')
+        if path.startswith('/v1/models'):
+            model = {'type': 'model', 'id': OPUS, 'display_name': 'Opus', 'created_at': '2026-01-01T00:00:00Z'}
+            listing = {'data': [model], 'has_more': False, 'first_id': OPUS, 'last_id': OPUS}
+            return plain_answer(json.dumps(listing).encode(), fields=fields)
+        if path.startswith('/v1/messages/count_tokens'):
+            return plain_answer(b'{"input_tokens": 42}', fields=fields)
+        if body and body.get('stream'):
+            data = stream_bytes(message_events(body))
+            return (b'HTTP/1.1 200 OK\r\nrequest-id: req_upstream\r\ncontent-type: text/event-stream\r\n'
+                    b'transfer-encoding: chunked\r\n\r\n'
+                    + b''.join(b'%x\r\n%b\r\n' % (len(p), p) for p in pieces(data, 100)) + b'0\r\n\r\n')
+        return plain_answer(json.dumps({**MESSAGE, 'model': (body or {}).get('model')}).encode(), fields=fields)
+
+
+def message_events(body):
+    """The events that answer a request: a Write call when the prompt asks for one."""
+    told = json.dumps(body['messages'])
+    wanted = re.search(r'write (/[\w./-]+)', told)
+    if not wanted or 'tool_result' in told:
+        return stream_events('Done: file written.' if wanted else 'hello')
+    events = stream_events('Writing.')
+    call = {'type': 'tool_use', 'id': 'toolu_1', 'name': 'Write', 'input': {}}
+    arguments = json.dumps({'file_path': wanted.group(1), 'content': 'written through the proxy\n'})
+    events[-2:-2] = [
+        {'type': 'content_block_start', 'index': 1, 'content_block': call},
+        *({'type': 'content_block_delta', 'index': 1, 'delta': {'type': 'input_json_delta', 'partial_json': part}}
+          for part in re.findall('.{1,9}', arguments)),
+        {'type': 'content_block_stop', 'index': 1}]
+    events[-2]['delta']['stop_reason'] = 'tool_use'
+    return events
+
+
+class ProgramTest(ScratchTest):
+    """A test with the whole program running, in this process, on ports of its own."""
+
+    KEYS = ('a', 'b')
+
+    def setUp(self):
+        super().setUp()
+        self.anthropic = PretendAnthropic(self)
+        self.start(make_document(*self.KEYS, anthropicBaseUrl=self.anthropic.url))
+
+    def start(self, document):
+        self.write_config(document)
+        self.app = cf.App(self.path)
+        self.app.start()
+        self.thread = threading.Thread(target=self.app.run, daemon=True)
+        self.thread.start()
+        self.port = self.app.ports()['default']
+        self.addCleanup(self.stop)
+
+    def stop(self):
+        self.app.stop()
+        self.thread.join(PATIENCE_S)
+
+    def reload(self, document):
+        """Writes another configuration and lets the program look, as it does by itself."""
+        self.write_config(document)
+        self.moment = getattr(self, 'moment', 0) + 1
+        os.utime(self.path, (self.moment, self.moment))
+        self.app.reload()
+
+    def raw(self, data, port=None):
+        """Sends bytes and reads until the server closes."""
+        with socket.create_connection(('127.0.0.1', port or self.port), timeout=PATIENCE_S) as sock:
+            sock.sendall(data)
+            return b''.join(iter(lambda: sock.recv(65536), b''))
+
+    def send(self, method='POST', path=cf.MESSAGES_PATH, body=None, port=None, **fields):
+        """One request on a connection of its own."""
+        fields = {'host': f'localhost:{self.port}', 'connection': 'close', 'x-api-key': 'mine',
+                  **{name.replace('_', '-'): value for name, value in fields.items()}}
+        data = b''
+        if method in ('POST', 'PUT'):
+            data = body if isinstance(body, bytes) else json.dumps(messages_body() if body is None else body).encode()
+            fields = {'content-type': 'application/json', 'content-length': len(data), **fields}
+        lines = ''.join(f'{name}: {value}\r\n' for name, value in fields.items() if value is not None)
+        return Answered(self.raw(f'{method} {path} HTTP/1.1\r\n{lines}\r\n'.encode() + data, port))
+
+    def log_lines(self, event):
+        with open(self.app.log.path) as file:
+            return [line for line in map(json.loads, file) if line['event'] == event]
+
+
+class HttpServerTest(ProgramTest):
+    def test_a_request_is_answered_by_the_next_key_when_the_first_is_limited(self):
+        self.anthropic.limited.add('a')
+        for stream in (False, True):
+            answered = self.send(body=messages_body(stream=stream))
+            self.assertEqual((answered.status, answered.headers['x-proxy-key']), (200, 'b'))
+            self.assertEqual(answered.headers['request-id'], 'req_upstream')
+        self.assertEqual((answered.events, answered.is_complete), (stream_events(), True))
+        self.assertEqual([key for key, *_ in self.anthropic.seen], ['a', 'b', 'b'])
+        self.stop()
+        first, second = self.log_lines('request')
+        self.assertEqual([(a['key'], a['status']) for a in first['attempts']], [('a', 429), ('b', 200)])
+
+    def test_every_path_below_v1_goes_on_with_its_query(self):
+        for method, path, sent in (
+                ('GET', '/v1/models?limit=1000', '/v1/models?limit=1000'), ('GET', '/v1/v1/models', '/v1/models'),
+                ('HEAD', '/v1/models', '/v1/models'), ('DELETE', '/v1/files/file_1?beta=true', '/v1/files/file_1?beta=true'),
+                ('POST', '/v1/messages/batches', '/v1/messages/batches'),
+                ('POST', '/v1/messages/count_tokens?beta=true', '/v1/messages/count_tokens?beta=true')):
+            with self.subTest(path=path):
+                answered = self.send(method, path)
+                self.assertEqual(answered.status, 200)
+                self.assertEqual(self.anthropic.seen[-1][1:3], (method, sent))
+        self.assertEqual(answered.json, {'input_tokens': 42})
+
+    def test_probes_and_unknown_paths_get_sensible_answers(self):
+        for method, path, status in (
+                ('HEAD', '/', 200), ('GET', '/', 200), ('OPTIONS', '/v1/messages', 204), ('GET', '/health', 200),
+                ('HEAD', '/health', 200), ('POST', '/health', 405), ('GET', '/api/cooldowns/clear', 405),
+                ('GET', '/favicon.ico', 404), ('POST', '/api/event_logging/batch', 404),
+                ('GET', '/api/claude_cli/bootstrap', 404), ('GET', '/v1', 404)):
+            with self.subTest(method=method, path=path):
+                answered = self.send(method, path)
+                self.assertEqual(answered.status, status)
+                if status >= 400:
+                    self.assertEqual(answered.json['type'], 'error')
+                    self.assertIn('request-id', answered.headers)
+        self.assertEqual(self.anthropic.seen, [])
+
+    def test_bodies_may_come_chunked_and_after_100_continue(self):
+        body = json.dumps(messages_body()).encode()
+        head = (f'POST /v1/messages HTTP/1.1\r\nHost: localhost:{self.port}\r\nContent-Type: application/json\r\n'
+                'Connection: close\r\n').encode()
+        data = head + b'Transfer-Encoding: chunked\r\n\r\n' + b''.join(
+            b'%x\r\n%b\r\n' % (len(p), p) for p in pieces(body, 7)) + b'0\r\n\r\n'
+        self.assertEqual(Answered(self.raw(data)).status, 200)
+        self.assertEqual(self.anthropic.seen[-1][3], messages_body())
+        with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
+            sock.sendall(head + b'Expect: 100-continue\r\nContent-Length: %d\r\n\r\n' % len(body))
+            self.assertEqual(sock.recv(1000), b'HTTP/1.1 100 Continue\r\n\r\n')
+            sock.sendall(body)
+            self.assertEqual(Answered(b''.join(iter(lambda: sock.recv(65536), b''))).status, 200)
+        refused = self.raw(head.replace(b'localhost', b'evil.example') + b'Expect: 100-continue\r\nContent-Length: 9\r\n\r\n')
+        self.assertEqual(Answered(refused).status, 403)       # and no 100 before it
+
+    def test_one_connection_serves_many_requests_also_when_they_come_at_once(self):
+        body = json.dumps(messages_body()).encode()
+        request = (f'POST /v1/messages HTTP/1.1\r\nHost: localhost:{self.port}\r\nContent-Type: application/json\r\n'
+                   f'Content-Length: {len(body)}\r\n').encode()
+        data = self.raw((request + b'\r\n' + body) * 4 + request + b'Connection: close\r\n\r\n' + body)
+        self.assertEqual(data.count(b'HTTP/1.1 200 OK'), 5)
+        self.assertEqual(self.anthropic.server.connections, 1)
+
+    def test_a_foreign_host_origin_or_site_is_refused_on_every_path(self):
+        port = self.port
+        for path, method in ((cf.MESSAGES_PATH, 'POST'), ('/health', 'GET'), ('/', 'GET'), ('/nothing', 'GET'),
+                             ('/api/cooldowns/clear', 'POST'), (cf.MESSAGES_PATH, 'OPTIONS')):
+            for fields in ({'host': 'evil.example'}, {'host': None}, {'host': f'localhost:{port + 1}'}, {'host': '0.0.0.0'},
+                           {'host': f'localhost.evil.example:{port}'}, {'host': f'localhost:{port}, x'},
+                           {'origin': 'https://evil.example'}, {'origin': 'null'}, {'origin': f'http://localhost:{port + 1}'},
+                           {'origin': f'https://localhost:{port}'}, {'origin': f'http://127.0.0.1:{port}'},
+                           {'sec_fetch_site': 'cross-site'}, {'sec_fetch_site': 'same-site'}):
+                with self.subTest(path=path, fields=fields):
+                    answered = self.send(method, path, **fields)
+                    self.assertEqual(answered.status, 403)
+                    self.assertEqual(answered.error['type'], 'permission_error')
+                    self.assertFalse([name for name in answered.headers if name.startswith('access-control')])
+        self.assertEqual(self.anthropic.seen, [])
+
+    def test_our_own_names_and_pages_pass_the_guard(self):
+        port = self.port
+        for fields in ({'host': f'localhost:{port}'}, {'host': f'127.0.0.1:{port}'}, {'host': f'[::1]:{port}'},
+                       {'host': 'localhost'}, {'host': f'LOCALHOST:{port}'}, {'origin': f'http://localhost:{port}'},
+                       {'sec_fetch_site': 'same-origin'}, {'sec_fetch_site': 'none'}, {'sec_fetch_mode': 'cors'}):
+            with self.subTest(fields=fields):
+                self.assertEqual(self.send(**fields).status, 200)
+
+    def test_allowed_hosts_and_origins_are_exact(self):
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, allowedHosts=['box:4080'],
+                                  allowedOrigins=['https://app.example']))
+        for fields, status in (({'host': 'box:4080'}, 200), ({'host': 'box'}, 403),
+                               ({'origin': 'https://app.example', 'sec_fetch_site': 'cross-site'}, 200),
+                               ({'origin': 'https://app.example.evil'}, 403), ({'origin': 'http://app.example'}, 403)):
+            with self.subTest(fields=fields):
+                self.assertEqual(self.send(**fields).status, status)
+
+    def test_a_body_that_a_web_form_could_send_is_refused(self):
+        for content_type in ('text/plain', 'application/x-www-form-urlencoded', 'multipart/form-data; boundary=x', None):
+            self.assertEqual(self.send('POST', '/api/cooldowns/clear', {}, content_type=content_type).status, 415)
+        self.assertEqual(self.send(content_type='text/plain').status, 415)
+        self.assertEqual(self.send(content_type='application/json; charset=utf-8').status, 200)
+
+    def test_a_body_that_is_too_large_is_refused_before_it_is_read(self):
+        answered = self.send(content_length=cf.MAX_BODY_BYTES + 1)
+        self.assertEqual((answered.status, answered.error['type']), (413, 'request_too_large'))
+
+    def test_the_access_token_is_asked_for_and_goes_nowhere(self):
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame'))
+        for fields, status in (({}, 401), ({'x_api_key': 'wrong'}, 401), ({'x_api_key': 'open-sesame'}, 200),
+                               ({'authorization': 'Bearer open-sesame'}, 200), ({'authorization': 'open-sesame-not'}, 401)):
+            for method, path in (('POST', cf.MESSAGES_PATH), ('GET', '/health')):
+                self.assertEqual(self.send(method, path, **fields).status, status)
+        self.assertEqual(self.send('HEAD', '/').status, 200)
+        self.assertNotIn('sesame', json.dumps(self.app.health()))
+
+    def test_what_cannot_be_read_is_answered_and_closed(self):
+        for data, status in ((b'nonsense\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n', 403),
+                             (b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n', 400)):
+            answered = Answered(self.raw(data))
+            self.assertEqual((answered.status, answered.headers['connection']), (status, 'close'))
+            self.assertEqual(answered.json['type'], 'error')
+
+    def test_a_client_that_leaves_ends_its_upstream_request(self):
+        self.anthropic.hold = threading.Event()
+        body = json.dumps(messages_body()).encode()
+        with socket.create_connection(('127.0.0.1', self.port)) as sock:
+            sock.sendall(f'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                         f'Content-Length: {len(body)}\r\n\r\n'.encode() + body)
+            self.assertTrue(self.anthropic.asked.acquire(timeout=PATIENCE_S))
+        self.assertTrue(self.anthropic.gone.wait(PATIENCE_S))
+        self.stop()
+        self.assertEqual(self.log_lines('request')[0]['outcome'], 'client_gone')
+
+    def test_connections_above_the_limit_get_a_clear_503(self):
+        self.app.slots = threading.BoundedSemaphore(1)
+        with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as first:
+            first.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n')
+            first.recv(100)
+            answered = Answered(self.raw(b''))
+            self.assertEqual((answered.status, answered.error['type']), (503, 'overloaded_error'))
+
+    def test_an_error_of_our_own_is_an_answer_and_a_line_in_the_log(self):
+        with mock.patch.object(cf.App, 'health', side_effect=ZeroDivisionError('secret words')):
+            answered = self.send('GET', '/health')
+        self.assertEqual((answered.status, answered.error['type']), (500, 'api_error'))
+        self.stop()
+        line = self.log_lines('internal_error')[0]
+        self.assertEqual(line['kind'], 'ZeroDivisionError')
+        self.assertIn('api_health', line['at'])
+        self.assertNotIn('secret', json.dumps(line))
+
+    def test_health_tells_all_and_no_token(self):
+        self.anthropic.limited.add('a')
+        self.send()
+        health = self.send('GET', '/health').json
+        self.assertEqual((health['status'], health['version'], health['profiles'][0]['port']), ('ok', cf.VERSION, self.port))
+        self.assertEqual([(key['id'], key['state'], key['answers']) for key in health['keys']],
+                         [('a', 'limited', 0), ('b', 'ready', 1)])
+        cooldown = health['cooldowns'][0]
+        self.assertEqual((cooldown['key'], cooldown['model'], cooldown['reason'], cooldown['message']),
+                         ('a', OPUS, 'rate_limited', 'slow down'))
+        self.assertEqual((health['metrics']['requests'], health['metrics']['rotations']), (1, 1))
+        self.assertEqual([a['status'] for a in health['recent'][0]['attempts']], [429, 200])
+        self.assertNotIn(token_of('a'), json.dumps(health))
+
+    def test_cooldowns_are_cleared_all_of_a_key_or_of_a_pair(self):
+        self.anthropic.limited.update('ab')
+        self.send()
+        for body, status, cleared in (({'key': 'a', 'model': OPUS}, 200, 1), ({'key': 'nope'}, 404, None), ({'key': 5}, 400, None),
+                                      (b'[]', 400, None), ({'key': 'a'}, 200, 1), ({}, 200, 2), (b'', 200, 0)):
+            with self.subTest(body=body):
+                answered = self.send('POST', '/api/cooldowns/clear', body)
+                self.assertEqual((answered.status, answered.json.get('cleared')), (status, cleared))
+        self.anthropic.limited.clear()
+        self.assertEqual(self.send().headers['x-proxy-key'], 'a')
+
+
+# ==============================================================================
+# Service
+# ==============================================================================
+
+class ServiceTest(ProgramTest):
+    def profiles(self, **ports):
+        document = make_document('a', anthropicBaseUrl=self.anthropic.url)
+        document['profiles'] = {name: {'port': port} for name, port in ports.items()}
+        return document
+
+    def free_port(self):
+        with socket.create_server(('127.0.0.1', 0)) as sock:
+            return sock.getsockname()[1]
+
+    def health(self, port):
+        return self.send('GET', '/health', port=port, host='localhost').json
+
+    def test_profiles_appear_move_and_vanish_with_the_file(self):
+        one, two = self.free_port(), self.free_port()
+        self.reload(self.profiles(default=one, second=two))
+        self.assertEqual(self.app.ports(), {'default': one, 'second': two})
+        self.assertEqual(self.health(two)['status'], 'ok')
+        self.reload(self.profiles(default=one))
+        with self.assertRaises(ConnectionRefusedError):
+            self.health(two)
+        moved = self.free_port()
+        self.reload(self.profiles(default=moved))
+        self.assertEqual(self.health(moved)['profiles'][0]['port'], moved)
+        self.reload(self.profiles(renamed=moved))
+        self.assertEqual(self.health(moved)['profiles'][0]['name'], 'renamed')
+
+    def test_a_running_answer_survives_the_end_of_its_profile(self):
+        port = self.free_port()
+        self.reload(self.profiles(default=self.port, second=port))
+        self.anthropic.hold = threading.Event()
+        answers = queue.Queue()
+        threading.Thread(target=lambda: answers.put(self.send(port=port, host='localhost')), daemon=True).start()
+        self.assertTrue(self.anthropic.asked.acquire(timeout=PATIENCE_S))
+        self.reload(self.profiles(default=self.port))
+        self.anthropic.hold.set()
+        self.assertEqual(answers.get(timeout=PATIENCE_S).status, 200)
+
+    def test_a_port_that_is_taken_is_a_problem_until_it_is_free(self):
+        with socket.create_server(('127.0.0.1', 0)) as taken:
+            port = taken.getsockname()[1]
+            self.reload(self.profiles(default=self.port, second=port))
+            health = self.app.health()
+            self.assertEqual(health['status'], 'problem')
+            self.assertIn(f'Port {port} of profile second', health['problems'][0])
+        self.app.reload()
+        self.assertEqual(self.app.health()['problems'], [])
+
+    def test_a_wrong_file_is_told_and_changes_nothing(self):
+        self.reload('{"queueWaitMs": "x"}')
+        health = self.send('GET', '/health').json
+        self.assertEqual(health['status'], 'problem')
+        self.assertIn('queueWaitMs must be', health['problems'][0])
+        self.assertEqual(self.send().status, 200)
+        self.stop()
+        self.assertEqual(len(self.log_lines('config_refused')), 1)
+
+    def test_a_changed_token_ends_its_cooldown(self):
+        self.anthropic.limited.add('a')
+        self.send()
+        document = make_document('a', 'b', anthropicBaseUrl=self.anthropic.url)
+        document['keys']['a']['token'] = token_of('fresh')
+        self.reload(document)
+        self.send()
+        self.assertEqual(self.anthropic.seen[-1][0], 'fresh')
+
+    def test_a_stop_lets_a_running_answer_finish_and_takes_no_new_one(self):
+        self.anthropic.hold = threading.Event()
+        answers = queue.Queue()
+        threading.Thread(target=lambda: answers.put(self.send()), daemon=True).start()
+        self.assertTrue(self.anthropic.asked.acquire(timeout=PATIENCE_S))
+        closed = threading.Event()
+        self.app.cooldowns.wake_all = closed.set      # what follows the closing of the ports
+        self.app.stop()
+        self.assertTrue(closed.wait(PATIENCE_S))
+        self.anthropic.hold.set()
+        self.assertEqual(answers.get(timeout=PATIENCE_S).status, 200)
+        self.thread.join(PATIENCE_S)
+        with self.assertRaises(ConnectionRefusedError):
+            self.send()
+
+
+# ==============================================================================
+# Command line
+# ==============================================================================
+
+class CommandLineTest(ScratchTest):
+    """The program as a user runs it: a process of its own in a scratch HOME."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = os.path.join(self.folder, '.config', 'claude-failover', 'config.json')
+
+    def run_command(self, *arguments, stdin='', **environ):
+        return subprocess.run([sys.executable, SCRIPT, *arguments], input=stdin, capture_output=True, text=True,
+                              env={**os.environ, **environ}, timeout=60)
+
+    def start(self, *arguments, **environ):
+        """Starts the proxy; (process, port, what it printed)."""
+        process = subprocess.Popen([sys.executable, SCRIPT, *arguments, 'start'], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True, env={**os.environ, **environ})
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait, PATIENCE_S)
+        self.addCleanup(process.kill)
+        printed = ''
+        for line in process.stdout:
+            printed += line
+            if line.startswith('Log'):
+                break
+        port = re.search(r'default +http://localhost:(\d+)', printed)
+        return process, int(port.group(1)) if port else None, printed
+
+    def free_port_document(self, *keys, **changes):
+        """A document with a fixed free port, so that other commands find the proxy."""
+        document = make_document(*keys, **changes)
+        with socket.create_server(('127.0.0.1', 0)) as sock:
+            document['profiles']['default']['port'] = sock.getsockname()[1]
+        return document
+
+    def test_keys_are_added_listed_and_removed_without_showing_a_token(self):
+        token = token_of('a')
+        added = self.run_command('add-key', token, 'My', 'Key')
+        self.assertEqual((added.returncode, added.stdout.split('\n')[0]),
+                         (0, 'Added key my-key (sk-ant-api...cdef), last in profile default.'))
+        self.assertIn('shell\'s history', added.stderr)
+        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
+        added = self.run_command('add-key', '-', '--label', 'two', stdin='sk-ant-oat01-' + 'x' * 40 + '\n')
+        self.assertEqual((added.returncode, added.stderr), (0, ''))
+        self.assertEqual(self.run_command('add-key', 'env:MY_KEY', 'three').returncode, 0)
+        listed = self.run_command('list-keys')
+        self.assertIn('my-key -> ', listed.stdout.replace('anthropic:', ''))
+        self.assertIn('env:MY_KEY', listed.stdout)
+        for output in (added.stdout, listed.stdout, self.run_command('list-keys', '--json').stdout):
+            self.assertNotIn('0123456789', output)
+        self.assertEqual(self.run_command('remove-key', 'my-key').stdout, 'Removed key my-key.\n')
+        self.assertEqual([k['id'] for k in json.loads(self.run_command('list-keys', '--json').stdout)['keys']], ['two', 'three'])
+
+    def test_wrong_input_is_one_line_on_stderr_and_status_2(self):
+        self.write_config(make_document('a'))
+        for arguments, words in (
+                (('add-key', 'sk-proj-x'), 'begins with "sk-ant-"'), (('add-key', token_of('a')), 'already'),
+                (('add-key',), 'no terminal'), (('add-key', '-'), 'empty'), (('remove-key', 'nope'), "no key 'nope'")):
+            with self.subTest(arguments=arguments):
+                done = self.run_command(*arguments)
+                self.assertEqual((done.returncode, done.stdout), (2, ''))
+                self.assertIn(words, done.stderr)
+                self.assertNotIn('Traceback', done.stderr)
+                self.assertNotIn('0123456789', done.stderr)
+        for arguments in ((), ('nonsense',), ('logs', '-n', 'x')):
+            self.assertEqual(self.run_command(*arguments).returncode, 2)
+
+    def test_a_wrong_configuration_stops_every_command_with_status_2(self):
+        self.write_config('{"profiles": {"default": {"port": "4080"}}}')
+        for command in (('start',), ('status',), ('health',), ('list-keys',), ('add-key', token_of('b'))):
+            done = self.run_command(*command)
+            self.assertEqual(done.returncode, 2, command)
+            self.assertIn('profiles.default.port must be a number', done.stderr)
+            self.assertIn(self.path, done.stderr)
+
+    def test_another_file_is_chosen_by_option_or_environment(self):
+        other = os.path.join(self.folder, 'other dir', 'my.json')
+        for arguments, environ in ((('--config', other, 'add-key', token_of('a')), {}),
+                                   (('add-key', token_of('b'), '--config', other), {}),
+                                   (('add-key', token_of('c')), {'CLAUDE_FAILOVER_CONFIG': other})):
+            self.assertEqual(self.run_command(*arguments, **environ).returncode, 0)
+        with open(other) as file:
+            self.assertEqual(len(json.load(file)['keys']), 3)
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_version_and_help(self):
+        self.assertEqual(self.run_command('--version').stdout, f'claude-failover {cf.VERSION}\n')
+        for command in cf.COMMANDS:
+            self.assertIn(f'claude-failover {command.name}', self.run_command(command.name, '--help').stdout)
+
+    def test_commands_that_read_the_running_proxy_say_when_there_is_none(self):
+        self.write_config(self.free_port_document('a'))
+        for command in ('status', 'health'):
+            done = self.run_command(command)
+            self.assertEqual((done.returncode, done.stdout), (1, ''))
+            self.assertIn('not running. Start it with: claude-failover start', done.stderr)
+
+    def test_start_tells_ports_and_keys_and_serves_until_it_is_stopped(self):
+        self.write_config(self.free_port_document('a', 'b', openaiKeys={'o': {'token': 'sk-proj-x'}}))
+        process, port, printed = self.start()
+        self.assertIn('2 Anthropic, 1 OpenAI', printed)
+        self.assertIn(f'http://localhost:{port}/health', printed)
+        health = json.loads(self.run_command('health').stdout)
+        self.assertEqual((health['pid'], health['status']), (process.pid, 'ok'))
+        status = self.run_command('status').stdout
+        for words in (f'running, pid {process.pid}', f'http://localhost:{port}', 'sk-ant-api...cdef', 'ready', '0 rotations'):
+            self.assertIn(words, status)
+        self.assertNotIn('\x1b', status)
+        self.assertEqual(json.loads(self.run_command('status', '--json').stdout)['pid'], process.pid)
+        second = self.run_command('start')
+        self.assertEqual(second.returncode, 1)
+        self.assertIn(f'is running already (pid {process.pid})', second.stderr)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(PATIENCE_S), 0)
+        self.assertEqual(process.stderr.read(), '')
+        events = [json.loads(line)['event'] for line in self.run_command('logs', '--json').stdout.splitlines()]
+        self.assertEqual(events, ['started', 'stopped'])
+
+    def test_a_port_that_another_program_has_is_named_with_the_remedy(self):
+        taken = RawServer(self, lambda sock, number: None)
+        document = make_document('a')
+        document['profiles']['default']['port'] = taken.port
+        self.write_config(document)
+        done = self.run_command('start')
+        self.assertEqual((done.returncode, done.stdout), (1, ''))
+        self.assertIn(f'Port {taken.port} of profile default cannot be opened', done.stderr)
+        self.assertIn('"port" in', done.stderr)
+
+    def test_without_a_key_start_says_how_to_add_one(self):
+        self.write_config(self.free_port_document())
+        process, _, printed = self.start()
+        line = process.stdout.readline() + process.stdout.readline()
+        self.assertIn('0 Anthropic', printed)
+        self.assertIn('claude-failover add-key', line)
+
+    def test_the_first_signal_waits_for_running_answers_and_the_second_does_not(self):
+        asked = threading.Event()
+
+        def never_answer(sock, number):
+            read_request(sock)
+            asked.set()
+            sock.recv(1)
+        upstream = RawServer(self, never_answer)
+        self.write_config(self.free_port_document('a', anthropicBaseUrl=upstream.url))
+        process, port, _ = self.start()
+        body = json.dumps(messages_body()).encode()
+        with socket.create_connection(('127.0.0.1', port), timeout=PATIENCE_S) as sock:
+            sock.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                         b'Content-Length: %d\r\n\r\n' % len(body) + body)
+            self.assertTrue(asked.wait(PATIENCE_S))
+            process.send_signal(signal.SIGINT)
+            while self.accepts(port):
+                pass
+            self.assertIsNone(process.poll())
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(process.wait(PATIENCE_S), 1)
+
+    def accepts(self, port):
+        with contextlib.suppress(ConnectionError), socket.create_connection(('127.0.0.1', port)):
+            return True
+        return False
+
+    def test_an_early_signal_ends_it_cleanly(self):
+        self.write_config(self.free_port_document('a'))
+        process, _, _ = self.start()
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(PATIENCE_S), 0)
+
+    def test_log_lines_read_well_and_cannot_steer_the_terminal(self):
+        folder = os.path.join(os.path.dirname(self.path), 'logs')
+        os.makedirs(folder)
+        request = {'time': '2026-03-01T12:00:00.000Z', 'level': 'info', 'event': 'request', 'method': 'POST',
+                   'path': '/v1/messages', 'model': 'evil\x1b[31m', 'status': 200, 'duration_ms': 5,
+                   'attempts': [{'key': 'a', 'status': 429}, {'key': 'b', 'status': 200}]}
+        with open(os.path.join(folder, 'claude-failover.log'), 'w') as file:
+            file.write(json.dumps(request) + '\nnot json \x1b[2J\n')
+        for arguments in (('logs',), ('logs', '--json')):
+            self.assertNotIn('\x1b', self.run_command(*arguments).stdout)
+        printed = self.run_command('logs').stdout
+        self.assertIn('2026-03-01 12:00:00 info  request POST /v1/messages', printed)
+        self.assertIn('200 in 5 ms: a 429 -> b 200', printed)
+        self.assertEqual(self.run_command('logs', '-n', '1').stdout.count('\n'), 1)
+
+    def test_logs_follow_the_file_through_a_rotation(self):
+        folder = os.path.join(os.path.dirname(self.path), 'logs')
+        log = cf.JsonLog(os.path.join(folder, 'claude-failover.log'), max_bytes=4096)
+        self.addCleanup(log.close)
+        log.info('first')
+        process = subprocess.Popen([sys.executable, SCRIPT, 'logs', '-f'], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait, PATIENCE_S)
+        self.addCleanup(process.kill)
+        self.assertIn('first', process.stdout.readline())
+        log.info('second')
+        self.assertIn('second', process.stdout.readline())
+        log.info('long', text='x' * 5000)
+        self.assertIn('long', process.stdout.readline())
+        log.info('after')
+        self.assertIn('after', process.stdout.readline())
+
+    def test_colours_are_for_terminals_that_want_them(self):
+        terminal = mock.Mock(isatty=lambda: True)
+        self.assertEqual(cf.Style(terminal, {}).bold('x'), '\x1b[1mx\x1b[0m')
+        self.assertEqual(cf.Style(terminal, {'NO_COLOR': '1'}).bold('x'), 'x')
+        self.assertEqual(cf.Style(terminal, {'TERM': 'dumb'}).bold('x'), 'x')
+        self.assertEqual(cf.Style(io.StringIO(), {}).bold('x'), 'x')
+
+
+# ==============================================================================
+# Promises
+# ==============================================================================
+
+def source_of(name):
+    with open(os.path.join(HERE, name), encoding='utf-8') as file:
+        return file.read()
+
+
+class PromisesTest(unittest.TestCase):
+    """What the project says of itself, kept true."""
+
+    def test_the_section_map_equals_the_banners(self):
+        banners = re.findall(r'^# ={10,}\n# ([^\n]+)\n# ={10,}', source_of('claude_failover.py'), re.M)
+        indented = re.findall(r'^    (\S[^\n]*?)(?:  |$)', cf.__doc__.split('prints them):')[1].split('The first')[0], re.M)
+        self.assertEqual(indented, banners)
+
+    def test_a_section_uses_only_what_stands_above_it(self):
+        tree = ast.parse(source_of('claude_failover.py'))
+        first_line = {node.name: node.lineno for node in tree.body if hasattr(node, 'name')}
+        banners = [number for number, line in enumerate(source_of('claude_failover.py').splitlines(), 1)
+                   if line.startswith('# ====')]
+
+        def section(line):
+            return sum(banner <= line for banner in banners)
+        down = [(node.name, used.id) for node in tree.body if hasattr(node, 'name') for used in ast.walk(node)
+                if isinstance(used, ast.Name) and section(first_line.get(used.id, 0)) > section(node.lineno)]
+        self.assertEqual(down, [])
+
+    def test_the_pure_core_knows_no_clock_file_socket_or_thread(self):
+        source = source_of('claude_failover.py')
+        core = source[source.index('\n# Configuration\n'):source.index('\n# Cooldowns\n')]
+        self.assertEqual(re.findall(r'\b(?:time|os|socket|threading|select)\.\w+|\bopen\(', core), [])
+
+    def test_the_readme_tells_every_setting_command_and_rule(self):
+        readme = source_of('README.md')
+        for setting in cf.SETTINGS:
+            default = 'none' if setting.default is None else json.dumps(setting.default)
+            row = next((line for line in readme.splitlines() if line.startswith(f'| `{setting.name}` ')), '')
+            self.assertIn(setting.help, row)
+            if not isinstance(setting.default, dict):
+                self.assertIn(f'`{default}`' if setting.default is not None else 'none', row)
+        for command in cf.COMMANDS:
+            self.assertRegex(readme, rf'\| `{command.name}\b[^|]*\| {re.escape(command.help)} \|')
+        for rule in cf.RULES:
+            if rule.name not in ('answered', 'relayed'):
+                self.assertIn(f'`{rule.name}`', readme)
+        self.assertIn('python3 test_claude_failover.py', readme)
+
+    def test_the_configuration_in_the_readme_is_valid(self):
+        block = re.search(r'```json\n(.*?)```', source_of('README.md'), re.S).group(1)
+        self.assertEqual(len(cf.parse_config(json.loads(block)).keys), 2)
+
+    def test_the_project_is_five_files(self):
+        visible = [name for name in os.listdir(HERE) if not name.startswith(('.', '__'))]
+        self.assertLessEqual(set(visible), {'claude_failover.py', 'dashboard.html', 'test_claude_failover.py',
+                                            'README.md', 'LICENSE'})
+
+    def test_only_the_standard_library_is_imported(self):
+        tree = ast.parse(source_of('claude_failover.py'))
+        names = {alias.name.split('.')[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module.split('.')[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        if hasattr(sys, 'stdlib_module_names'):       # Python 3.10
+            self.assertEqual(names - sys.stdlib_module_names, set())
+
+    def test_every_text_of_a_rule_is_one_that_a_person_can_read(self):
+        for rule in (*cf.RULES, cf.UNREACHABLE, cf.RESET, cf.TIMED_OUT, cf.NO_TOKEN):
+            self.assertRegex(rule.name, r'^[a-z_]+$')
+
+
+# ==============================================================================
+# Real clients
+# ==============================================================================
+
+#: Where .ci/run installs them; any folder of the same shape will do.
+CLIENTS = os.environ.get('CLAUDE_FAILOVER_CLIENTS') or os.path.expanduser('~/.cache/claude-failover-test-clients')
+CLAUDE = os.path.join(CLIENTS, 'npm', 'node_modules', '.bin', 'claude')
+NODE_SDK = os.path.join(CLIENTS, 'npm', 'node_modules', '@anthropic-ai', 'sdk')
+SDK_PYTHON = os.path.join(CLIENTS, 'venv', 'bin', 'python')
+
+PYTHON_CLIENT = '''
+import json, os, anthropic
+client = anthropic.Anthropic(base_url=os.environ['BASE_URL'], api_key='sk-ant-api03-mine', max_retries=0)
+question = dict(model='%s', max_tokens=50, messages=[{'role': 'user', 'content': 'hi'}])
+plain = client.messages.create(**question)
+with client.messages.stream(**question) as stream:
+    streamed = stream.get_final_message()
+count = client.messages.count_tokens(model=question['model'], messages=question['messages'])
+print(json.dumps([plain.content[0].text, plain._request_id, streamed.content[0].text, streamed.usage.output_tokens,
+                  count.input_tokens, [model.id for model in client.models.list()]]))
+''' % OPUS
+
+NODE_CLIENT = '''
+import Anthropic from '%s/index.mjs';
+const client = new Anthropic({ baseURL: process.env.BASE_URL, apiKey: 'sk-ant-api03-mine', maxRetries: 0 });
+const question = { model: '%s', max_tokens: 50, messages: [{ role: 'user', content: 'hi' }] };
+const plain = await client.messages.create(question);
+const streamed = await client.messages.stream(question).finalMessage();
+const count = await client.messages.countTokens({ model: question.model, messages: question.messages });
+const models = [];
+for await (const model of client.models.list()) models.push(model.id);
+console.log(JSON.stringify([plain.content[0].text, plain._request_id, streamed.content[0].text,
+                            streamed.usage.output_tokens, count.input_tokens, models]));
+''' % (NODE_SDK, OPUS)
+
+
+def needs(path):
+    return unittest.skipUnless(os.path.exists(path), f'{path} is not installed')
+
+
+class RealClientsTest(ProgramTest):
+    """Claude Code and the official SDKs, through the proxy, with the first key at its limit."""
+
+    def setUp(self):
+        super().setUp()
+        self.anthropic.limited.add('a')
+
+    def run_client(self, command, stdin='', **environ):
+        base = {'PATH': os.environ['PATH'], 'HOME': self.folder, 'BASE_URL': f'http://localhost:{self.port}',
+                'LANG': 'C.UTF-8', 'NO_PROXY': '127.0.0.1,localhost'}
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=self.folder,
+                              env={**base, **environ}, timeout=120)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        return done.stdout
+
+    def check_sdk(self, printed):
+        self.assertEqual(json.loads(printed), ['hello', 'req_upstream', 'hello', 5, 42, [OPUS]])
+        self.assertEqual({key for key, *_ in self.anthropic.seen}, {'a', 'b'})
+
+    @needs(SDK_PYTHON)
+    def test_the_official_python_sdk_streams_and_not(self):
+        self.check_sdk(self.run_client([SDK_PYTHON, '-c', PYTHON_CLIENT]))
+
+    @needs(NODE_SDK)
+    def test_the_official_node_sdk_streams_and_not(self):
+        self.check_sdk(self.run_client(['node', '--input-type=module'], NODE_CLIENT))
+
+    @needs(CLAUDE)
+    def test_claude_code_finishes_a_task_that_uses_tools(self):
+        path = os.path.join(self.folder, 'written.txt')
+        printed = self.run_client(
+            [CLAUDE, '-p', f'write {path}', '--output-format', 'json', '--allowedTools', 'Write'],
+            ANTHROPIC_BASE_URL=f'http://localhost:{self.port}', ANTHROPIC_AUTH_TOKEN='any', DISABLE_AUTOUPDATER='1',
+            DISABLE_TELEMETRY='1', DISABLE_ERROR_REPORTING='1', CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC='1')
+        result = json.loads(printed)
+        self.assertEqual((result['is_error'], result['result']), (False, 'Done: file written.'))
+        with open(path) as file:
+            self.assertEqual(file.read(), 'written through the proxy\n')
+        self.assertIn('a', {key for key, *_ in self.anthropic.seen})
+        self.assertNotIn('any', {key for key, *_ in self.anthropic.seen})
 
 
 if __name__ == '__main__':
