@@ -49,6 +49,7 @@ Tests: python3 test_claude_failover.py
 """
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import copy
@@ -88,6 +89,8 @@ except ImportError:        # Windows: no advisory locks; edits there rely on the
 
 VERSION = '1.0.0'
 PROGRAM = 'claude-failover'
+#: How this file is run, for messages that say what to do next.
+RUN = 'python3 claude_failover.py'
 
 #: Where the Node program of the same name keeps it, so that its users lose nothing.
 DEFAULT_CONFIG_PATH = '~/.config/claude-failover/config.json'
@@ -183,7 +186,7 @@ class UnknownKey(ConfigError):
     status, type = 404, 'not_found_error'
 
     def __init__(self, key_id):
-        super().__init__(f'There is no key {printable(key_id)!r}. See: {PROGRAM} list-keys')
+        super().__init__(f'There is no key {printable(key_id)!r}. See: {RUN} list-keys')
 
 
 class UsageError(FailoverError):
@@ -540,7 +543,7 @@ def parse_key(provider, field, id, entry):
     token = entry.get('token')
     if not isinstance(token, str) or not token.strip():
         raise ConfigError(f'{field} has no token: give it "token" (the secret, "env:NAME" or '
-                          f'"file:PATH"), or run: {PROGRAM} remove-key {id}')
+                          f'"file:PATH"), or run: {RUN} remove-key {id}')
     token = token.strip()
     if not TOKEN.fullmatch(token) and not token.startswith('file:'):
         raise ConfigError(f'{field}.token holds a space or a character that no token has: '
@@ -2601,7 +2604,6 @@ def outbound_proxy(base):
         raise UpstreamUnreachable('HTTPS_PROXY must be an http:// URL; others are not supported', False)
     headers = {}
     if parts.username is not None:
-        import base64
         user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
         headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(user.encode()).decode()
     return parts.hostname, parts.port or 80, headers
@@ -3185,7 +3187,7 @@ def no_plan_failure(serving):
         message = f'{PROGRAM}: the profile {serving.request.profile_name} is gone.'
     else:
         message = (f'{PROGRAM}: no Anthropic key is configured and the request carries none. '
-                   f'Add one: {PROGRAM} add-key')
+                   f'Add one: {RUN} add-key')
     fields = [JSON_TYPE, ('request-id', new_request_id()), ('x-should-retry', 'false')]
     return FinalFailure(401, fields, error_json('authentication_error', message), message)
 
@@ -3265,6 +3267,8 @@ class Call(NamedTuple):
 #: On every answer of our own.
 OWN_FIELDS = [('cache-control', 'no-store'), ('x-content-type-options', 'nosniff'),
               ('x-frame-options', 'DENY'), ('content-security-policy', "default-src 'none'")]
+PLAIN_TEXT = ('content-type', 'text/plain; charset=utf-8')
+DASHBOARD_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'dashboard.html')
 LOCAL_NAMES = ('localhost', '127.0.0.1', '[::1]')
 
 
@@ -3308,12 +3312,38 @@ def check_content_type(head):
 
 def show_start_page(call):
     text = (f'{PROGRAM} {VERSION} is running, profile {call.profile_name}.\n'
-            'Point ANTHROPIC_BASE_URL here; see /health for its state.\n')
-    call.response.send(200, [('content-type', 'text/plain; charset=utf-8'), *OWN_FIELDS], text.encode())
+            'Point ANTHROPIC_BASE_URL here; see /dashboard or /health for its state.\n')
+    call.response.send(200, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
 
 
 def show_options(call):
     call.response.send(204, [('allow', ', '.join(METHODS)), *OWN_FIELDS])
+
+
+def show_dashboard(call):
+    """dashboard.html from beside this file, looked up anew each time; what to do without it."""
+    try:
+        with open(DASHBOARD_PATH, 'rb') as file:
+            page = file.read()
+    except OSError:
+        text = (f'The dashboard is a file of its own: put dashboard.html beside this program, as\n'
+                f'{DASHBOARD_PATH}\nWithout it, /health and `{RUN} status` tell the same.\n')
+        return call.response.send(404, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
+    fields = [field for field in OWN_FIELDS if field[0] != 'content-security-policy']
+    fields += [('content-type', 'text/html; charset=utf-8'), ('referrer-policy', 'no-referrer'),
+               ('content-security-policy', page_policy(page))]
+    call.response.send(200, fields, page)
+
+
+def page_policy(page):
+    """A content security policy that lets only this page's own scripts and styles run."""
+    def sources(tag):
+        parts = re.findall(rb'<%b>(.*?)</%b>' % (tag, tag), page, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
+        return ' '.join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+    return (f"default-src 'none'; script-src {sources(b'script')}; style-src {sources(b'style')}; "
+            "connect-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
+            "form-action 'none'")
 
 
 def api_health(call):
@@ -3356,6 +3386,7 @@ ROUTES = (
     Route(('OPTIONS',), r'/.*', show_options, is_open=True),
     Route(METHODS, r'/v1/.+', forward),
     Route(('HEAD', 'GET'), r'/', show_start_page, is_open=True),
+    Route(('HEAD', 'GET'), r'/dashboard(/.*)?', show_dashboard),
     Route(('HEAD', 'GET'), r'/health', api_health),
     Route(('POST',), r'/api/cooldowns/clear', api_clear_cooldowns),
 )
@@ -3758,7 +3789,7 @@ def cmd_start(options):
         running = fetch_health(app.store.current)
         if running:
             raise FailoverError(f'{PROGRAM} {running["version"]} is running already (pid '
-                                f'{running["pid"]}). See: {PROGRAM} status') from error
+                                f'{running["pid"]}). See: {RUN} status') from error
         raise PortTaken(f'{error} Stop the program that uses it, or give the profile another '
                         f'"port" in {options.config}.') from error
     stop_on_signals(app)
@@ -3797,13 +3828,13 @@ def say_started(app):
     say(f'{style.bold(PROGRAM)} {VERSION}')
     say_table([[name, f'http://localhost:{port}'] for name, port in app.ports().items()])
     say(f'Keys       {describe_keys(config)}')
-    say(f'Health     http://localhost:{next(iter(app.ports().values()))}/health')
+    say(f'Dashboard  http://localhost:{next(iter(app.ports().values()))}/dashboard')
     say(f'Log        {app.log.path}')
     if app.store.notice:
         complain(app.store.notice)
     if not any(key.provider == ANTHROPIC for key in config.keys.values()):
         say(style.warn('There is no key yet: requests go out with the client\'s own credential.'))
-        say(f'Add one with: {PROGRAM} add-key')
+        say(f'Add one with: {RUN} add-key')
 
 
 def describe_keys(config):
@@ -3825,15 +3856,17 @@ def cmd_add_key(options):
         return edited
     config = ConfigStore(options.config).update(edit)
     key = added[0]
-    say(f'Added key {style.bold(key.id)} ({mask_token(key.token)}), '
-        f'last in {describe_orders(config)}.')
+    say(f'Added key {style.bold(key.id)} ({mask_token(key.token)}), {describe_places(config, key)}.')
     if len(config.keys) == 1 and not fetch_health(config):
-        say(f'Start the proxy with: {PROGRAM} start')
+        say(f'Start the proxy with: {RUN} start')
     return 0
 
 
-def describe_orders(config):
-    return ', '.join(f'profile {printable(name)}' for name in config.profiles)
+def describe_places(config, key):
+    """'first in profile default, number 3 in profile work'."""
+    places = {p.name: p.order.index(key.ref) + 1 for p in config.profiles.values()}
+    return ', '.join(f'{"first" if place == 1 else f"number {place}"} in profile {printable(name)}'
+                     for name, place in places.items())
 
 
 def read_new_token(options):
@@ -3872,7 +3905,7 @@ def cmd_list_keys(options):
     if options.json:
         say_json({'keys': keys, 'profiles': {p.name: p.order for p in config.profiles.values()}})
     elif not keys:
-        say(f'No keys. Add one with: {PROGRAM} add-key')
+        say(f'No keys. Add one with: {RUN} add-key')
     else:
         say_table([['ID', 'LABEL', 'PROVIDER', 'TOKEN', 'STATE'], *(list(k.values()) for k in keys)], '')
         for profile in config.profiles.values():
@@ -3904,7 +3937,7 @@ def running_health(options):
     store.load()
     health = fetch_health(store.current)
     if health is None:
-        raise FailoverError(f'not running. Start it with: {PROGRAM} start')
+        raise FailoverError(f'not running. Start it with: {RUN} start')
     return health
 
 
@@ -3935,7 +3968,7 @@ def cmd_status(options):
 
 def say_keys(health, style):
     if not health['keys']:
-        say(f'Keys       none; add one with: {PROGRAM} add-key')
+        say(f'Keys       none; add one with: {RUN} add-key')
         return
     say('Keys')
     say_table([[key['id'], key['provider'], key['token'], key['state'], f'{key["answers"]} answers']

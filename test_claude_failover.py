@@ -1860,7 +1860,7 @@ class FailoverTest(unittest.TestCase):
     def test_without_any_key_or_credential_the_answer_says_what_to_do(self):
         answered = self.serve(self.failover(FakeUpstream(), make_config()))
         self.assertEqual((answered.status, answered.headers['x-should-retry']), (401, 'false'))
-        self.assertIn('claude-failover add-key', answered.error['message'])
+        self.assertIn('python3 claude_failover.py add-key', answered.error['message'])
 
     # -- streams
 
@@ -2492,6 +2492,21 @@ class HttpServerTest(ProgramTest):
         self.assertEqual([a['status'] for a in health['recent'][0]['attempts']], [429, 200])
         self.assertNotIn(token_of('a'), json.dumps(health))
 
+    def test_the_dashboard_is_the_file_beside_the_program_and_may_run_only_its_own_parts(self):
+        path = os.path.join(self.folder, 'dashboard.html')
+        with mock.patch.object(cf, 'DASHBOARD_PATH', path):
+            answered = self.send('GET', '/dashboard')
+            self.assertEqual(answered.status, 404)
+            self.assertIn(path, answered.body.decode())
+            with open(path, 'w') as file:
+                file.write('<style>a</style><script>b</script>')
+            for address in ('/dashboard', '/dashboard/keys'):
+                answered = self.send('GET', address)
+                self.assertEqual((answered.status, answered.body), (200, b'<style>a</style><script>b</script>'))
+        policy = answered.headers['content-security-policy']
+        self.assertIn("script-src 'sha256-PiPoFgA5WUoziU9lZOGxNIu9egCI1CxKy3PurtWcAJ0='", policy)
+        self.assertIn("style-src 'sha256-ypeBEsobvcr6wjGzmiPcTaeG7/gUfE5yuYB3ha/uSLs='", policy)
+
     def test_cooldowns_are_cleared_all_of_a_key_or_of_a_pair(self):
         self.anthropic.limited.update('ab')
         self.send()
@@ -2632,7 +2647,7 @@ class CommandLineTest(ScratchTest):
         token = token_of('a')
         added = self.run_command('add-key', token, 'My', 'Key')
         self.assertEqual((added.returncode, added.stdout.split('\n')[0]),
-                         (0, 'Added key my-key (sk-ant-api...cdef), last in profile default.'))
+                         (0, 'Added key my-key (sk-ant-api...cdef), first in profile default.'))
         self.assertIn('shell\'s history', added.stderr)
         self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
         added = self.run_command('add-key', '-', '--label', 'two', stdin='sk-ant-oat01-' + 'x' * 40 + '\n')
@@ -2688,13 +2703,13 @@ class CommandLineTest(ScratchTest):
         for command in ('status', 'health'):
             done = self.run_command(command)
             self.assertEqual((done.returncode, done.stdout), (1, ''))
-            self.assertIn('not running. Start it with: claude-failover start', done.stderr)
+            self.assertIn('not running. Start it with: python3 claude_failover.py start', done.stderr)
 
     def test_start_tells_ports_and_keys_and_serves_until_it_is_stopped(self):
         self.write_config(self.free_port_document('a', 'b', openaiKeys={'o': {'token': 'sk-proj-x'}}))
         process, port, printed = self.start()
         self.assertIn('2 Anthropic, 1 OpenAI', printed)
-        self.assertIn(f'http://localhost:{port}/health', printed)
+        self.assertIn(f'http://localhost:{port}/dashboard', printed)
         health = json.loads(self.run_command('health').stdout)
         self.assertEqual((health['pid'], health['status']), (process.pid, 'ok'))
         status = self.run_command('status').stdout
@@ -2726,7 +2741,7 @@ class CommandLineTest(ScratchTest):
         process, _, printed = self.start()
         line = process.stdout.readline() + process.stdout.readline()
         self.assertIn('0 Anthropic', printed)
-        self.assertIn('claude-failover add-key', line)
+        self.assertIn('python3 claude_failover.py add-key', line)
 
     def test_the_first_signal_waits_for_running_answers_and_the_second_does_not(self):
         asked = threading.Event()
