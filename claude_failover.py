@@ -75,7 +75,7 @@ import threading
 import time
 import urllib.parse
 from datetime import datetime, timezone
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 try:
     import fcntl
@@ -199,6 +199,11 @@ class BadRequest(FailoverError):
     def __init__(self, message, status=400, type='invalid_request_error'):
         super().__init__(message)
         self.status, self.type = status, type
+
+
+class Forbidden(FailoverError):
+    """A request that some web page or another name sent."""
+    status, type = 403, 'permission_error'
 
 
 class ClientGone(Exception):
@@ -339,7 +344,7 @@ class Key(NamedTuple):
     token: str
     label: str
     oauth: bool = False
-    base_url: Optional[str] = None
+    base_url: str | None = None
 
     def __repr__(self):       # a traceback must not show the token
         return f'Key({self.ref})'
@@ -366,7 +371,7 @@ class Config(NamedTuple):
     codex_base_url: str
     cooldown_ms: int
     queue_wait_ms: int
-    access_token: Optional[str]
+    access_token: str | None
     allowed_hosts: list
     allowed_origins: list
     log_level: str
@@ -576,11 +581,11 @@ def parse_order(field, entry, keys):
     order = []
     if entry.get('priorityOrder') is not None:
         order = order_list(f'{field}.priorityOrder', entry['priorityOrder'])
-        refuse_missing(f'{field}.priorityOrder', order, {*keys, CLIENT_REF}, lambda ref: ref)
+        refuse_missing(f'{field}.priorityOrder', order, {*keys, CLIENT_REF})
     else:
         for provider, order_field in ORDER_FIELDS.items():
             ids = order_list(f'{field}.{order_field}', entry.get(order_field) or [])
-            refuse_missing(f'{field}.{order_field}', ids, keys, lambda id: f'{provider}:{id}')
+            refuse_missing(f'{field}.{order_field}', ids, keys, f'{provider}:')
             order += [f'{provider}:{id}' for id in ids]
     return dict.fromkeys([*order, *keys])          # each once, the first place wins
 
@@ -592,9 +597,9 @@ def order_list(field, value):
     return value
 
 
-def refuse_missing(field, names, known, ref):
+def refuse_missing(field, names, known, prefix=''):
     for name in names:
-        if ref(name) not in known:
+        if prefix + name not in known:
             raise ConfigError(f'{field} names {printable(name)!r}, which is no key: add that '
                               'key, or take the name out of the order.')
 
@@ -690,7 +695,7 @@ SERVED_PROVIDERS = (ANTHROPIC,)
 class Attempt(NamedTuple):
     """One key tried with one model."""
     key: Key
-    model: Optional[str]      # the model asked for, or a fallback of it; None: no model named
+    model: str | None      # the model asked for, or a fallback of it; None: no model named
 
 
 def map_model(mapping, model):
@@ -864,8 +869,8 @@ REPAIRS = (
            lambda body, subject: without_path(body, subject.split('.'))),
     Repair('max_tokens', r'max_tokens: \d+ > (\d{1,9})',
            lambda body, subject: {**body, 'max_tokens': int(subject)}),
-    Repair('effort', r'\beffort\b', lambda body, subject: without_path(
-        without_path(body, ['output_config', 'effort']), ['messages', '0', 'output_config', 'effort'])),
+    Repair('effort', r'\beffort\b', lambda body, subject: without_path(without_path(
+        body, ['output_config', 'effort']), ['messages', '0', 'output_config', 'effort'])),
     Repair('output_config', r'output_config',
            lambda body, subject: without_path(body, ['output_config'])),
     Repair('context_management', r'context_management',
@@ -952,7 +957,7 @@ class Answer(NamedTuple):
     message: str              # error.message, or the body's beginning when it has no such shape
     now: float                # unix seconds, for reset times
     path: str = MESSAGES_PATH
-    model: Optional[str] = None
+    model: str | None = None
     is_fallback: bool = False
 
 
@@ -965,7 +970,7 @@ class Rule(NamedTuple):
     step: Step
     final: Final = Final.VERBATIM
     when: Callable = lambda answer: True
-    scope: Optional[Scope] = None
+    scope: Scope | None = None
     cooldown_s: float = 0
     doubles_to_s: float = 0
     hint: Callable = lambda answer: None
@@ -982,7 +987,7 @@ class Outcome(NamedTuple):
     rule: Rule
     status: int               # 0 when there was no answer
     message: str
-    hint_s: Optional[float]
+    hint_s: float | None
 
 
 def parse_retry_after(value, now):
@@ -1048,7 +1053,9 @@ def seconds_to_window_reset(answer):
     resets = [parse_reset(reset, answer.now) for reset in named.values()]
     resets.append(parse_reset(windows.get(''), answer.now) if not any(resets) else None)
     known = [seconds for seconds in resets if seconds is not None]
-    return max(known) if known else parse_retry_after(answer.headers.get('retry-after'), answer.now)
+    if known:
+        return max(known)
+    return parse_retry_after(answer.headers.get('retry-after'), answer.now)
 
 
 def seconds_to_limit_reset(answer):
@@ -1273,7 +1280,7 @@ class MessageStream:
 class Cooling(NamedTuple):
     """One cooldown: of a key, or of a key and model."""
     key: Key
-    model: Optional[str]      # None: every model
+    model: str | None      # None: every model
     until: float              # on this object's clock
     outcome: Outcome
 
@@ -1763,11 +1770,9 @@ class Exchange:
         with self._lock:
             if self._upstream_socket is None:
                 return
-            try:
+            with contextlib.suppress(OSError):    # it may end by itself in this moment
                 # Not SSLSocket.shutdown: it would drop the TLS state under a running read.
                 socket.socket.shutdown(self._upstream_socket, socket.SHUT_RDWR)
-            except OSError:
-                pass                  # it ended by itself in this moment
 
 
 class Watcher:
@@ -1872,15 +1877,13 @@ def name_list(value):
 def split_head(data):
     """(first line, [(name, value), ...], whether every field line is well-formed); lines
     that are not are left out."""
-    text = data.decode('latin-1')
-    end = text.find('\r\n')
-    if end < 0:
-        return text, [], True
-    lines = text[end:]
-    if FIELD_LINES.fullmatch(lines):
-        return text[:end], [(n, v.rstrip(' \t')) for n, v in FIELD.findall(lines)], True
-    good = [f'\r\n{line}' for line in lines.split('\r\n')[1:] if FIELD_LINES.fullmatch(f'\r\n{line}')]
-    return text[:end], [(n, v.rstrip(' \t')) for n, v in FIELD.findall(''.join(good))], False
+    first, end, rest = data.decode('latin-1').partition('\r\n')
+    lines = end + rest
+    is_well_formed = FIELD_LINES.fullmatch(lines) is not None
+    if not is_well_formed:
+        lines = ''.join(f'\r\n{line}' for line in rest.split('\r\n')
+                        if FIELD_LINES.fullmatch(f'\r\n{line}'))
+    return first, [(n, v.rstrip(' \t')) for n, v in FIELD.findall(lines)], is_well_formed
 
 
 def join_fields(fields):
@@ -2068,17 +2071,16 @@ class ClientConnection:
     def drain(self):
         """Lets a refused client read its answer: closing on unread bytes would reset it."""
         deadline = self._clock() + 1
-        try:
+        with contextlib.suppress(OSError):        # it may leave without waiting
             self.sock.shutdown(socket.SHUT_WR)
             set_kernel_timeouts(self.sock, 1, 1)
             while self.sock.recv(RECEIVE_BYTES) and self._clock() < deadline:
                 pass
-        except OSError:
-            pass                      # it left without waiting
 
 
 def too_large():
-    return BadRequest(f'The request body is over {MAX_BODY_BYTES} bytes.', 413, 'request_too_large')
+    message = f'The request body is over {MAX_BODY_BYTES} bytes.'
+    return BadRequest(message, 413, 'request_too_large')
 
 
 REASONS = {**{status.value: status.phrase for status in http.HTTPStatus}, 529: 'Overloaded'}
@@ -2157,7 +2159,8 @@ class ClientRequest:
         self.body = RequestBody(body)
         self.has_body = bool(body) or head.is_chunked or 'content-length' in head.headers
         self.profile_name = profile_name
-        self.betas = [b.strip() for b in head.headers.get('anthropic-beta', '').split(',') if b.strip()]
+        betas = head.headers.get('anthropic-beta', '').split(',')
+        self.betas = [beta.strip() for beta in betas if beta.strip()]
         self.credentials = read_credentials(head.headers, access_token)
         self._fields = head.fields
         self._named_by_connection = connection_options(head.headers)
@@ -2296,7 +2299,7 @@ class UpstreamRequest(NamedTuple):
 
 def build_request(request, key, base_url, token, data, betas):
     """The UpstreamRequest of one attempt; `data` and `betas` may differ from the client's."""
-    base = parse_base_url(key.base_url or base_url)
+    base = parse_base_url(base_url)
     credentials = request.credentials
     if key.id != CLIENT_REF:
         is_oauth = key.oauth or token.startswith('sk-ant-oat')
@@ -2593,7 +2596,8 @@ def outbound_proxy(base):
 
     NO_PROXY is honoured; this machine is never reached by way of a proxy.
     """
-    if base.scheme != 'https' or not (os.environ.get('https_proxy') or os.environ.get('HTTPS_PROXY')):
+    names = ('https_proxy', 'HTTPS_PROXY')
+    if base.scheme != 'https' or not any(os.environ.get(name) for name in names):
         return None
     import urllib.request
     url = urllib.request.getproxies_environment().get('https')
@@ -2601,7 +2605,7 @@ def outbound_proxy(base):
         return None
     parts = urllib.parse.urlsplit(url if '://' in url else f'http://{url}')
     if parts.scheme != 'http' or not parts.hostname:
-        raise UpstreamUnreachable('HTTPS_PROXY must be an http:// URL; others are not supported', False)
+        raise UpstreamUnreachable('HTTPS_PROXY must be an http:// URL', False)
     headers = {}
     if parts.username is not None:
         user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
@@ -2623,8 +2627,8 @@ class Reply(NamedTuple):
     outcome: Outcome
     fields: list = []
     body: bytes = b''
-    upstream: Optional[UpstreamResponse] = None
-    events: Optional[MessageStream] = None    # of a stream of /v1/messages
+    upstream: UpstreamResponse | None = None
+    events: MessageStream | None = None    # of a stream of /v1/messages
     held: bytes = b''                         # its first events, not passed on yet
 
 
@@ -2632,7 +2636,7 @@ class Failure(NamedTuple):
     """An attempt that did not answer in this round: tried (`reply`), or skipped as it cools."""
     attempt: Attempt
     outcome: Outcome
-    reply: Optional[Reply]
+    reply: Reply | None
 
 
 class Serving:
@@ -2741,9 +2745,12 @@ class Failover:
             serving.begin_round([])
             return
         model = request.body.model if request.has_body else None
-        models = model_chain(config.model_fallback, model) if model and request.is_message else [model]
+        models = [model]
+        if model and request.is_message:
+            models = model_chain(config.model_fallback, model)
         is_clients_turn = CLIENT_REF in profile.order or not config.keys
-        plan = plan_attempts(config, profile, models, request.client_key if is_clients_turn else None)
+        client_key = request.client_key if is_clients_turn else None
+        plan = plan_attempts(config, profile, models, client_key)
         if not request.is_message:
             # Their own limits are not those of messages: a cooling key is only second choice.
             plan.sort(key=lambda a: self.cooldowns.blocking(a.key, None) is not None)
@@ -2758,7 +2765,7 @@ class Failover:
                 continue
             if self._base_url(serving, attempt) in serving.dead_ends:
                 continue
-            cooling = self.cooldowns.blocking(attempt.key, serving.model_of_slot(attempt), serving.ticket)
+            cooling = self._blocking(serving, attempt)
             if cooling and (serving.request.is_message or not cooling.outcome.rule.waits):
                 serving.failures.append(Failure(attempt, cooling.outcome, None))
             elif self._try(serving, attempt, self._is_alone(serving, attempt, index)):
@@ -2770,9 +2777,12 @@ class Failover:
 
     def _is_alone(self, serving, attempt, index):
         """Whether no later attempt with this model could be made now."""
-        return not any(other.model == attempt.model and not self.cooldowns.blocking(
-            other.key, serving.model_of_slot(other), serving.ticket)
-            for other in serving.plan[index + 1:])
+        return not any(other.model == attempt.model and not self._blocking(serving, other)
+                       for other in serving.plan[index + 1:])
+
+    def _blocking(self, serving, attempt):
+        """What keeps an attempt from being made now, or None."""
+        return self.cooldowns.blocking(attempt.key, serving.model_of_slot(attempt), serving.ticket)
 
     def _try(self, serving, attempt, is_alone):
         """One attempt, with its repeats and repairs; whether the client was answered."""
@@ -2782,7 +2792,7 @@ class Failover:
             reply = self._open(serving, attempt)
             serving.note(attempt, reply.outcome, started)
             rule = reply.outcome.rule
-            if rule.step is Step.REPAIR and self._learn_repair(attempt.model, reply.outcome, serving):
+            if rule.step is Step.REPAIR and self._learn_repair(serving, attempt, reply.outcome):
                 continue
             if rule.step in (Step.RELAY, Step.REPAIR):
                 self._relay(serving, attempt, reply)
@@ -2813,8 +2823,8 @@ class Failover:
         self._note_dead_end(serving, attempt, rule)
         if rule.scope is Scope.PAIR and not serving.request.is_message:
             return                    # what another path says of a model is not about messages
-        limit_s = serving.config.cooldown_ms / 1000
-        seconds = self.cooldowns.cool(attempt.key, serving.model_of_slot(attempt), outcome, limit_s)
+        seconds = self.cooldowns.cool(attempt.key, serving.model_of_slot(attempt), outcome,
+                                      limit_s=serving.config.cooldown_ms / 1000)
         if seconds:
             self._journal.log.write(
                 'error' if rule.attention else 'warn', 'cooldown', key=attempt.key.id,
@@ -2865,7 +2875,8 @@ class Failover:
             if repairs:
                 data, betas = apply_repairs(repairs, data, betas)
         token = '' if attempt.key.id == CLIENT_REF else read_token(attempt.key.token)
-        return build_request(request, attempt.key, serving.config.anthropic_base_url, token, data, betas)
+        return build_request(request, attempt.key, self._base_url(serving, attempt), token, data,
+                             betas)
 
     def _repairs_for(self, serving, model):
         """What this request needs on this model: what its 400s said, now and, for a fallback
@@ -2875,9 +2886,9 @@ class Failover:
             serving.repairs[model] = list(learnt)
         return serving.repairs[model]
 
-    def _learn_repair(self, model, outcome, serving):
+    def _learn_repair(self, serving, attempt, outcome):
         """Notes what a 400 complains of; False when that was left out already."""
-        repair = find_repair(outcome.message)
+        model, repair = attempt.model, find_repair(outcome.message)
         if repair in serving.repairs[model] or len(serving.repairs[model]) >= MAX_REPAIRS:
             return False
         serving.repairs[model].append(repair)
@@ -2890,10 +2901,12 @@ class Failover:
         """Reads as much of an answer as it takes to know what it means."""
         reply = None
         try:
-            is_stream = upstream.headers.get('content-type', '').startswith('text/event-stream')
+            headers = upstream.headers
+            is_stream = (headers.get('content-type', '').startswith('text/event-stream')
+                         and 'content-encoding' not in headers)
             if upstream.status >= 300:
                 reply = self._read_refusal(serving, attempt, upstream)
-            elif is_stream and serving.request.is_message and 'content-encoding' not in upstream.headers:
+            elif is_stream and serving.request.is_message:
                 reply = self._read_opening(serving, attempt, upstream)
             else:
                 outcome = self._classify(serving, attempt, upstream)
@@ -3055,8 +3068,7 @@ class Failover:
         return is_my_turn
 
     def _all_cool(self, serving):
-        return all(self.cooldowns.blocking(a.key, serving.model_of_slot(a), serving.ticket)
-                   for a in serving.plan)
+        return all(self._blocking(serving, attempt) for attempt in serving.plan)
 
     def _wait_in_queue(self, serving):
         config, exchange = self._store.current, serving.exchange
@@ -3106,8 +3118,7 @@ class Failover:
         """[(Failure, seconds until its slot comes back, or None), ...]"""
         failed = []
         for failure in serving.failures:
-            slot_model = serving.model_of_slot(failure.attempt)
-            cooling = self.cooldowns.blocking(failure.attempt.key, slot_model, serving.ticket)
+            cooling = self._blocking(serving, failure.attempt)
             failed.append((failure, self.cooldowns.remaining_s(cooling) if cooling else None))
         return failed
 
@@ -3137,7 +3148,9 @@ JSON_TYPE = ('content-type', 'application/json')
 def read_usage(tail):
     """{'input_tokens': 10, ...} from the end of a plain answer's bytes, as far as it is there."""
     start = tail.rfind(b'"usage"')
-    return {name.decode(): int(count) for name, count in USAGE_COUNT.findall(tail, start)} if start >= 0 else {}
+    if start < 0:
+        return {}
+    return {name.decode(): int(count) for name, count in USAGE_COUNT.findall(tail, start)}
 
 
 class FinalFailure(NamedTuple):
@@ -3145,7 +3158,7 @@ class FinalFailure(NamedTuple):
     fields: list
     body: bytes
     message: str
-    key: Optional[Key] = None
+    key: Key | None = None
 
 
 #: What decides when the attempts failed differently: the first of these that one of them has.
@@ -3213,7 +3226,8 @@ def own_failure(status, type, failed, serving, final, now):
         message += (f' Earliest back: {earliest.attempt.key.id} in {format_duration(earliest_s)}'
                     f' ({back_at}).')
         fields.append(('retry-after', max(1, math.ceil(earliest_s))))
-    if final in HOPELESS or final is Final.LIMITED and not (earliest and earliest_s <= CLIENT_PATIENCE_S):
+    is_soon = earliest is not None and earliest_s <= CLIENT_PATIENCE_S
+    if final in HOPELESS or final is Final.LIMITED and not is_soon:
         fields.append(('x-should-retry', 'false'))
     fields += [(name, value) for failure, _ in failed[-1:] if failure.reply
                for name, value in failure.reply.fields
@@ -3278,16 +3292,16 @@ def guard(head, port, config):
     host = headers.get('host', '')
     own_hosts = {name + end for name in LOCAL_NAMES for end in ('', f':{port}')}
     if host.lower() not in own_hosts and host not in config.allowed_hosts:
-        raise BadRequest(f'The Host {printable(host)[:80]!r} is not this proxy: use '
-                         f'http://localhost:{port}, or add it to "allowedHosts".', 403, 'permission_error')
+        raise Forbidden(f'The Host {printable(host)[:80]!r} is not this proxy: use '
+                        f'http://localhost:{port}, or add it to "allowedHosts".')
     origin = headers.get('origin')
     is_allowed = origin in config.allowed_origins
     if origin is not None and not is_allowed and origin != f'http://{host}':
-        raise BadRequest('Requests from web pages of another origin are refused; "allowedOrigins" '
-                         'adds one.', 403, 'permission_error')
+        raise Forbidden('Requests from web pages of another origin are refused; '
+                        '"allowedOrigins" adds one.')
     site = headers.get('sec-fetch-site', 'none')
     if not is_allowed and site not in ('same-origin', 'none'):
-        raise BadRequest('Requests from another site are refused.', 403, 'permission_error')
+        raise Forbidden('Requests from another site are refused.')
 
 
 def check_access(headers, access_token):
@@ -3370,7 +3384,8 @@ def api_clear_cooldowns(call):
 
 def forward(call):
     app = call.app
-    request = ClientRequest(call.head, call.body, call.profile_name, app.store.current.access_token)
+    access_token = app.store.current.access_token
+    request = ClientRequest(call.head, call.body, call.profile_name, access_token)
     with app.watcher.watching(Exchange(call.connection.sock)) as exchange:
         app.failover.serve(request, call.response, exchange)
 
@@ -3434,12 +3449,12 @@ class Handler(socketserver.BaseRequestHandler):
         except ClientGone:
             return False
         except Exception as error:    # a thread's top: one request must not take others down
-            self.server.app.log.error('internal_error', kind=type(error).__name__,
-                                      at=where_raised(error))
+            kind = type(error).__name__
+            self.server.app.log.error('internal_error', kind=kind, at=where_raised(error))
             if response.started:
                 return False
-            self._refuse(connection, response, FailoverError(
-                f'{PROGRAM} failed on this request ({type(error).__name__}); its log says where.'), was_read)
+            told = FailoverError(f'{PROGRAM} failed on this request ({kind}); its log says where.')
+            self._refuse(connection, response, told, was_read)
         return response.keep_alive and not self.server.app.stopping
 
     def _admit(self, head, profile_name):
@@ -3509,7 +3524,7 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def shutdown(self):
         self._is_closing = True
-        with contextlib.suppress(OSError):        # macOS says "not connected", and closing wakes it
+        with contextlib.suppress(OSError):        # macOS: "not connected"; closing wakes it
             self.socket.shutdown(socket.SHUT_RDWR)
         self.server_close()
 
@@ -3533,7 +3548,8 @@ class Listener(http.server.ThreadingHTTPServer):
 
 TOO_MANY_BODY = error_json('overloaded_error', f'{PROGRAM}: over {MAX_CONNECTIONS} connections.')
 TOO_MANY = (b'HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n'
-            b'connection: close\r\ncontent-length: %d\r\n\r\n%b' % (len(TOO_MANY_BODY), TOO_MANY_BODY))
+            b'connection: close\r\ncontent-length: %d\r\n\r\n%b'
+            % (len(TOO_MANY_BODY), TOO_MANY_BODY))
 
 
 # ==============================================================================
@@ -3583,8 +3599,9 @@ class App:
         """Brings the open ports in line with the configuration; running answers go on."""
         profiles = self.store.current.profiles
         self._rename_listeners(profiles)
-        self._close_listeners([name for name, listener in self.listeners.items()
-                               if name not in profiles or profiles[name].port != listener.wanted_port])
+        self._close_listeners([
+            name for name, listener in self.listeners.items()
+            if name not in profiles or profiles[name].port != listener.wanted_port])
         self.port_problems = {}
         for name, profile in profiles.items():
             if name in self.listeners:
@@ -3595,7 +3612,7 @@ class App:
                 self.port_problems[name] = (
                     f'Port {profile.port} of profile {name} cannot be opened ({error.strerror}).')
                 continue
-            threading.Thread(target=listener.serve_forever, name=f'listen-{name}', daemon=True).start()
+            threading.Thread(target=listener.serve_forever, name='listen', daemon=True).start()
 
     def _rename_listeners(self, profiles):
         """A profile that was renamed keeps its port, and the connections on it."""
@@ -3856,7 +3873,8 @@ def cmd_add_key(options):
         return edited
     config = ConfigStore(options.config).update(edit)
     key = added[0]
-    say(f'Added key {style.bold(key.id)} ({mask_token(key.token)}), {describe_places(config, key)}.')
+    say(f'Added key {style.bold(key.id)} ({mask_token(key.token)}), '
+        f'{describe_places(config, key)}.')
     if len(config.keys) == 1 and not fetch_health(config):
         say(f'Start the proxy with: {RUN} start')
     return 0
@@ -3907,7 +3925,8 @@ def cmd_list_keys(options):
     elif not keys:
         say(f'No keys. Add one with: {RUN} add-key')
     else:
-        say_table([['ID', 'LABEL', 'PROVIDER', 'TOKEN', 'STATE'], *(list(k.values()) for k in keys)], '')
+        heads = [name.upper() for name in keys[0]]
+        say_table([heads, *(list(key.values()) for key in keys)], indent='')
         for profile in config.profiles.values():
             say(f'Profile {printable(profile.name)} (port {profile.port}): '
                 + ' -> '.join(profile.order))
@@ -3952,17 +3971,19 @@ def cmd_status(options):
     if options.json:
         say_json(health)
         return 0
-    style = Style(sys.stdout)
-    uptime = format_duration(health['uptime_s'])
-    say(f'{style.bold(PROGRAM)} {health["version"]} is {style.good("running")}, pid {health["pid"]}, for {uptime}')
+    style, metrics = Style(sys.stdout), health['metrics']
+    say(f'{style.bold(PROGRAM)} {health["version"]} is {style.good("running")}, '
+        f'pid {health["pid"]}, for {format_duration(health["uptime_s"])}')
     for problem in health['problems']:
         say(style.bad(f'  {printable(problem)}'))
-    say_table([[printable(p['name']), f'http://localhost:{p["port"]}'] for p in health['profiles']])
+    say_table([[printable(profile['name']), f'http://localhost:{profile["port"]}']
+               for profile in health['profiles']])
     say_keys(health, style)
-    metrics = health['metrics']
-    say(f'Requests   {metrics["requests"]} ({metrics["answered"]} answered, {metrics["refused"]} refused, '
-        f'{metrics["failed"]} failed, {health["active"]} running, {health["waiting"]} waiting)')
-    say(f'Saved by   {metrics["rotations"]} rotations, {metrics["fallbacks"]} fallbacks, {metrics["queued"]} queued')
+    say(f'Requests   {metrics["requests"]} ({metrics["answered"]} answered, '
+        f'{metrics["refused"]} refused, {metrics["failed"]} failed, '
+        f'{health["active"]} running, {health["waiting"]} waiting)')
+    say(f'Saved by   {metrics["rotations"]} rotations, {metrics["fallbacks"]} fallbacks, '
+        f'{metrics["queued"]} queued')
     return 0
 
 
@@ -3971,12 +3992,16 @@ def say_keys(health, style):
         say(f'Keys       none; add one with: {RUN} add-key')
         return
     say('Keys')
-    say_table([[key['id'], key['provider'], key['token'], key['state'], f'{key["answers"]} answers']
+    columns = ('id', 'provider', 'token', 'state')
+    say_table([[*(key[column] for column in columns), f'{key["answers"]} answers']
                for key in health['keys']])
     for cooling in health['cooldowns']:
-        what = cooling['key'] + (f' with {printable(cooling["model"])}' if cooling['model'] else '')
-        text = (f'  {what} rests for {format_duration(cooling["remaining_ms"] / 1000)}: '
-                f'{cooling["status"] or ""} {cooling["reason"]} {printable(cooling["message"])[:100]}')
+        model = f' with {printable(cooling["model"])}' if cooling['model'] else ''
+        rest = format_duration(cooling['remaining_ms'] / 1000)
+        why = f'{cooling["status"] or ""} {cooling["reason"]}'.strip()
+        text = f'  {cooling["key"]}{model} rests for {rest}: {why}'
+        if cooling['message']:
+            text += f', "{printable(cooling["message"])[:100]}"'
         say(style.bad(text) if cooling['needs_attention'] else style.warn(text))
 
 
@@ -4044,12 +4069,16 @@ def say_log_line(line, as_json, style):
 
 def describe_request(record):
     """'POST /v1/messages claude-opus-5-5 200 in 1234 ms: personal 429 -> work 200'."""
-    trail = ' -> '.join(f'{a["key"]} {a["status"] or a["result"]}' for a in record.get('attempts', ()))
-    parts = [record.get('method'), record.get('path'), record.get('fallback') or record.get('model'),
-             record.get('status') or record.get('outcome'), f'in {record.get("duration_ms")} ms']
+    parts = (record.get('method'), record.get('path'),
+             record.get('fallback') or record.get('model'),
+             record.get('status') or record.get('outcome'), f'in {record.get("duration_ms")} ms')
     text = ' '.join(str(part) for part in parts if part)
-    text += f': {trail}' if trail else ''
-    return printable(text + (f' ({record["error"]})' if record.get('error') else ''))
+    attempts = record.get('attempts') or ()
+    if attempts:
+        text += ': ' + ' -> '.join(f'{a["key"]} {a["status"] or a["result"]}' for a in attempts)
+    if record.get('error'):
+        text += f' ({record["error"]})'
+    return printable(text)
 
 
 class Command(NamedTuple):
@@ -4058,23 +4087,27 @@ class Command(NamedTuple):
     run: Callable
     arguments: tuple = ()     # ((names, options), ...) for argparse
 
+
 JSON_OPTION = (('--json',), {'action': 'store_true', 'help': 'as JSON, for scripts'})
 
 COMMANDS = (
     Command('start', 'run the proxy in the foreground, until Ctrl-C', cmd_start),
-    Command('status', 'what the running proxy does: ports, keys, cooldowns, requests', cmd_status, (JSON_OPTION,)),
-    Command('health', 'the running proxy\'s /health as JSON; exit status 0 when all is well', cmd_health),
+    Command('status', 'what the running proxy does: ports, keys, cooldowns, requests', cmd_status,
+            (JSON_OPTION,)),
+    Command('health', "the running proxy's /health as JSON; exit status 0 when all is well",
+            cmd_health),
     Command('add-key', 'add an Anthropic API key or OAuth token', cmd_add_key, (
-        (('token',), {'nargs': '?', 'help': 'the token, env:NAME, file:PATH, or - for standard input; '
-                                            'without it you are asked, and nothing is shown'}),
+        (('token',), {'nargs': '?', 'help': 'the token, env:NAME, file:PATH, or - for standard '
+                                            'input; without it you are asked, unseen'}),
         (('label',), {'nargs': '*', 'help': 'a name for it'}),
         (('--label',), {'dest': 'label_option', 'metavar': 'LABEL', 'help': 'the same'}),
-        (('--base-url',), {'metavar': 'URL', 'help': 'another server that speaks Anthropic\'s API'}))),
-    Command('remove-key', 'remove a key', cmd_remove_key, ((('id',), {'help': 'as list-keys shows it'}),)),
-    Command('list-keys', 'the keys and each profile\'s order', cmd_list_keys, (JSON_OPTION,)),
+        (('--base-url',), {'metavar': 'URL', 'help': "another server with Anthropic's API"}))),
+    Command('remove-key', 'remove a key', cmd_remove_key, (
+        (('id',), {'help': 'as list-keys shows it'}),)),
+    Command('list-keys', "the keys and each profile's order", cmd_list_keys, (JSON_OPTION,)),
     Command('logs', 'the last log lines', cmd_logs, (
-        (('-f', '--follow'), {'action': 'store_true', 'help': 'go on with new lines until Ctrl-C'}),
-        (('-n', '--lines'), {'type': int, 'default': 20, 'metavar': 'N', 'help': 'how many (20)'}),
+        (('-f', '--follow'), {'action': 'store_true', 'help': 'go on with new lines'}),
+        (('-n', '--lines'), {'type': int, 'default': 20, 'metavar': 'N', 'help': '(20)'}),
         JSON_OPTION)),
 )
 
