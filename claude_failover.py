@@ -1471,6 +1471,9 @@ LEVELS = ('debug', 'info', 'warn', 'error')
 SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
 
 
+LINE_ENCODER = json.JSONEncoder(default=str)
+
+
 def redact(text):
     """A text (a whole line of the log, say) with all that looks like a token masked."""
     return SECRET.sub(lambda match: mask_token(match.group()), text)
@@ -1495,7 +1498,7 @@ class JsonLog:
         if LEVELS.index(level) < self._least:
             return False
         record = {'time': utc_text(self._now()), 'level': level, 'event': event, **fields}
-        line = redact(json.dumps(record, default=str)).encode() + b'\n'
+        line = redact(LINE_ENCODER.encode(record)).encode() + b'\n'
         with self._lock:
             try:
                 self._append_locked(line)
@@ -2639,6 +2642,10 @@ class Failure(NamedTuple):
     reply: Reply | None
 
 
+def new_request_id():
+    return f'req_proxy_{random.getrandbits(96):024x}'
+
+
 class Serving:
     """One request on its way: what was planned and tried, and what is told of it at the end."""
 
@@ -2647,6 +2654,7 @@ class Serving:
         self.config = config
         self.clock = clock
         self.started = clock()
+        self.request_id = new_request_id()    # the upstream's, once its answer is relayed
         self.ticket = None
         self.queue_deadline = None
         self.attempts = []            # [{'key': 'work', 'model': ..., 'status': 429, ...}, ...]
@@ -2704,10 +2712,6 @@ def goes_to_client(name):
     """Neither fields of the connection, nor any that would let a web page read the answer."""
     name = name.lower()
     return name not in OWN_RESPONSE_FIELDS and not name.startswith(('access-control-', 'x-proxy-'))
-
-
-def new_request_id():
-    return 'req_proxy_' + os.urandom(12).hex()
 
 
 class Failover:
@@ -2968,7 +2972,8 @@ class Failover:
         if attempt.model != asked:
             serving.record['fallback'] = f'{asked} -> {attempt.model}'
         upstream = reply.upstream
-        headers = upstream.headers if upstream else {}
+        headers = upstream.headers if upstream else join_fields(reply.fields)
+        serving.request_id = headers.get('request-id', serving.request_id)
         fields = end_to_end_fields(reply.fields, headers) + serving.proxy_fields(attempt)
         if upstream is None:
             return self._send_whole(serving, reply.outcome.status, fields, reply.body)
@@ -3096,7 +3101,8 @@ class Failover:
             return
         if not response.started:
             response.start(200, [('content-type', 'text/event-stream; charset=utf-8'),
-                                 ('cache-control', 'no-cache'), ('request-id', new_request_id()),
+                                 ('cache-control', 'no-cache'),
+                                 ('request-id', serving.request_id),
                                  *serving.proxy_fields()])
         response.write(PING_EVENT)
 
@@ -3130,7 +3136,7 @@ class Failover:
     def _finished_record(self, serving):
         request = serving.request
         record = {
-            'id': new_request_id(), 'profile': request.profile_name, 'method': request.method,
+            'id': serving.request_id, 'profile': request.profile_name, 'method': request.method,
             'path': request.path, 'model': request.body.model if request.has_body else None,
             'status': serving.response.status, **serving.record, 'attempts': serving.attempts,
             'duration_ms': self._elapsed_ms(serving)}
@@ -3201,7 +3207,7 @@ def no_plan_failure(serving):
     else:
         message = (f'{PROGRAM}: no Anthropic key is configured and the request carries none. '
                    f'Add one: {RUN} add-key')
-    fields = [JSON_TYPE, ('request-id', new_request_id()), ('x-should-retry', 'false')]
+    fields = [JSON_TYPE, ('request-id', serving.request_id), ('x-should-retry', 'false')]
     return FinalFailure(401, fields, error_json('authentication_error', message), message)
 
 
@@ -3220,7 +3226,7 @@ def own_failure(status, type, failed, serving, final, now):
                if seconds is not None and failure.outcome.rule.waits]
     earliest_s, earliest = min(returns, key=lambda pair: pair[0], default=(None, None))
     message = failure_message(failed, final)
-    fields = [JSON_TYPE, ('request-id', new_request_id()), *serving.proxy_fields()]
+    fields = [JSON_TYPE, ('request-id', serving.request_id), *serving.proxy_fields()]
     if earliest and final not in HOPELESS:
         back_at = time.strftime('%H:%M:%S', time.localtime(now() + earliest_s))
         message += (f' Earliest back: {earliest.attempt.key.id} in {format_duration(earliest_s)}'
@@ -3392,30 +3398,32 @@ def forward(call):
 
 class Route(NamedTuple):
     methods: tuple
-    pattern: str              # of the path, matched whole
+    pattern: re.Pattern       # of the path, matched whole
     answer: Callable
     is_open: bool = False     # answers without the access token
 
 
 ROUTES = (
-    Route(('OPTIONS',), r'/.*', show_options, is_open=True),
-    Route(METHODS, r'/v1/.+', forward),
-    Route(('HEAD', 'GET'), r'/', show_start_page, is_open=True),
-    Route(('HEAD', 'GET'), r'/dashboard(/.*)?', show_dashboard),
-    Route(('HEAD', 'GET'), r'/health', api_health),
-    Route(('POST',), r'/api/cooldowns/clear', api_clear_cooldowns),
+    Route(('OPTIONS',), re.compile(r'/.*'), show_options, is_open=True),
+    Route(METHODS, re.compile(r'/v1/.+'), forward),
+    Route(('HEAD', 'GET'), re.compile(r'/'), show_start_page, is_open=True),
+    Route(('HEAD', 'GET'), re.compile(r'/dashboard(/.*)?'), show_dashboard),
+    Route(('HEAD', 'GET'), re.compile(r'/health'), api_health),
+    Route(('POST',), re.compile(r'/api/cooldowns/clear'), api_clear_cooldowns),
 )
 
 
 def find_route(head):
     """The Route of a request.  Raises BadRequest: 404, or 405 where only the method is wrong."""
     path = head.target.partition('?')[0]
-    routes = [route for route in ROUTES[1:] if re.fullmatch(route.pattern, path)]
-    for route in [ROUTES[0], *routes]:
-        if head.method in route.methods:
-            return route
-    if routes:
-        raise BadRequest(f'{path} takes {" and ".join(routes[0].methods)}.', 405)
+    known = None
+    for route in ROUTES:
+        if route.pattern.fullmatch(path):
+            if head.method in route.methods:
+                return route
+            known = route if route.methods != ('OPTIONS',) else known
+    if known:
+        raise BadRequest(f'{path} takes {" and ".join(known.methods)}.', 405)
     raise BadRequest(f'There is nothing at {printable(path)[:100]}; the API is below /v1/.', 404,
                      'not_found_error')
 
