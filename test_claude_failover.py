@@ -935,8 +935,8 @@ class JournalTest(ScratchTest):
 
     def test_lines_below_the_level_are_left_out(self):
         log = self.log(level='warn')
-        self.assertFalse(log.info('no'))
-        self.assertTrue(log.error('yes'))
+        log.info('no')
+        log.error('yes')
         self.assertEqual([line['event'] for line in self.lines()], ['yes'])
 
     def test_the_file_is_rotated_and_private(self):
@@ -952,11 +952,23 @@ class JournalTest(ScratchTest):
         with open(os.path.join(self.folder, 'logs'), 'w'):
             pass
         log = self.log()
-        self.assertFalse(log.info('lost'))
+        log.info('lost')
         self.assertTrue(log.failed)
         os.unlink(os.path.join(self.folder, 'logs'))
-        self.assertTrue(log.info('kept'))
+        log.info('kept')
         self.assertFalse(log.failed)
+        self.assertEqual([line['event'] for line in self.lines()], ['kept'])
+
+    def test_once_started_lines_are_written_by_a_thread_and_all_are_there_in_the_end(self):
+        log = self.log()
+        log.start()
+        threads = [threading.Thread(target=lambda: [log.info('line') for _ in range(50)]) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        log.close()
+        self.assertEqual(len(self.lines()), 400)
 
     def test_finished_requests_are_counted(self):
         metrics = cf.Metrics()
