@@ -149,6 +149,8 @@ MAX_CHAIN = 5
 MAX_REPAIRS = 4
 #: Cooldowns that are remembered: far more than keys times models, but not without end.
 MAX_COOLDOWNS = 10_000
+#: Attempts that x-proxy-attempts lists.
+MAX_TOLD_ATTEMPTS = 30
 #: Log lines that may wait to be written, and how long they wait, so that many go together.
 MAX_LOG_LINES = 10_000
 LOG_DELAY_S = 0.05
@@ -221,6 +223,10 @@ class UpstreamCut(Exception):
     """The upstream's answer ended before it was complete."""
 
 
+class UpstreamClosed(UpstreamCut):
+    """It ended by an orderly close: the end of a body that has no other."""
+
+
 class UpstreamUnreachable(Exception):
     """No byte of an answer came.  `connected` tells a reset from a connection never made."""
     def __init__(self, reason, connected):
@@ -257,6 +263,14 @@ def mask_token(token):
     kind = re.match(r'sk-ant-[a-z]{1,5}|sk-proj|sk|eyJ', token)
     end = token[-4:] if len(token) >= 40 else ''
     return printable(f'{kind.group() if kind else ""}...{end}')
+
+
+SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
+
+
+def redact(text):
+    """A text (a whole line of the log, say) with all that looks like a token masked."""
+    return SECRET.sub(lambda match: mask_token(match.group()), text)
 
 
 def printable(text):
@@ -796,14 +810,28 @@ class RequestBody:
 
 
 def dump_body(body):
-    return json.dumps(body, ensure_ascii=False, separators=(',', ':')).encode()
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(',', ':')).encode()
+    except UnicodeEncodeError:        # half an emoji: only an escape can carry it
+        return json.dumps(body, separators=(',', ':')).encode()
+
+
+def as_dict(value):
+    """Foreign JSON where an object should be: {} when it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value):
+    return value if isinstance(value, list) else []
 
 
 def without_thinking(body, unwanted=lambda block: True):
     """The body without the unwanted thinking blocks of assistant turns; a turn that held
     nothing else goes too, since the API refuses an empty one."""
+    if not isinstance(body.get('messages'), list):
+        return body
     messages = []
-    for message in body.get('messages') or []:
+    for message in body['messages']:
         content = message.get('content') if isinstance(message, dict) else None
         if isinstance(content, list) and message.get('role') == 'assistant':
             kept = [block for block in content
@@ -845,11 +873,15 @@ def without_thinking_edits(body):
     management = body.get('context_management')
     if not isinstance(management, dict):
         return body
-    edits = [edit for edit in management.get('edits') or []
-             if 'thinking' not in str(edit.get('type') if isinstance(edit, dict) else '')]
+    edits = [edit for edit in as_list(management.get('edits'))
+             if 'thinking' not in str(as_dict(edit).get('type'))]
     if edits:
         return {**body, 'context_management': {**management, 'edits': edits}}
     return without_path(body, ['context_management'])
+
+
+def smaller(number, text):
+    return min(number, int(text)) if is_whole(number) else int(text)
 
 
 class Repair(NamedTuple):
@@ -866,12 +898,12 @@ class Repair(NamedTuple):
 REPAIRS = (
     Repair('signature', r'signature.{0,5} in .{0,3}(?:redacted_)?thinking|thinking\.signature',
            lambda body, subject: without_thinking(body)),
-    Repair('beta', r'([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)[`"\']*.{0,20}anthropic-beta'
+    Repair('beta', r'(?<![a-z0-9-])([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)[`"\']*.{0,20}anthropic-beta'
                    r'|anthropic-beta\D{0,40}?([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)'),
     Repair('field', r'^([A-Za-z_][\w.-]*): extra inputs are not permitted',
            lambda body, subject: without_path(body, subject.split('.'))),
     Repair('max_tokens', r'max_tokens: \d+ > (\d{1,9})',
-           lambda body, subject: {**body, 'max_tokens': int(subject)}),
+           lambda body, subject: {**body, 'max_tokens': smaller(body.get('max_tokens'), subject)}),
     Repair('effort', r'\beffort\b', lambda body, subject: without_path(without_path(
         body, ['output_config', 'effort']), ['messages', '0', 'output_config', 'effort'])),
     Repair('output_config', r'output_config',
@@ -886,7 +918,7 @@ REPAIRS = (
 def find_repair(message):
     """(name, subject) of the first repair that fits a 400's message, or None."""
     for repair in REPAIRS:
-        match = re.search(repair.pattern, message, re.IGNORECASE)
+        match = re.search(repair.pattern, message[:2000], re.IGNORECASE)
         if match:
             return repair.name, next((group for group in match.groups() if group), '')
     return None
@@ -909,9 +941,11 @@ def drop_unsigned_thinking(data):
     if not UNSIGNED.search(data):
         return data
     try:
-        return dump_body(without_thinking(loads_object(data), is_unsigned))
+        body = loads_object(data)
     except ValueError:
         return data
+    stripped = without_thinking(body, is_unsigned)
+    return data if stripped == body else dump_body(stripped)
 
 
 # ==============================================================================
@@ -1177,7 +1211,7 @@ def classify(answer):
     """The Outcome of an Answer: the first row of RULES that fits."""
     rule = next(rule for rule in RULES
                 if (not rule.statuses or answer.status in rule.statuses) and rule.when(answer))
-    return Outcome(rule, answer.status, answer.message, rule.hint(answer))
+    return Outcome(rule, answer.status, redact(answer.message), rule.hint(answer))
 
 
 def read_error(body):
@@ -1236,7 +1270,7 @@ class MessageStream:
             end = len(data)
         events, self._tail = data[:end], data[end:]
         # Text deltas, nearly all of a stream, need not be parsed.
-        if (not self.opened_by or b'"usage"' in events or b'message_stop' in events
+        if (not self.opened_by or b'message_delta' in events or b'message_stop' in events
                 or b'error' in events):
             for event in EVENT_END.split(events):
                 self._note(event)
@@ -1258,20 +1292,18 @@ class MessageStream:
         if type not in HELD_BACK:
             self.opened_by = self.opened_by or str(type)
         if type == 'error':
-            error = event.get('error')
-            self.error = error if isinstance(error, dict) else {}
+            self.error = as_dict(event.get('error'))
         elif type == 'message_stop':
             self.stopped = True
         elif type == 'message_start':
-            self._note_usage((event.get('message') or {}).get('usage'))
+            self._note_usage(as_dict(event.get('message')).get('usage'))
         elif type == 'message_delta':
-            self.stop_reason = (event.get('delta') or {}).get('stop_reason') or self.stop_reason
+            self.stop_reason = as_dict(event.get('delta')).get('stop_reason') or self.stop_reason
             self._note_usage(event.get('usage'))
         return True
 
     def _note_usage(self, usage):
-        if isinstance(usage, dict):
-            self.usage.update({k: v for k, v in usage.items() if is_whole(v)})
+        self.usage.update({k: v for k, v in as_dict(usage).items() if is_whole(v)})
 
 
 # ==============================================================================
@@ -1291,8 +1323,9 @@ class Cooling(NamedTuple):
 class Ticket:
     """A request's place in the queue.  `wake` is set whenever looking again may be worth it."""
 
-    def __init__(self, slots, wake):
-        self.slots = slots    # {(ref, model), ...}: what it waits for
+    def __init__(self, wake):
+        self.slots = frozenset()      # {(ref, model), ...}: what it waits for
+        self.trying = None            # the one of them that it tries now; it bars no other
         self.wake = wake
 
 
@@ -1324,7 +1357,8 @@ class Cooldowns:
             now = self._clock()
             if not self._struck_out_locked(slot, rule):
                 return 0
-            seconds = min(self._length_locked(slot, outcome, now), limit_s)
+            # A second at least: a hint of 0 must not become a busy loop of the queue.
+            seconds = min(max(1, self._length_locked(slot, outcome, now)), limit_s)
             current = self._cooling.get(slot)
             if seconds > 0 and not (current and current.until >= now + seconds):
                 self._cooling[slot] = Cooling(key, slot[1], now + seconds, outcome)
@@ -1352,9 +1386,11 @@ class Cooldowns:
         self._repeats[slot, rule.name] = repeats + 1
         return min(rule.cooldown_s * 2 ** min(repeats, 20), rule.doubles_to_s)
 
-    def succeeded(self, key, model):
+    def succeeded(self, ref, model):
         """An answer proved this key and model; a whole key's past troubles are over too."""
-        pair, whole = (key.ref, model), (key.ref, None)
+        pair, whole = (ref, model), (ref, None)
+        if model is None:
+            return            # another path's answer proves nothing about messages
         if not (self._cooling or self._strikes or self._repeats):
             return                            # the usual case, without the lock
         with self._lock:
@@ -1380,7 +1416,7 @@ class Cooldowns:
             self._wake_locked()
         return len(ended)
 
-    def blocking(self, key, model, ticket=None):
+    def blocking(self, slot, ticket=None):
         """The Cooling that keeps this slot from being tried now; None when it may be tried.
 
         It may have ended already: then another request is proving the slot, and `ticket`
@@ -1389,7 +1425,7 @@ class Cooldowns:
         if not self._cooling:
             return None                       # the usual case, without the lock
         with self._lock:
-            return self._blocking_locked((key.ref, model), ticket)
+            return self._blocking_locked(slot, ticket)
 
     def _blocking_locked(self, slot, ticket):
         entries = [self._cooling[s] for s in {slot, (slot[0], None)} if s in self._cooling]
@@ -1398,17 +1434,30 @@ class Cooldowns:
         longest = max(entries, key=lambda cooling: cooling.until)
         if longest.until > self._clock():
             return longest
-        first = next((t for t in self._queue if slot in t.slots), ticket)
+        first = next((t for t in self._queue
+                      if slot in t.slots and t.trying in (None, slot)), ticket)
         return longest if first is not ticket else None
 
     def remaining_s(self, cooling):
         return max(0.0, cooling.until - self._clock())
 
-    def join_queue(self, slots, wake):
-        ticket = Ticket(frozenset(slots), wake)
+    def join_queue(self, wake):
+        ticket = Ticket(wake)
         with self._lock:
             self._queue.append(ticket)
         return ticket
+
+    def await_slots(self, ticket, slots):
+        """From now on the ticket waits for any of these slots."""
+        with self._lock:
+            ticket.slots, ticket.trying = frozenset(slots), None
+            self._wake_locked()
+
+    def try_slot(self, ticket, slot):
+        """From now on the ticket's request is busy with this slot, and bars only that."""
+        with self._lock:
+            ticket.trying = slot
+            self._wake_locked()
 
     def leave_queue(self, ticket):
         with self._lock:
@@ -1417,22 +1466,20 @@ class Cooldowns:
                 self._wake_locked()
 
     def seconds_to_turn(self, ticket):
-        """Seconds until this ticket may try one of its slots: 0 is now, infinity never.
-
-        Behind a request that is proving a slot it is None: `wake` will tell.
-        """
+        """(seconds, is_behind): until this ticket may try one of its slots.  0 is now, infinity
+        never by itself; behind a request that is proving a slot, `wake` will tell."""
         ticket.wake.clear()
         with self._lock:
             now, nearest, is_behind = self._clock(), math.inf, False
             for slot in ticket.slots:
                 cooling = self._blocking_locked(slot, ticket)
                 if cooling is None:
-                    return 0
+                    return 0, False
                 if cooling.until <= now:
                     is_behind = True
                 elif cooling.outcome.rule.waits:
                     nearest = min(nearest, cooling.until - now)
-        return None if is_behind and nearest == math.inf else nearest
+        return nearest, is_behind
 
     def wake_all(self):
         with self._lock:
@@ -1471,15 +1518,7 @@ class Cooldowns:
 # request: a full disk costs log lines, not answers.
 
 LEVELS = ('debug', 'info', 'warn', 'error')
-SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
-
-
 LINE_ENCODER = json.JSONEncoder(default=str)
-
-
-def redact(text):
-    """A text (a whole line of the log, say) with all that looks like a token masked."""
-    return SECRET.sub(lambda match: mask_token(match.group()), text)
 
 
 class JsonLog:
@@ -1777,6 +1816,7 @@ class Exchange:
         with self._lock:
             self._upstream_socket = upstream_socket
             self.deadline = self._clock() + seconds
+            self.timed_out = False
         self.check()
 
     def detach(self):
@@ -2424,7 +2464,7 @@ class UpstreamResponse:
                     return piece
             try:
                 self._receive()
-            except UpstreamCut:
+            except UpstreamClosed:
                 if self._take != self._take_rest:
                     raise
                 self.ended = True
@@ -2448,7 +2488,7 @@ class UpstreamResponse:
             raise UpstreamCut(error_reason(error)) from error
         if not data:
             self._exchange.check()
-            raise UpstreamCut('it closed the connection')
+            raise UpstreamClosed('it closed the connection')
         self.got_bytes = True
         self._exchange.extend(STREAM_IDLE_S)
         self._buffer = self._buffer + data if self._buffer else data
@@ -2525,17 +2565,19 @@ class Upstream:
         A reused connection that dies before any byte of the answer is replaced silently.
         Raises UpstreamUnreachable, UpstreamTimeout, ClientGone.
         """
+        may_reuse = True
         while True:
             exchange.check()
-            sock = self._take_idle(wanted.base)
+            sock = self._take_idle(wanted.base) if may_reuse else None
             is_reused = sock is not None
             if not is_reused:
                 sock = self._connect(wanted.base)
             response = UpstreamResponse(sock, exchange)
             try:
                 exchange.attach(sock, first_byte_s)
-                send_request(sock, wanted)
+                was_sent = send_request(sock, wanted)
                 response.read_head(wanted.method)
+                response.keep_alive = response.keep_alive and was_sent
                 response.when_closed = functools.partial(self._put_back, wanted.base)
                 return response
             except (UpstreamCut, OSError) as error:
@@ -2543,7 +2585,8 @@ class Upstream:
                 sock.close()
                 exchange.check()
                 if is_reused and not response.got_bytes:
-                    continue          # it had been closed while it was idle: nothing was lost
+                    may_reuse = False # it had been closed while it was idle: nothing was lost
+                    continue
                 reason = str(error) if isinstance(error, UpstreamCut) else error_reason(error)
                 raise UpstreamUnreachable(f'{wanted.base.host}: {reason}', True) from error
             except BaseException:
@@ -2614,17 +2657,36 @@ class Upstream:
 
 
 def send_request(sock, wanted):
-    """One send for head and body where that saves a packet.  An upstream that stops reading
-    (a 413, say) has answered already: its answer is read all the same."""
-    try:
-        if len(wanted.body) <= JOIN_BYTES:
-            sock.sendall(wanted.head + wanted.body)
-        else:
-            sock.sendall(wanted.head)
-            sock.sendall(wanted.body)
-    except (BrokenPipeError, ConnectionResetError):
-        if not readable([sock]):
-            raise
+    """One send for head and body where that saves a packet.
+
+    An upstream may answer a large body before it has read it (a 429, a 413): then the rest is
+    not sent, and the connection not used again.  Whether all was sent.
+    """
+    if len(wanted.body) <= JOIN_BYTES:
+        sock.sendall(wanted.head + wanted.body)
+        return True
+    sock.sendall(wanted.head)
+    with memoryview(wanted.body) as view:
+        for start in range(0, len(view), JOIN_BYTES):
+            if not wait_to_send(sock):
+                return False
+            try:
+                sock.sendall(view[start:start + JOIN_BYTES])
+            except (BrokenPipeError, ConnectionResetError):
+                if not readable([sock]):
+                    raise
+                return False
+    return True
+
+
+def wait_to_send(sock):
+    """Waits until a socket takes bytes; False when it has some itself, or its end."""
+    if not hasattr(select, 'poll'):               # Windows
+        received, _, _ = select.select([sock], [sock], [])
+        return not received
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN | select.POLLOUT)
+    return all(not event & ~select.POLLOUT for _, event in poll.poll())
 
 
 def outbound_proxy(base):
@@ -2639,14 +2701,18 @@ def outbound_proxy(base):
     url = urllib.request.getproxies_environment().get('https')
     if not url or is_loopback(base.host) or urllib.request.proxy_bypass_environment(base.host):
         return None
-    parts = urllib.parse.urlsplit(url if '://' in url else f'http://{url}')
-    if parts.scheme != 'http' or not parts.hostname:
-        raise UpstreamUnreachable('HTTPS_PROXY must be an http:// URL', False)
+    try:
+        parts = urllib.parse.urlsplit(url if '://' in url else f'http://{url}')
+        host, port = parts.hostname, parts.port or 80
+    except ValueError:
+        host = None
+    if not host or parts.scheme != 'http':
+        raise UpstreamUnreachable('HTTPS_PROXY must be a URL like http://host:port', False)
     headers = {}
     if parts.username is not None:
         user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
         headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(user.encode()).decode()
-    return parts.hostname, parts.port or 80, headers
+    return host, port, headers
 
 
 def is_loopback(host):
@@ -2673,6 +2739,7 @@ class Failure(NamedTuple):
     attempt: Attempt
     outcome: Outcome
     reply: Reply | None
+    rested: bool              # it cools now
 
 
 def new_request_id():
@@ -2693,7 +2760,9 @@ class Serving:
         self.attempts = []            # [{'key': 'work', 'model': ..., 'status': 429, ...}, ...]
         self.queued_s = 0.0
         self.repairs = {}             # model -> [(name, subject), ...] that this request needs
-        self.record = {}              # what the log line says beside the attempts
+        self.secrets = {value.split(' ')[-1] for _, value in request.credentials}
+        self.next_ping = None         # when a held stream is told that it is not forgotten
+        self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
         self.begin_round([])
 
     def begin_round(self, plan):
@@ -2705,9 +2774,15 @@ class Serving:
         self.dead_ends = set()        # base URLs that another key would not reach either
         self.stopped = False
 
-    def model_of_slot(self, attempt):
+    def slot(self, attempt):
         """What this attempt cools by: limits on models are those of /v1/messages alone."""
-        return attempt.model if self.request.is_message else None
+        return attempt.key.ref, attempt.model if self.request.is_message else None
+
+    def without_secrets(self, text):
+        """Text of an upstream, which may quote the credential that it was sent."""
+        for secret in self.secrets - {''}:
+            text = text.replace(secret, mask_token(secret))
+        return text
 
     def note(self, attempt, outcome, started):
         """Adds an attempt to the trail."""
@@ -2728,7 +2803,8 @@ class Serving:
         if self.queued_s:
             fields.append(('x-proxy-queued', math.ceil(self.queued_s)))
         if self.attempts:
-            trail = ','.join(f'{a["key"]}={a["status"] or a["result"]}' for a in self.attempts)
+            trail = ','.join(f'{a["key"]}={a["status"] or a["result"]}'
+                             for a in self.attempts[-MAX_TOLD_ATTEMPTS:])
             fields.append(('x-proxy-attempts', trail))
         return fields
 
@@ -2772,7 +2848,7 @@ class Failover:
             serving.record['outcome'] = 'client_gone'
         finally:
             self._leave_queue(serving)
-        self._journal.finished(self._finished_record(serving))
+            self._journal.finished(self._finished_record(serving))
 
     def _replan(self, serving):
         """A new round, on the configuration that is in force now."""
@@ -2790,7 +2866,7 @@ class Failover:
         plan = plan_attempts(config, profile, models, client_key)
         if not request.is_message:
             # Their own limits are not those of messages: a cooling key is only second choice.
-            plan.sort(key=lambda a: self.cooldowns.blocking(a.key, None) is not None)
+            plan.sort(key=lambda a: self.cooldowns.blocking((a.key.ref, None)) is not None)
             if model is None and not request.is_read:
                 plan = plan[:1]       # what it makes belongs to one key's organization
         serving.begin_round(plan)
@@ -2804,8 +2880,11 @@ class Failover:
                 continue
             cooling = self._blocking(serving, attempt)
             if cooling and (serving.request.is_message or not cooling.outcome.rule.waits):
-                serving.failures.append(Failure(attempt, cooling.outcome, None))
-            elif self._try(serving, attempt, self._is_alone(serving, attempt, index)):
+                serving.failures.append(Failure(attempt, cooling.outcome, None, rested=True))
+                continue
+            if serving.ticket:
+                self.cooldowns.try_slot(serving.ticket, serving.slot(attempt))
+            if self._try(serving, attempt, self._is_alone(serving, attempt, index)):
                 return True
         return False
 
@@ -2819,7 +2898,7 @@ class Failover:
 
     def _blocking(self, serving, attempt):
         """What keeps an attempt from being made now, or None."""
-        return self.cooldowns.blocking(attempt.key, serving.model_of_slot(attempt), serving.ticket)
+        return self.cooldowns.blocking(serving.slot(attempt), serving.ticket)
 
     def _try(self, serving, attempt, is_alone):
         """One attempt, with its repeats and repairs; whether the client was answered."""
@@ -2853,21 +2932,27 @@ class Failover:
 
     def _give_up_attempt(self, serving, attempt, reply):
         outcome, rule = reply.outcome, reply.outcome.rule
-        serving.failures.append(Failure(attempt, outcome, reply))
         serving.stopped = serving.stopped or rule.step is Step.STOP
         if not rule.other_models:
             serving.given_up.update(a.model for a in serving.plan if a.model != attempt.model)
         self._note_dead_end(serving, attempt, rule)
-        if rule.scope is Scope.PAIR and not serving.request.is_message:
-            return                    # what another path says of a model is not about messages
-        seconds = self.cooldowns.cool(attempt.key, serving.model_of_slot(attempt), outcome,
-                                      limit_s=serving.config.cooldown_ms / 1000)
+        rested = self._cool(serving, attempt, outcome) > 0
+        serving.failures.append(Failure(attempt, outcome, reply, rested))
+
+    def _cool(self, serving, attempt, outcome):
+        """Rests what the outcome says; the seconds, 0 for nothing."""
+        rule, key, (_, model) = outcome.rule, attempt.key, serving.slot(attempt)
+        in_force = self._store.current.keys.get(key.ref)
+        if rule.scope is Scope.PAIR and model is None or in_force and in_force.token != key.token:
+            return 0          # not about messages; or of a token that was replaced meanwhile
+        seconds = self.cooldowns.cool(key, model, outcome, serving.config.cooldown_ms / 1000)
         if seconds:
             self._journal.log.write(
-                'error' if rule.attention else 'warn', 'cooldown', key=attempt.key.id,
-                model=None if rule.scope is Scope.KEY else attempt.model, reason=rule.name,
+                'error' if rule.attention else 'warn', 'cooldown', key=key.id,
+                model=None if rule.scope is Scope.KEY else model, reason=rule.name,
                 status=outcome.status, message=outcome.message[:300],
                 cooldown_ms=round(seconds * 1000))
+        return seconds
 
     def _note_dead_end(self, serving, attempt, rule):
         """Another key of an unreachable host would fail alike; a reset gets one more try."""
@@ -2879,10 +2964,12 @@ class Failover:
 
     def _pause(self, serving):
         """0.5 to 1 s before the same key again, so that many clients do not come at once."""
-        serving.exchange.wake.clear()
-        serving.exchange.check()
-        self._wait(serving.exchange.wake, self._jitter(0.5, 1.0))
-        serving.exchange.check()
+        exchange, end = serving.exchange, self._clock() + self._jitter(0.5, 1.0)
+        while self._clock() < end:    # the queue's news wake it too
+            exchange.wake.clear()
+            exchange.check()
+            self._wait(exchange.wake, end - self._clock())
+        exchange.check()
 
     # -- one attempt -----------------------------------------------------------
 
@@ -2912,6 +2999,7 @@ class Failover:
             if repairs:
                 data, betas = apply_repairs(repairs, data, betas)
         token = '' if attempt.key.id == CLIENT_REF else read_token(attempt.key.token)
+        serving.secrets.add(token)
         return build_request(request, attempt.key, self._base_url(serving, attempt), token, data,
                              betas)
 
@@ -2926,11 +3014,13 @@ class Failover:
     def _learn_repair(self, serving, attempt, outcome):
         """Notes what a 400 complains of; False when that was left out already."""
         model, repair = attempt.model, find_repair(outcome.message)
+        if not serving.request.is_message:
+            return False
         if repair in serving.repairs[model] or len(serving.repairs[model]) >= MAX_REPAIRS:
             return False
         serving.repairs[model].append(repair)
-        if repair[0] != 'signature':  # that is about this conversation, not about the model
-            self._repairs[model] = tuple(serving.repairs[model])
+        # A signature is about this conversation, not about the model.
+        self._repairs[model] = tuple(r for r in serving.repairs[model] if r[0] != 'signature')
         self._journal.log.info('repair', model=model, repair=repair[0], subject=repair[1])
         return True
 
@@ -2954,16 +3044,18 @@ class Failover:
                 upstream.close()
 
     def _classify(self, serving, attempt, upstream, status=None, error=('', '')):
-        request = serving.request
+        request, (type, message) = serving.request, error
         return classify(Answer(
-            status or upstream.status, upstream.headers, *error, self._now(), request.path,
-            attempt.model, is_fallback=attempt.model != request.body.model))
+            status or upstream.status, upstream.headers, type, serving.without_secrets(message),
+            self._now(), request.path, attempt.model, attempt.model != request.body.model))
 
     def _read_refusal(self, serving, attempt, upstream):
         try:
             body = upstream.read_all(MAX_ERROR_BODY_BYTES)
-        except UpstreamCut as error:  # its status was clear enough
-            return self._cut_reply(error)
+        except UpstreamCut as error:
+            outcome = self._classify(serving, attempt, upstream)
+            # Status and fields are often clear enough; what would be relayed is not there.
+            return Reply(outcome) if outcome.rule.step is Step.NEXT_KEY else self._cut_reply(error)
         outcome = self._classify(serving, attempt, upstream, error=read_error(body))
         return Reply(outcome, upstream.fields, body)
 
@@ -2995,7 +3087,7 @@ class Failover:
     def _relay(self, serving, attempt, reply):
         """Gives the client an upstream's answer: the commit."""
         if 200 <= reply.outcome.status < 300:
-            self.cooldowns.succeeded(attempt.key, serving.model_of_slot(attempt))
+            self.cooldowns.succeeded(*serving.slot(attempt))
         self._leave_queue(serving)
         asked = serving.request.body.model
         serving.record = {
@@ -3028,8 +3120,9 @@ class Failover:
         """Any answer but a stream of messages, piece by piece as it comes."""
         response, upstream = serving.response, reply.upstream
         if response.started:
-            return self._send_whole(serving, 502, [], error_json(
-                'api_error', f'{PROGRAM}: a stream was asked for, and the upstream sent none.'))
+            message = f'{PROGRAM}: a stream was asked for, and the upstream sent none.'
+            serving.record.update(outcome='failed', error=message)
+            return self._send_whole(serving, 502, [], error_json('api_error', message))
         response.start(upstream.status, fields, upstream.length)
         tail = b''
         try:
@@ -3074,7 +3167,8 @@ class Failover:
         """The end of a stream after its commit.  A second answer is never spliced in."""
         response = serving.response
         if events.error is not None:
-            serving.record.update(outcome='failed', error=str(events.error.get('message'))[:300])
+            message = serving.without_secrets(str(events.error.get('message')))
+            serving.record.update(outcome='failed', error=redact(message[:300]))
         if events.stopped or events.error is not None or events.stop_reason:
             if not (events.stopped or events.error is not None):
                 response.write(event_bytes({'type': 'message_stop'}))
@@ -3088,15 +3182,15 @@ class Failover:
     def _await_turn(self, serving):
         """Waits until an attempt may be made; False when that is not to be hoped for in time."""
         queue_wait_s = serving.config.queue_wait_ms / 1000
-        slots = {(a.key.ref, serving.model_of_slot(a)) for a in serving.plan}
-        is_queued = serving.request.is_message and slots and queue_wait_s > 0
-        if not is_queued or not self._all_cool(serving):
+        is_queued = serving.request.is_message and serving.plan and queue_wait_s > 0
+        if not is_queued or not self._all_rest(serving):
             return False
         entered = self._clock()
-        if serving.queue_deadline is None:
-            serving.queue_deadline = entered + queue_wait_s
         if serving.ticket is None:
-            serving.ticket = self.cooldowns.join_queue(slots, serving.exchange.wake)
+            serving.queue_deadline = entered + queue_wait_s
+            serving.next_ping = entered + PING_S
+            serving.ticket = self.cooldowns.join_queue(serving.exchange.wake)
+        self.cooldowns.await_slots(serving.ticket, map(serving.slot, serving.plan))
         try:
             is_my_turn = self._wait_in_queue(serving)
         finally:
@@ -3105,27 +3199,30 @@ class Failover:
             self._replan(serving)
         return is_my_turn
 
-    def _all_cool(self, serving):
-        return all(self._blocking(serving, attempt) for attempt in serving.plan)
+    def _all_rest(self, serving):
+        """Whether every attempt cools, or did when its turn came: then it is worth waiting."""
+        rested = {failure.attempt for failure in serving.failures if failure.rested}
+        return all(attempt in rested or self._blocking(serving, attempt)
+                   for attempt in serving.plan)
 
     def _wait_in_queue(self, serving):
-        config, exchange = self._store.current, serving.exchange
-        next_ping = self._clock() + PING_S
-        while not self.stopping and self._store.current is config:
-            seconds = self.cooldowns.seconds_to_turn(serving.ticket)
-            exchange.check()
-            if seconds == 0:
-                return True
-            left = serving.queue_deadline - self._clock()
-            if left <= 0 or seconds is not None and seconds > left:
+        exchange = serving.exchange
+        while True:
+            seconds, is_behind = self.cooldowns.seconds_to_turn(serving.ticket)
+            exchange.check()          # after the wake-up call was cleared, like what follows
+            if self.stopping:
                 return False
-            until_ping = max(0.0, next_ping - self._clock())
-            self._wait(exchange.wake, min(left, until_ping, left if seconds is None else seconds))
+            left = serving.queue_deadline - self._clock()
+            if left <= 0 or seconds > left and not is_behind:
+                return False
+            if seconds == 0 or self._store.current is not serving.config:
+                return True           # a changed configuration is worth another look
+            until_ping = max(0.0, serving.next_ping - self._clock())
+            self._wait(exchange.wake, min(left, until_ping, seconds))
             exchange.check()
-            if self._clock() >= next_ping:
+            if self._clock() >= serving.next_ping:
                 self._hold_open(serving)
-                next_ping += PING_S
-        return not self.stopping      # a changed configuration is worth another look
+                serving.next_ping += PING_S
 
     def _hold_open(self, serving):
         """Keeps a stream's client patient: it takes pings before the first event."""
@@ -3246,7 +3343,8 @@ def no_plan_failure(serving):
 
 def verbatim_failure(failure, serving, is_clients_own):
     """An upstream's own answer.  A client whose own login was refused mends it by itself."""
-    fields = end_to_end_fields(failure.reply.fields, {}) + serving.proxy_fields(failure.attempt)
+    fields = end_to_end_fields(failure.reply.fields, join_fields(failure.reply.fields))
+    fields += serving.proxy_fields(failure.attempt)
     has_advice = any(name.lower() == 'x-should-retry' for name, _ in fields)
     if not (is_clients_own or has_advice or failure.outcome.status == 429):
         fields.append(('x-should-retry', 'false'))
@@ -3254,18 +3352,25 @@ def verbatim_failure(failure, serving, is_clients_own):
                         failure.outcome.message, failure.attempt.key)
 
 
+def earliest_return(failed):
+    """(seconds, Failure) of the key that may be tried again first; (None, None): only a
+    person can help.  A key that failed in passing and does not rest is back at once."""
+    returns = [(seconds or 0, failure) for failure, seconds in failed
+               if failure.outcome.rule.waits
+               and (seconds is not None or failure.outcome.rule.final not in HOPELESS)]
+    return min(returns, key=lambda pair: pair[0], default=(None, None))
+
+
 def own_failure(status, type, failed, serving, final, now):
-    returns = [(seconds, failure) for failure, seconds in failed
-               if seconds is not None and failure.outcome.rule.waits]
-    earliest_s, earliest = min(returns, key=lambda pair: pair[0], default=(None, None))
+    earliest_s, earliest = earliest_return(failed)
     message = failure_message(failed, final)
     fields = [JSON_TYPE, ('request-id', serving.request_id), *serving.proxy_fields()]
-    if earliest and final not in HOPELESS:
+    is_soon = earliest is not None and earliest_s <= CLIENT_PATIENCE_S
+    if earliest and final not in HOPELESS and (earliest_s or final is not Final.SERVER):
         back_at = time.strftime('%H:%M:%S', time.localtime(now() + earliest_s))
         message += (f' Earliest back: {earliest.attempt.key.id} in {format_duration(earliest_s)}'
                     f' ({back_at}).')
         fields.append(('retry-after', max(1, math.ceil(earliest_s))))
-    is_soon = earliest is not None and earliest_s <= CLIENT_PATIENCE_S
     if final in HOPELESS or final is Final.LIMITED and not is_soon:
         fields.append(('x-should-retry', 'false'))
     fields += [(name, value) for failure, _ in failed[-1:] if failure.reply
@@ -3766,7 +3871,7 @@ def health_status(keys, problems):
 
 def cooldown_health(cooling, left_s):
     return {'key': cooling.key.id, 'model': cooling.model, 'reason': cooling.outcome.rule.name,
-            'status': cooling.outcome.status, 'message': redact(cooling.outcome.message[:300]),
+            'status': cooling.outcome.status, 'message': cooling.outcome.message[:300],
             'remaining_ms': round(left_s * 1000), 'until': utc_text(time.time() + left_s),
             'needs_attention': cooling.outcome.rule.attention}
 

@@ -613,6 +613,26 @@ class RequestBodiesTest(unittest.TestCase):
         _, betas = cf.apply_repairs([repair], b'{}', ['effort-2025-11-24', 'context-1m-2025-08-07'])
         self.assertEqual(betas, ['context-1m-2025-08-07'])
 
+    def test_a_smaller_max_tokens_stays(self):
+        data, _ = cf.apply_repairs([('max_tokens', '64000')], b'{"max_tokens":50}', [])
+        self.assertEqual(json.loads(data), {'max_tokens': 50})
+
+    def test_a_long_complaint_is_searched_in_no_time(self):
+        self.assertIsNone(cf.find_repair('a' * 1_000_000))
+        self.assertIsNone(cf.find_repair('a-' * 500_000))
+
+    def test_odd_shapes_break_nothing(self):
+        every = [('signature', ''), ('thinking', ''), ('effort', ''), ('max_tokens', '5'), ('field', 'a.0.b')]
+        for body in ({'messages': 5}, {'messages': [5, {'role': 'assistant', 'content': [5, None]}]},
+                     {'context_management': {'edits': 5}}, {'context_management': 5, 'thinking': 5},
+                     {'output_config': 5, 'max_tokens': 'x', 'a': [{'b': 1}]}, {'text': 'half \ud83d'}):
+            for repair in every:
+                cf.apply_repairs([repair], json.dumps(body).encode(), [])
+        data = b'{"messages": 5, "x": {"signature":""}}'
+        self.assertIs(cf.drop_unsigned_thinking(data), data)
+        half = b'{"text":"\\ud83d","model":"x"}'
+        self.assertEqual(json.loads(cf.RequestBody(half).for_model('y')), {'text': '\ud83d', 'model': 'y'})
+
     def test_what_no_repair_fits_is_left_alone(self):
         self.assertIsNone(cf.find_repair('messages: at least one message is required'))
 
@@ -778,6 +798,16 @@ class EventStreamsTest(unittest.TestCase):
         stream, _ = self.read(data[:-5])
         self.assertEqual(stream.last(), b'')
 
+    def test_events_of_odd_shape_break_nothing(self):
+        events = [{'type': 'message_start', 'message': 5}, {'type': 'message_delta', 'delta': 'x', 'usage': [1]},
+                  {'type': 'error', 'error': 'text'}, {'type': ['x']}]
+        stream, passed = self.read(stream_bytes(events[:3]))
+        self.assertEqual((b''.join(passed), stream.error), (stream_bytes(events[:3]), {}))
+
+    def test_a_stop_reason_counts_without_usage(self):
+        stream, _ = self.read(stream_bytes([*stream_events()[:-2], {'type': 'message_delta', 'delta': {'stop_reason': 'end_turn'}}]))
+        self.assertEqual(stream.stop_reason, 'end_turn')
+
     def test_an_endless_event_passes_in_parts(self):
         stream = cf.MessageStream()
         with mock.patch.object(cf, 'MAX_EVENT_BYTES', 100):
@@ -802,8 +832,13 @@ class CooldownsTest(unittest.TestCase):
     def cool(self, name, hint_s=None, key=None, model=OPUS, limit_s=3600):
         return self.cooldowns.cool(key or self.a, model, cf.Outcome(rule(name), 429, 'why', hint_s), limit_s)
 
+    def wait_for(self, *slots):
+        ticket = self.cooldowns.join_queue(threading.Event())
+        self.cooldowns.await_slots(ticket, slots or [(self.a.ref, OPUS)])
+        return ticket
+
     def left(self, key=None, model=OPUS, ticket=None):
-        cooling = self.cooldowns.blocking(key or self.a, model, ticket)
+        cooling = self.cooldowns.blocking(((key or self.a).ref, model), ticket)
         return cooling and self.cooldowns.remaining_s(cooling)
 
     def test_a_pair_cools_alone_and_a_key_for_every_model(self):
@@ -830,7 +865,7 @@ class CooldownsTest(unittest.TestCase):
             lengths.append(self.cool('throttled'))
             self.clock.now += lengths[-1]
         self.assertEqual(lengths, [30, 60, 120, 240, 300, 300])
-        self.cooldowns.succeeded(self.a, OPUS)
+        self.cooldowns.succeeded(self.a.ref, OPUS)
         self.assertEqual(self.cool('throttled'), 30)
 
     def test_requests_that_meet_one_limit_together_count_as_one_repeat(self):
@@ -840,16 +875,21 @@ class CooldownsTest(unittest.TestCase):
 
     def test_the_third_server_error_in_a_row_cools(self):
         self.assertEqual([self.cool('server_error') for _ in range(3)], [0, 0, 15])
-        self.cooldowns.succeeded(self.a, OPUS)
+        self.cooldowns.succeeded(self.a.ref, OPUS)
         self.assertEqual(self.cool('server_error'), 0)
-        self.cooldowns.succeeded(self.a, OPUS)
+        self.cooldowns.succeeded(self.a.ref, OPUS)
         self.assertEqual([self.cool('unreachable') for _ in range(3)], [0, 0, 15])
         self.assertEqual(self.left(model=SONNET), 15)
 
     def test_a_success_ends_the_pairs_cooldown_but_not_the_keys(self):
         self.cool('rate_limited', 100)
         self.cool('window_spent', 200)
-        self.cooldowns.succeeded(self.a, OPUS)
+        self.cooldowns.succeeded(self.a.ref, OPUS)
+        self.assertEqual(self.left(), 200)
+
+    def test_an_answer_on_another_path_proves_nothing(self):
+        self.cool('window_spent', 200)
+        self.cooldowns.succeeded(self.a.ref, None)
         self.assertEqual(self.left(), 200)
 
     def test_clearing_ends_all_or_some(self):
@@ -869,32 +909,55 @@ class CooldownsTest(unittest.TestCase):
 
     def test_only_the_first_in_the_queue_tries_a_key_that_comes_back(self):
         self.cool('rate_limited', 20)
-        first, second = (self.cooldowns.join_queue([(self.a.ref, OPUS)], threading.Event()) for _ in range(2))
-        self.assertEqual(self.cooldowns.seconds_to_turn(first), 20)
+        first, second = self.wait_for(), self.wait_for()
+        self.assertEqual(self.cooldowns.seconds_to_turn(first), (20, False))
         self.clock.now += 20
-        self.assertEqual(self.cooldowns.seconds_to_turn(first), 0)
-        self.assertIsNone(self.cooldowns.seconds_to_turn(second))
+        self.assertEqual(self.cooldowns.seconds_to_turn(first), (0, False))
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), (float('inf'), True))
         self.assertEqual((self.left(ticket=first), self.left(ticket=second), self.left()), (None, 0, 0))
-        self.cooldowns.succeeded(self.a, OPUS)
+        self.cooldowns.succeeded(self.a.ref, OPUS)
         self.assertTrue(second.wake.is_set())
-        self.assertEqual(self.cooldowns.seconds_to_turn(second), 0)
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), (0, False))
 
     def test_the_next_in_the_queue_follows_when_the_first_leaves_or_fails(self):
         self.cool('rate_limited', 20)
-        first, second = (self.cooldowns.join_queue([(self.a.ref, OPUS)], threading.Event()) for _ in range(2))
+        first, second = self.wait_for(), self.wait_for()
         self.clock.now += 20
-        self.assertEqual(self.cooldowns.seconds_to_turn(first), 0)
+        self.assertEqual(self.cooldowns.seconds_to_turn(first), (0, False))
         self.cool('rate_limited', 30)
-        self.assertEqual(self.cooldowns.seconds_to_turn(second), 30)
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), (30, False))
         self.clock.now += 30
         self.cooldowns.leave_queue(first)
         self.assertTrue(second.wake.is_set())
-        self.assertEqual(self.cooldowns.seconds_to_turn(second), 0)
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), (0, False))
 
     def test_nobody_waits_for_money_or_a_login(self):
         self.cool('auth_failed')
-        ticket = self.cooldowns.join_queue([(self.a.ref, OPUS)], threading.Event())
-        self.assertEqual(self.cooldowns.seconds_to_turn(ticket), float('inf'))
+        ticket = self.wait_for()
+        self.assertEqual(self.cooldowns.seconds_to_turn(ticket), (float('inf'), False))
+
+    def test_one_behind_another_waits_for_it_however_far_its_other_slots_are(self):
+        self.cool('rate_limited', 20)
+        self.cool('rate_limited', 3000, self.b)
+        both = [(self.a.ref, OPUS), (self.b.ref, OPUS)]
+        _, second = self.wait_for(*both), self.wait_for(*both)
+        self.clock.now += 20
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), (2980, True))
+
+    def test_a_request_that_tries_one_key_bars_no_other(self):
+        for key in (self.a, self.b):
+            self.cool('rate_limited', 20, key)
+        first, second = (self.wait_for((self.a.ref, OPUS), (self.b.ref, OPUS)) for _ in range(2))
+        self.clock.now += 20
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), (float('inf'), True))
+        self.cooldowns.try_slot(first, (self.b.ref, OPUS))
+        self.assertTrue(second.wake.is_set())
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), (0, False))
+        self.assertEqual(self.left(self.b, ticket=second), 0)
+
+    def test_a_hint_of_nothing_is_a_second(self):
+        self.assertEqual((self.cool('rate_limited', 0), self.cool('rate_limited', 0.01)), (1, 1))
+        self.assertEqual(self.cool('rate_limited', 50, self.b, limit_s=0), 0)
 
     def test_the_records_stay_bounded(self):
         with mock.patch.object(cf, 'MAX_COOLDOWNS', 10):
@@ -1453,6 +1516,13 @@ class UpstreamTest(SocketTest):
             with self.subTest(data=data), self.assertRaises(cf.UpstreamCut):
                 self.response(data).read_all(100)
 
+    def test_a_reset_is_no_end_of_a_body_that_has_no_other(self):
+        response = self.response(b'HTTP/1.0 200 OK\r\n\r\nhello')
+        response._sock = mock.Mock(recv=mock.Mock(side_effect=ConnectionResetError(104, 'reset')))
+        response._buffer = b''
+        with self.assertRaises(cf.UpstreamCut):
+            response.read_all(100)
+
     def test_what_is_no_answer_is_a_cut(self):
         for data in (b'nonsense\r\n\r\n', b'HTTP/1.1 2000 OK\r\n\r\n', b'HTTP/1.1 101 Switching\r\n\r\n', b'',
                      b'HTTP/1.1 200 OK\r\ncontent-length: 5, 5\r\n\r\nhello',
@@ -1496,6 +1566,31 @@ class UpstreamTest(SocketTest):
         server = RawServer(self, play)
         self.assertEqual([self.get(server.url)[1] for _ in range(2)], [b'1', b'2'])
 
+    def test_a_request_is_sent_at_most_twice_however_many_idle_connections_have_died(self):
+        requests, opened, together = queue.Queue(), [], threading.Barrier(4)
+
+        def play(sock, number):
+            read_request(sock)
+            together.wait(PATIENCE_S)
+            sock.sendall(plain_answer())
+            read_request(sock)
+            requests.put(number)      # and it closes without an answer
+
+        def last(sock, number):
+            server._play = play
+            play(sock, number)
+        server = RawServer(self, last)
+        threads = [threading.Thread(target=lambda: opened.append(self.get(server.url))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        self.assertEqual(len(opened), 4)
+        server._play = lambda sock, number: requests.put(read_request(sock) and number)
+        with self.assertRaises(cf.UpstreamUnreachable):
+            self.get(server.url)
+        self.assertEqual(requests.qsize(), 2)
+
     def test_a_fresh_connection_that_dies_is_an_error(self):
         server = RawServer(self, lambda sock, number: read_request(sock))
         with self.assertRaises(cf.UpstreamUnreachable) as caught:
@@ -1532,14 +1627,17 @@ class UpstreamTest(SocketTest):
         self.assertEqual(server.connections, 2)
 
     def test_an_answer_to_a_body_that_was_not_read_is_read(self):
+        done = threading.Event()
+        self.addCleanup(done.set)
+
         def play(sock, number):
             sock.recv(1000)
-            sock.sendall(plain_answer(b'too large', '413 Too Large', 'connection: close\r\n'))
-            sock.shutdown(socket.SHUT_WR)
-            while sock.recv(65536):
-                pass
+            sock.sendall(plain_answer(b'too large', '413 Too Large'))
+            done.wait(PATIENCE_S)     # without reading another byte of it
         server = RawServer(self, play)
-        self.assertEqual(self.get(server.url, body=b'x' * 5_000_000), (413, b'too large'))
+        for _ in range(2):            # and its connection is not used again
+            self.assertEqual(self.get(server.url, body=b'x' * 30_000_000), (413, b'too large'))
+        self.assertEqual(server.connections, 2)
 
     def test_trouble_names_the_host_and_the_reason(self):
         with socket.create_server(('127.0.0.1', 0)) as closed:
@@ -1617,9 +1715,10 @@ class UpstreamTest(SocketTest):
         self.assertIsNone(cf.outbound_proxy(cf.parse_base_url('https://api.example.com')))
         for url in ('https://localhost:1', 'https://127.0.0.1', 'http://gpu-box:8000'):
             self.assertIsNone(cf.outbound_proxy(cf.parse_base_url(url)))
-        os.environ['HTTPS_PROXY'] = 'socks5://127.0.0.1:1'
-        with self.assertRaisesRegex(cf.UpstreamUnreachable, 'must be an http:// URL'):
-            cf.outbound_proxy(cf.parse_base_url('https://other.org'))
+        for wrong in ('socks5://127.0.0.1:1', 'http://proxy:80x', 'http://[::1', 'http://'):
+            os.environ['HTTPS_PROXY'] = wrong
+            with self.assertRaisesRegex(cf.UpstreamUnreachable, 'must be a URL like http://host:port'):
+                cf.outbound_proxy(cf.parse_base_url('https://other.org'))
 
     def test_base_urls_keep_their_path_less_a_closing_v1(self):
         for url, host_field, path in (
@@ -1991,6 +2090,25 @@ class FailoverTest(unittest.TestCase):
         self.assertEqual(self.serve(self.failover(upstream, make_config('a', queueWaitMs=0)), body).status, 400)
         self.assertEqual(len(upstream.seen), 3)
 
+    def test_a_refused_signature_is_not_remembered_with_what_is(self):
+        thinking = {'type': 'thinking', 'thinking': 'hm', 'signature': 'foreign'}
+        body = messages_body(output_config={'effort': 'high'}, messages=[
+            {'role': 'assistant', 'content': [thinking, {'type': 'text', 'text': 'x'}]}, {'role': 'user', 'content': 'y'}])
+
+        def play(sent):
+            if sent['model'] == OPUS:
+                return RATE_LIMITED
+            if 'foreign' in json.dumps(sent):
+                return refusal(400, 'x', 'messages.0.content.0: Invalid `signature` in `thinking` block')
+            return refusal(400, 'x', 'effort is not supported') if 'effort' in json.dumps(sent) else Play()
+        upstream = FakeUpstream(a=[play, play])
+        failover = self.failover(upstream, make_config('a', queueWaitMs=0))
+        self.assertEqual(self.serve(failover, body).status, 200)
+        other = messages_body(messages=[{'role': 'assistant', 'content': [{**thinking, 'signature': 'valid'}]},
+                                        {'role': 'user', 'content': 'y'}])
+        self.serve(failover, other)
+        self.assertIn('valid', upstream.sent[-1].body.decode())
+
     def test_thinking_with_a_signature_that_is_refused_goes_once_without(self):
         complaint = refusal(400, 'invalid_request_error', 'messages.0.content.0: Invalid `signature` in `thinking` block')
         thinking = {'type': 'thinking', 'thinking': 'hm', 'signature': 'foreign'}
@@ -2035,6 +2153,28 @@ class FailoverTest(unittest.TestCase):
         self.assertEqual((answered.status, answered.json), (429, api_error('rate_limit_error', 'slow down')))
         self.assertEqual(self.cooling(), {})
         self.assertEqual({model for _, model in upstream.seen}, {OPUS})
+
+    def test_a_complaint_about_thinking_on_another_path_is_relayed(self):
+        complaint = refusal(400, 'invalid_request_error', 'messages.1.content.0: Invalid `signature` in `thinking` block')
+        answered = self.serve(self.failover(FakeUpstream(a=complaint), make_config('a')), target='/v1/messages/count_tokens')
+        self.assertEqual((answered.status, len(self.upstream.seen)), (400, 1))
+
+    def test_a_limit_whose_body_is_cut_is_a_limit_all_the_same(self):
+        cut = refusal(429, 'rate_limit_error', 'x', retry_after='50')
+        cut.pieces = [b'{"type', cf.UpstreamCut('it closed')]
+        _, seen = self.one({'a': cut, 'b': Play()})
+        self.assertEqual((seen, self.cooling()), (['a', 'b'], {('a', OPUS): 50}))
+
+    def test_without_a_model_no_key_rests_for_every_model(self):
+        upstream = FakeUpstream(a=OVERLOADED)
+        self.serve(self.failover(upstream, make_config('a', queueWaitMs=0)), {'max_tokens': 1})
+        self.assertEqual(self.cooling(), {})
+
+    def test_an_error_of_our_own_is_recorded_too(self):
+        upstream = FakeUpstream(a=ZeroDivisionError())
+        with self.assertRaises(ZeroDivisionError):
+            self.serve(self.failover(upstream, make_config('a')))
+        self.assertEqual(self.record()['outcome'], 'failed')
 
     def test_an_answer_that_is_no_stream_of_messages_passes_as_it_is(self):
         upstream = FakeUpstream(a=Play(200, {'content-encoding': 'gzip'}, stream=[b'\x1f\x8b', b'raw']))
@@ -2131,8 +2271,8 @@ class FailoverTest(unittest.TestCase):
         self.cooldowns.cool(key, OPUS, cf.Outcome(rule('rate_limited'), 429, 'x', 50), 3600)
         threads = [threading.Thread(target=self.serve, args=(failover,), daemon=True) for _ in range(10)]
         joined = threading.Semaphore(0)
-        join_queue = self.cooldowns.join_queue
-        self.cooldowns.join_queue = lambda *args: (join_queue(*args), joined.release())[0]
+        await_slots = self.cooldowns.await_slots
+        self.cooldowns.await_slots = lambda *args: (await_slots(*args), joined.release())
         for thread in threads:
             thread.start()
         for _ in threads:
@@ -2149,6 +2289,61 @@ class FailoverTest(unittest.TestCase):
         for thread in threads:
             thread.join(PATIENCE_S)
         self.assertEqual(self.metrics.snapshot()[0]['answered'], 10)
+
+    def test_a_configuration_without_what_was_waited_for_is_no_busy_loop(self):
+        upstream = FakeUpstream(a=RATE_LIMITED, c=LONG)
+        failover = self.failover(upstream, make_config('a', modelFallback={}))
+        waits = []
+
+        def change(seconds):
+            waits.append(seconds)
+            self.assertLess(len(waits), 20)
+            self.store.current = make_config('c', modelFallback={})
+            self.cooldowns.wake_all()
+            self.clock.now += 1 - seconds
+        self.clock.on_wait = change
+        self.assertEqual(self.serve(failover).status, 429)
+        self.assertEqual([key for key, _ in upstream.seen], ['a', 'c'])
+
+    def test_a_key_that_comes_back_while_another_is_tried_is_used(self):
+        def slowly(body):
+            self.clock.now += 2
+            return LONG
+        upstream = FakeUpstream(a=[refusal(429, 'rate_limit_error', 'x', retry_after='1'), Play()], b=[slowly, slowly])
+        answered = self.serve(self.failover(upstream, make_config('a', 'b', modelFallback={})))
+        self.assertEqual((answered.status, [key for key, _ in upstream.seen]), (200, ['a', 'b', 'a']))
+
+    def test_a_key_that_is_added_while_the_first_is_tried_is_used(self):
+        def meanwhile(body):
+            self.store.current = make_config('a', 'b', modelFallback={})
+            return RATE_LIMITED
+        upstream = FakeUpstream(a=[meanwhile, meanwhile], b=Play())
+        answered = self.serve(self.failover(upstream, make_config('a', modelFallback={})))
+        self.assertEqual((answered.headers['x-proxy-key'], self.clock.now), ('b', 1000))
+
+    def test_a_refusal_of_a_token_that_was_replaced_does_not_rest_the_new_one(self):
+        fresh = make_document('a')
+        fresh['keys']['a']['token'] = token_of('fresh')
+
+        def meanwhile(body):
+            self.store.current = cf.parse_config(fresh)
+            return BAD_KEY
+        self.serve(self.failover(FakeUpstream(a=[meanwhile, meanwhile]), make_config('a')))
+        self.assertEqual(self.cooling(), {})
+
+    def test_tiny_hints_make_no_busy_loop_and_a_held_stream_hears_of_it(self):
+        upstream = FakeUpstream(a=refusal(429, 'rate_limit_error', 'x', retry_after='0.01'))
+        answered = self.serve(self.failover(upstream, make_config('a', modelFallback={})), messages_body(stream=True))
+        self.assertLess(len(upstream.seen), 100)
+        self.assertEqual({event['type'] for event in answered.events[:8]}, {'ping'})
+        self.assertEqual(answered.events[-1]['type'], 'error')
+
+    def test_a_pause_is_not_shortened_by_news_of_the_queue(self):
+        def wake(seconds):
+            self.clock.now += 0.1 - seconds
+        self.clock.on_wait = wake
+        self.one({'a': [SERVER_TROUBLE, Play()]}, 'a')
+        self.assertAlmostEqual(self.clock.now, 1000.5, places=6)
 
     # -- the final failure
 
@@ -2169,13 +2364,17 @@ class FailoverTest(unittest.TestCase):
                 ((BAD_KEY, BAD_KEY), 502, None, 'false'), ((FORBIDDEN, BAD_KEY), 502, None, 'false'),
                 ((NO_CREDIT, NO_CREDIT), 400, None, 'false'), ((NO_MODEL, NO_MODEL), 404, None, 'false'),
                 ((SERVER_TROUBLE, SERVER_TROUBLE), 502, None, None), ((OVERLOADED, OVERLOADED), 529, '10', None),
-                ((RATE_LIMITED, SERVER_TROUBLE), 429, '20', None), ((NO_MODEL, SERVER_TROUBLE), 502, None, None)):
+                ((LONG, SERVER_TROUBLE), 429, '1', None), ((NO_MODEL, SERVER_TROUBLE), 502, None, None)):
             with self.subTest(status=status, plays=[play.pieces for play in plays]):
                 self.setUp()
                 answered, _ = self.one({'a': plays[0], 'b': plays[1]})
                 self.assertEqual(
                     (answered.status, answered.headers.get('retry-after'), answered.headers.get('x-should-retry')),
                     (status, retry_after, should_retry))
+
+    def test_a_hint_of_nothing_is_told_as_a_second(self):
+        answered, _ = self.one({'a': refusal(429, 'rate_limit_error', 'x', retry_after='0')}, 'a')
+        self.assertEqual((answered.headers['retry-after'], answered.headers.get('x-should-retry')), ('1', None))
 
     def test_keys_that_rest_are_named_with_what_they_said_last(self):
         for play, status, words in ((BAD_KEY, 401, 'invalid x-api-key'), (NO_CREDIT, 400, 'credit balance'),
@@ -2193,11 +2392,20 @@ class FailoverTest(unittest.TestCase):
         self.assertEqual(answered.headers['anthropic-ratelimit-unified-5h-status'], 'rejected')
 
     def test_no_token_is_ever_told(self):
-        for plays in ((BAD_KEY, BAD_KEY), (LONG, LONG), (Play(), Play())):
+        echo = refusal(401, 'authentication_error', f'Incorrect API key provided: {token_of("a")}')
+        for plays in ((BAD_KEY, BAD_KEY), (LONG, LONG), (Play(), Play()), (echo, echo), (FORBIDDEN, echo)):
             self.setUp()
             answered, _ = self.one({'a': plays[0], 'b': plays[1]})
             told = repr(answered.fields) + repr(answered.body) + repr(self.log.mock_calls) + repr(self.record())
             self.assertNotIn('0123456789abcdef', told)
+
+    def test_a_token_of_any_shape_is_hidden_where_an_upstream_quotes_it(self):
+        document = make_document('a', queueWaitMs=0)
+        document['keys']['a'].update(token='local-Secret-0123456789', baseUrl='http://localhost:1')
+        echo = refusal(403, 'permission_error', 'no: local-Secret-0123456789')
+        answered = self.serve(self.failover(FakeUpstream(client=echo), cf.parse_config(document)))
+        self.assertEqual(answered.status, 502)
+        self.assertNotIn('Secret', answered.error['message'] + json.dumps(self.record()) + repr(self.log.mock_calls))
 
     def test_the_record_of_a_request_tells_its_chain(self):
         self.one({'a': RATE_LIMITED, 'b': Play()})
