@@ -103,14 +103,21 @@ MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 MAX_LINE_BYTES = 16 * 1024
 MAX_FIELDS = 100
-#: Most of an error body that is kept: it is read whole, so that the connection can be reused.
-MAX_ERROR_BODY_BYTES = 1024 * 1024
+#: Most of an error body that is read and passed on; Anthropic's have some 200 bytes.
+MAX_ERROR_BODY_BYTES = 4 * 1024 * 1024
+#: An error's message, as far as it is read; the longest of Anthropic's have some 500.
+MAX_MESSAGE_CHARS = 2000
 #: An event longer than this is passed on in parts; the longest real one is a tool's input.
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 #: Bodies below this travel in one packet train with their head: one system call less.
 JOIN_BYTES = 64 * 1024
-#: What one receive asks for.
+#: What one receive asks for, and asks for at most while a large body comes.
 RECEIVE_BYTES = 64 * 1024
+MAX_RECEIVE_BYTES = 1024 * 1024
+#: Chunks of a request body: 32 MB in pieces of 330 bytes.
+MAX_CHUNKS = 100_000
+#: Interim answers (100, 103) before an upstream's real one.
+MAX_INTERIM = 20
 #: Each connection is a thread with two sockets; a client that opens more is out of control.
 MAX_CONNECTIONS = 2000
 
@@ -279,8 +286,8 @@ def printable(text):
 
 
 def header_text(text):
-    """Text as one header value: visible ASCII and spaces."""
-    return re.sub(r'[^ -~]', '?', str(text))
+    """Text as one header value: visible ASCII and spaces, and no more than a name's length."""
+    return re.sub(r'[^ -~]', '?', str(text)[:600])
 
 
 def format_duration(seconds):
@@ -918,7 +925,7 @@ REPAIRS = (
 def find_repair(message):
     """(name, subject) of the first repair that fits a 400's message, or None."""
     for repair in REPAIRS:
-        match = re.search(repair.pattern, message[:2000], re.IGNORECASE)
+        match = re.search(repair.pattern, message[:MAX_MESSAGE_CHARS], re.IGNORECASE)
         if match:
             return repair.name, next((group for group in match.groups() if group), '')
     return None
@@ -1150,11 +1157,12 @@ RULES = (
     Rule('no_credit', (400,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
          when=says('credit balance is too low'), waits=False, attention=True),
     Rule('usage_limit', (400,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
-         when=says('reached your specified .*usage limits'), hint=seconds_to_regained_access,
+         when=says('reached your specified .{0,20}usage limits'), hint=seconds_to_regained_access,
          waits=False, attention=True),
     Rule('disabled', (400, 403), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.KEY, cooldown_s=3600,
-         when=says('organization (has been|is) disabled|oauth .*not (allowed|supported)'
-                   '.*organization|organization .*not .*oauth'), waits=False, attention=True),
+         when=says('organization (has been|is) disabled|oauth .{0,80}not (allowed|supported)'
+                   '.{0,80}organization|organization .{0,80}not .{0,80}oauth'),
+         waits=False, attention=True),
     Rule('bad_signature', (400,), Step.REPAIR, when=is_bad_signature),
     Rule('unsupported_field', (400,), Step.REPAIR, when=is_unsupported_by_fallback),
     Rule('auth_failed', (401,), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
@@ -1196,7 +1204,6 @@ RULES = (
 UNREACHABLE = Rule('unreachable', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.KEY,
                    cooldown_s=15, strikes=3)
 RESET = UNREACHABLE._replace(name='reset')
-SERVER_ERROR = next(rule for rule in RULES if rule.name == 'server_error')
 TIMED_OUT = Rule('timed_out', (), Step.STOP, Final.TIMEOUT)
 NO_TOKEN = Rule('no_token', (), Step.NEXT_KEY, Final.UNAUTHORIZED, waits=False, attention=True)
 
@@ -1215,7 +1222,11 @@ def classify(answer):
 
 
 def read_error(body):
-    """(type, message) of an error body; of one in no known shape ('', its beginning)."""
+    """(type, message) of an error body; of one in no known shape ('', its beginning).
+
+    Cut to what a person would read: patterns are searched in it, on a thread that holds up
+    the others meanwhile.
+    """
     try:
         error = loads_object(body).get('error')
     except ValueError:
@@ -1224,7 +1235,8 @@ def read_error(body):
         return '', printable(bytes(body[:200]).decode('utf-8', 'replace')).strip()
     details = error.get('details')
     code = details.get('error_code') if isinstance(details, dict) else None
-    return f'{error.get("type") or ""} {code or ""}'.strip(), str(error.get('message') or '')
+    type = f'{error.get("type") or ""} {code or ""}'.strip()
+    return type[:MAX_MESSAGE_CHARS], str(error.get('message') or '')[:MAX_MESSAGE_CHARS]
 
 
 # ==============================================================================
@@ -1691,7 +1703,10 @@ class ConfigStore:
                 self.problem = f'{self.path} is gone: the configuration before stays in force.'
                 return True
             try:
-                self.current, self.problem = self._read(), None
+                self.current, self.problem = self._read_present(), None
+            except FileNotFoundError: # an editor is replacing it in this moment: look again
+                self._signature = None
+                return False
             except ConfigError as error:
                 self.problem = str(error)
             return True
@@ -1729,11 +1744,17 @@ class ConfigStore:
 
     def _read(self):
         try:
+            return self._read_present()
+        except FileNotFoundError:
+            return parse_config({})
+
+    def _read_present(self):
+        try:
             with open(self.path, 'rb') as file:
                 self._make_private(file)
                 data = file.read()
         except FileNotFoundError:
-            return parse_config({})
+            raise
         except OSError as error:
             raise ConfigError(f'{self.path} cannot be read ({error.strerror}).') from error
         try:
@@ -1750,9 +1771,14 @@ class ConfigStore:
 
     def _make_private(self, file):
         mode = os.fstat(file.fileno()).st_mode & 0o777
-        if mode & 0o077 and hasattr(os, 'fchmod'):
+        if not mode & 0o077 or not hasattr(os, 'fchmod'):
+            return
+        try:
             os.fchmod(file.fileno(), 0o600)
             self.notice = f'{self.path} was readable by others (mode {mode:o}); it is 600 now.'
+        except OSError:               # another owner's, or a read-only mount
+            self.notice = (f'{self.path} is readable by others (mode {mode:o}) and that cannot '
+                           'be changed from here: make it 600.')
 
     @contextlib.contextmanager
     def _folder_locked(self):
@@ -1785,6 +1811,19 @@ def readable(sockets):
         if number >= 0:                           # closed in this moment by its own thread
             by_number[number] = sock
             poll.register(number, select.POLLIN)
+    return [by_number[number] for number, _ in poll.poll(0)]
+
+
+def departed(sockets):
+    """Those of some sockets whose peer has closed its side."""
+    if not hasattr(select, 'POLLRDHUP'):          # not Linux
+        return [sock for sock in readable(sockets) if has_left(sock)]
+    poll = select.poll()
+    by_number = {}
+    for sock in sockets:
+        if sock.fileno() >= 0:
+            by_number[sock.fileno()] = sock
+            poll.register(sock.fileno(), select.POLLRDHUP)
     return [by_number[number] for number, _ in poll.poll(0)]
 
 
@@ -1892,9 +1931,8 @@ class Watcher:
         """Ends what has to end among these exchanges."""
         now = self._clock()
         by_socket = {e.client_socket: e for e in exchanges if not e.gone}
-        for sock in readable(list(by_socket)):
-            if has_left(sock):
-                by_socket[sock].client_left()
+        for sock in departed(by_socket):
+            by_socket[sock].client_left()
         for exchange in exchanges:
             deadline = exchange.deadline
             if deadline is not None and now > deadline and not exchange.timed_out:
@@ -2025,7 +2063,7 @@ class ClientConnection:
     def __init__(self, sock, clock=time.monotonic):
         self.sock = sock
         self._clock = clock
-        self._buffer = b''            # received, not yet used
+        self._buffer = bytearray()    # received, not yet used
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_kernel_timeouts(sock, CLIENT_READ_S, CLIENT_WRITE_S)
 
@@ -2044,28 +2082,35 @@ class ClientConnection:
             if BARE_LF.search(self._buffer):
                 raise BadRequest('Lines of a request head must end in CR LF.')
             self._receive(deadline)
-        data, self._buffer = self._buffer[:end], self._buffer[end + 4:]
-        return parse_head(data)
+        return parse_head(self._take(end, 4))
+
+    def _take(self, size, skipped=0):
+        """The first bytes received; some more are skipped."""
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size + skipped]
+        return data
 
     def _wait_for_request(self):
         deadline = self._clock() + CLIENT_IDLE_S
-        while not self._buffer:
+        while True:
+            while self._buffer.startswith(b'\r\n'):    # RFC 9112 section 2.2: it may precede
+                del self._buffer[:2]
+            if self._buffer:
+                return True
             try:
-                self._buffer = self.sock.recv(RECEIVE_BYTES)
-                if not self._buffer:
+                data = self.sock.recv(RECEIVE_BYTES)
+                if not data:
                     return False
+                self._buffer += data
             except BlockingIOError:
                 if self._clock() > deadline:
                     return False
             except OSError:
                 return False
-        if self._buffer.startswith(b'\r\n'):      # RFC 9112 section 2.2: one may precede
-            self._buffer = self._buffer[2:]
-        return True
 
-    def _receive(self, deadline):
+    def _receive(self, deadline, size=RECEIVE_BYTES):
         try:
-            data = self.sock.recv(RECEIVE_BYTES)
+            data = self.sock.recv(size)
         except BlockingIOError as error:
             raise BadRequest('The request did not come in time.', 408) from error
         except OSError as error:
@@ -2081,33 +2126,14 @@ class ClientConnection:
         deadline = self._clock() + CLIENT_BODY_S
         if head.is_chunked:
             return self._read_chunks(deadline)
-        if len(self._buffer) >= head.length:
-            body, self._buffer = self._buffer[:head.length], self._buffer[head.length:]
-            return body
-        body = bytearray(head.length)
-        done = len(self._buffer)
-        body[:done], self._buffer = self._buffer, b''
-        with memoryview(body) as view:
-            while done < head.length:
-                done += self._receive_into(view[done:], deadline)
-        return body
-
-    def _receive_into(self, view, deadline):
-        try:
-            count = self.sock.recv_into(view)
-        except BlockingIOError as error:
-            raise BadRequest('The request body did not come in time.', 408) from error
-        except OSError as error:
-            raise ClientGone from error
-        if not count:
-            raise ClientGone
-        if self._clock() > deadline:
-            raise BadRequest('The request body did not come in time.', 408)
-        return count
+        # Room grows with what comes: a length alone must not cost memory.
+        while len(self._buffer) < head.length:
+            self._receive(deadline, max(RECEIVE_BYTES, min(len(self._buffer), MAX_RECEIVE_BYTES)))
+        return self._take(head.length)
 
     def _read_chunks(self, deadline):
         body = bytearray()
-        while True:
+        for _ in range(MAX_CHUNKS):
             size = self._read_chunk_size(deadline)
             if len(body) + size > MAX_BODY_BYTES:
                 raise too_large()
@@ -2117,11 +2143,12 @@ class ClientConnection:
                 self._receive(deadline)
             if self._buffer[size:size + 2] != b'\r\n':
                 raise BadRequest('A chunk of the body does not end where its size says.')
-            body += self._buffer[:size]
-            self._buffer = self._buffer[size + 2:]
+            body += self._take(size, 2)
+        else:
+            raise BadRequest(f'The body has more than {MAX_CHUNKS} chunks.')
         for _ in range(MAX_FIELDS):               # trailers: read, and not used
             if not self._read_line(deadline):
-                return body
+                return bytes(body)
         raise BadRequest('The body has too many trailers.')
 
     def _read_chunk_size(self, deadline):
@@ -2135,14 +2162,20 @@ class ClientConnection:
             if len(self._buffer) > MAX_LINE_BYTES:
                 raise BadRequest('A line of a chunked body is too long.')
             self._receive(deadline)
-        line, _, self._buffer = self._buffer.partition(b'\r\n')
-        return line
+        return self._take(self._buffer.find(b'\r\n'), 2)
 
     def send(self, data):
         try:
             self.sock.sendall(data)
         except OSError as error:
             raise ClientGone from error
+
+    def reset(self):
+        """Closes so that the client sees an error, not an end."""
+        with contextlib.suppress(OSError):
+            linger = struct.pack('ii', 1, 0)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.sock.close()
 
     def drain(self):
         """Lets a refused client read its answer: closing on unread bytes would reset it."""
@@ -2177,6 +2210,7 @@ class ClientResponse:
         self.status = None
         self._pending = b''           # a head that leaves together with the first piece
         self._chunked = False
+        self._is_unframed = False     # only the connection's end tells the client the body's
 
     def send(self, status, fields, body=b''):
         head = self._head(status, [*fields, ('content-length', len(body))])
@@ -2190,6 +2224,7 @@ class ClientResponse:
         elif status not in (204, 304):
             self._chunked = self._minor_version == 1
             fields = [*fields, ('transfer-encoding', 'chunked')] if self._chunked else fields
+            self._is_unframed = not self._chunked
             self.keep_alive = self.keep_alive and self._chunked
         self._pending = self._head(status, fields)
         self.started = True
@@ -2213,6 +2248,8 @@ class ClientResponse:
         """Ends an answer that is not complete: the connection closes without the last chunk,
         so that no client takes it for whole."""
         self.keep_alive = False
+        if self.started and self._is_unframed:
+            self._connection.reset()
 
     def _head(self, status, fields):
         self.status = status
@@ -2300,6 +2337,8 @@ def presents(value, access_token):
 # ==============================================================================
 
 STATUS_LINE = re.compile(r'HTTP/1\.([01]) ([1-5][0-9][0-9])(?: .*)?')
+ODD_LENGTH = re.compile(rb'(?i)\r\n(?:content-length|transfer-encoding)'
+                        rb'(?:[^:\r\n]*[ \t]:|:[^\r\n]*\r\n[ \t])')
 #: Where programs keep a login that `file:PATH` may name: Claude Code's, the Codex CLI's.
 TOKEN_FIELDS = (('claudeAiOauth', 'accessToken'), ('tokens', 'access_token'), ('access_token',),
                 ('accessToken',), ('OPENAI_API_KEY',))
@@ -2408,6 +2447,7 @@ class UpstreamResponse:
 
     def read_head(self, method):
         """Reads up to the body.  Raises UpstreamCut, ClientGone, UpstreamTimeout."""
+        heads = 0
         while True:
             end = self._buffer.find(b'\r\n\r\n')
             if end < 0:
@@ -2415,16 +2455,20 @@ class UpstreamResponse:
                     raise UpstreamCut('the head is too long')
                 self._receive()
                 continue
+            heads += 1
             data, self._buffer = self._buffer[:end], self._buffer[end + 4:]
             self._parse_head(data)
             if self.status >= 200:
                 break                 # 100, 102 and 103 only announce the answer
-            if self.status == 101:
-                raise UpstreamCut('it switched protocols unasked')
+            if self.status == 101 or heads > MAX_INTERIM:
+                raise UpstreamCut('it switched protocols, or only announces an answer')
         self._choose_framing(method)
 
     def _parse_head(self, data):
-        first, self.fields, _ = split_head(data)      # malformed and folded lines are dropped
+        # Malformed and folded lines are dropped, but not where they would tell the length.
+        first, self.fields, is_well_formed = split_head(data)
+        if not is_well_formed and ODD_LENGTH.search(data):
+            raise UpstreamCut('the length of its body is unclear')
         match = STATUS_LINE.fullmatch(first)
         if not match or len(self.fields) > MAX_FIELDS:
             raise UpstreamCut('it is no HTTP answer')
@@ -2440,12 +2484,14 @@ class UpstreamResponse:
         coding = self.headers.get('transfer-encoding')
         self.length = None            # of the body, when the head tells
         if method == 'HEAD' or self.status in (204, 304):
-            self.length = int(length) if LENGTH.fullmatch(length or '') else None
+            if self.status != 204 and LENGTH.fullmatch(length or ''):
+                self.length = int(length)
             self.ended = True
         elif coding is not None:
             if coding.lower() != 'chunked':
                 raise UpstreamCut('its transfer coding is unknown')
-            self._take, self._at_chunk_end, self._in_trailers = self._take_chunks, False, False
+            self._take, self._at_chunk_end = self._take_chunks, False
+            self._in_trailers, self._trailers = False, 0
         elif length is not None:
             if not LENGTH.fullmatch(length):
                 raise UpstreamCut('its length is no number')
@@ -2471,14 +2517,14 @@ class UpstreamResponse:
         return b''
 
     def read_all(self, limit):
-        """The rest of the body, its first `limit` bytes kept."""
-        body = b''
-        while True:
+        """The rest of the body, at most about `limit` bytes of it."""
+        body = bytearray()
+        while len(body) < limit:
             piece = self.read()
             if not piece:
-                return body
-            if len(body) < limit:
-                body += piece[:limit - len(body)]
+                break
+            body += piece
+        return bytes(body)
 
     def _receive(self):
         try:
@@ -2533,6 +2579,9 @@ class UpstreamResponse:
             self._at_chunk_end = False
         elif self._in_trailers:
             self.ended = not line
+            self._trailers += 1
+            if self._trailers > MAX_FIELDS:
+                raise UpstreamCut('its trailers have no end')
         else:
             match = CHUNK_LINE.fullmatch(line)
             if not match:
@@ -2608,12 +2657,15 @@ class Upstream:
             sock.close()
 
     def _put_back(self, base, sock):
+        now = self._now()
         with self._lock:
             idle = self._idle.setdefault(base[:3], [])
-            idle.append((sock, self._now()))
-            surplus = idle.pop(0)[0] if len(idle) > POOL_SIZE else None
-        if surplus:
-            surplus.close()
+            idle.append((sock, now))
+            surplus = []
+            while len(idle) > POOL_SIZE or now - idle[0][1] > POOL_IDLE_S:
+                surplus.append(idle.pop(0)[0])
+        for sock in surplus:
+            sock.close()
 
     def close_idle(self):
         with self._lock:
@@ -2731,7 +2783,7 @@ class Reply(NamedTuple):
     body: bytes = b''
     upstream: UpstreamResponse | None = None
     events: MessageStream | None = None    # of a stream of /v1/messages
-    held: bytes = b''                         # its first events, not passed on yet
+    held: bytes = b''                         # its first bytes, not passed on yet
 
 
 class Failure(NamedTuple):
@@ -3029,15 +3081,14 @@ class Failover:
         reply = None
         try:
             headers = upstream.headers
-            is_stream = (headers.get('content-type', '').startswith('text/event-stream')
+            is_stream = (headers.get('content-type', '').lower().startswith('text/event-stream')
                          and 'content-encoding' not in headers)
             if upstream.status >= 300:
                 reply = self._read_refusal(serving, attempt, upstream)
             elif is_stream and serving.request.is_message:
                 reply = self._read_opening(serving, attempt, upstream)
             else:
-                outcome = self._classify(serving, attempt, upstream)
-                reply = Reply(outcome, upstream.fields, upstream=upstream)
+                reply = self._read_beginning(serving, attempt, upstream)
             return reply
         finally:
             if reply is None or reply.upstream is None:
@@ -3059,10 +3110,19 @@ class Failover:
         outcome = self._classify(serving, attempt, upstream, error=read_error(body))
         return Reply(outcome, upstream.fields, body)
 
+    def _read_beginning(self, serving, attempt, upstream):
+        """Waits for the first piece of a body: until then another key may still answer."""
+        try:
+            held = upstream.read()
+        except UpstreamCut as error:
+            return self._cut_reply(error)
+        outcome = self._classify(serving, attempt, upstream)
+        return Reply(outcome, upstream.fields, upstream=upstream, held=held)
+
     def _read_opening(self, serving, attempt, upstream):
         """Holds a stream back until its first content: an error before that is no answer."""
         events, held = MessageStream(), b''
-        while not events.opened_by:
+        while not events.opened_by and len(held) <= MAX_EVENT_BYTES:
             try:
                 piece = upstream.read()
             except UpstreamCut as error:
@@ -3073,14 +3133,14 @@ class Failover:
         if events.opened_by != 'error':
             outcome = self._classify(serving, attempt, upstream)
             return Reply(outcome, upstream.fields, upstream=upstream, events=events, held=held)
-        type, message = str(events.error.get('type')), str(events.error.get('message'))
+        type, message = read_error(dump_body({'error': events.error}))
         status = STATUS_OF_ERROR.get(type, 500)
         outcome = self._classify(serving, attempt, upstream, status, (type, message))
         fields = [(n, v) for n, v in upstream.fields if n.lower() != 'content-type']
         return Reply(outcome, [*fields, JSON_TYPE], error_json(type, message))
 
     def _cut_reply(self, error):
-        return Reply(Outcome(SERVER_ERROR, 502, f'the answer broke off: {error}', None))
+        return Reply(Outcome(RESET, 0, f'the answer broke off: {error}', None))
 
     # -- the answer ------------------------------------------------------------
 
@@ -3124,14 +3184,12 @@ class Failover:
             serving.record.update(outcome='failed', error=message)
             return self._send_whole(serving, 502, [], error_json('api_error', message))
         response.start(upstream.status, fields, upstream.length)
-        tail = b''
+        piece, tail = reply.held, b''
         try:
-            while True:
-                piece = upstream.read()
-                if not piece:
-                    break
+            while piece:
                 response.write(piece)
                 tail = (tail + piece)[-2048:] if len(piece) < 2048 else piece[-2048:]
+                piece = upstream.read()
             response.finish()
         except (UpstreamCut, UpstreamTimeout) as error:
             response.abandon()
@@ -3267,7 +3325,8 @@ class Failover:
         request = serving.request
         record = {
             'id': serving.request_id, 'profile': request.profile_name, 'method': request.method,
-            'path': request.path, 'model': request.body.model if request.has_body else None,
+            'path': request.path[:300],
+            'model': (request.body.model or '')[:300] or None if request.has_body else None,
             'status': serving.response.status, **serving.record, 'attempts': serving.attempts,
             'duration_ms': self._elapsed_ms(serving)}
         if serving.queued_s:
@@ -3676,7 +3735,10 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         if self.app.slots.acquire(blocking=False):
-            return super().process_request(request, client_address)
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:      # no further thread to be had: as good as too many
+                self.app.slots.release()
         with contextlib.suppress(OSError):        # it may be gone by now
             request.sendall(TOO_MANY)
         self.shutdown_request(request)

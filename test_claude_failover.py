@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import re
+import select
 import shutil
 import signal
 import socket
@@ -741,6 +742,12 @@ class ClassificationTest(unittest.TestCase):
                            ('{"error":{}}', ('', '')), ('', ('', ''))):
             self.assertEqual(cf.read_error(body.encode()), told)
 
+    def test_only_the_beginning_of_an_endless_message_is_searched(self):
+        message = 'organization ' * 10_000 + 'not ' * 10_000
+        _, read = cf.read_error(json.dumps(api_error('x', message)).encode())
+        self.assertEqual(read, message[:cf.MAX_MESSAGE_CHARS])
+        self.assertEqual(cf.classify(answer(403, read)).rule.name, 'forbidden')
+
 
 # ==============================================================================
 # Event streams
@@ -1145,6 +1152,23 @@ class ConfigStoreTest(ScratchTest):
         self.assertTrue(store.reload_if_changed())
         self.assertEqual((store.problem, len(store.current.keys)), (None, 2))
 
+    def test_a_file_that_is_being_replaced_is_looked_at_again(self):
+        store = self.store(make_document('a'))
+        self.touch(make_document('a', 'b'))
+        with mock.patch('builtins.open', side_effect=FileNotFoundError):
+            self.assertFalse(store.reload_if_changed())
+        self.assertEqual((len(store.current.keys), store.problem), (1, None))
+        self.assertTrue(store.reload_if_changed())
+        self.assertEqual(len(store.current.keys), 2)
+
+    def test_a_file_whose_mode_cannot_be_changed_is_read_all_the_same(self):
+        self.write_config(make_document('a'))
+        os.chmod(self.path, 0o644)
+        with mock.patch('os.fchmod', side_effect=PermissionError(1, 'Operation not permitted')):
+            store = self.store()
+        self.assertEqual(len(store.current.keys), 1)
+        self.assertIn('make it 600', store.notice)
+
     def test_a_byte_order_mark_is_no_error(self):
         self.assertEqual(len(self.store('\ufeff' + json.dumps(make_document('a'))).current.keys), 1)
 
@@ -1196,10 +1220,21 @@ class ExchangesTest(unittest.TestCase):
         with self.assertRaises(cf.ClientGone):
             self.exchange.check()
 
-    def test_a_client_that_sends_its_next_request_early_stays(self):
+    def test_a_client_that_sends_its_next_request_early_stays_until_it_leaves(self):
         self.clients_end.send(b'GET ')
         self.watcher.look([self.exchange])
         self.assertFalse(self.exchange.gone)
+        self.clients_end.close()
+        self.watcher.look([self.exchange])
+        self.assertEqual(self.exchange.gone, hasattr(select, 'POLLRDHUP'))     # Linux sees past the bytes
+
+    def test_without_rdhup_a_look_at_the_next_byte_tells(self):
+        with mock.patch.object(cf, 'select', mock.Mock(spec=['poll', 'POLLIN'], poll=select.poll, POLLIN=select.POLLIN)):
+            self.watcher.look([self.exchange])
+            self.assertFalse(self.exchange.gone)
+            self.clients_end.close()
+            self.watcher.look([self.exchange])
+        self.assertTrue(self.exchange.gone)
 
     def test_a_silent_upstream_is_ended_at_its_deadline(self):
         self.clock.now += 59
@@ -1326,6 +1361,28 @@ class ClientConnectionsTest(SocketTest):
     def test_a_field_of_spaces_costs_no_time_worth_mentioning(self):
         head, _, _ = self.read(b'GET / HTTP/1.1\r\nA:' + b' ' * 16_000 + b'\r\n\r\n')
         self.assertEqual(head.headers['a'], '')
+
+    def test_line_ends_before_and_after_a_request_are_no_request(self):
+        connection = self.connection(b'\r\n' + REQUEST + b'\r\n\r\n')
+        head = connection.read_head()
+        self.assertEqual((head.method, connection.read_body(head)), ('POST', b'hello'))
+        self.assertIsNone(connection.read_head())
+
+    def test_a_body_of_too_many_chunks_is_refused(self):
+        with mock.patch.object(cf, 'MAX_CHUNKS', 2), self.assertRaisesRegex(cf.BadRequest, 'more than 2 chunks'):
+            self.read(CHUNKED)
+
+    def test_a_length_alone_takes_no_memory(self):
+        asked = []
+        connection = self.connection(b'POST / HTTP/1.1\r\nContent-Length: 30000000\r\n\r\n')
+        head = connection.read_head()
+
+        def receive(size):
+            asked.append(size)
+            return b'x' * min(size, 30_000_000 - len(connection._buffer))
+        connection.sock = mock.Mock(recv=receive)
+        self.assertEqual(len(connection.read_body(head)), 30_000_000)
+        self.assertEqual((asked[0], max(asked)), (cf.RECEIVE_BYTES, cf.MAX_RECEIVE_BYTES))
 
     def test_a_client_that_leaves_within_a_request_is_gone(self):
         for cut in (20, len(REQUEST) - 2):
@@ -1512,8 +1569,9 @@ class UpstreamTest(SocketTest):
                      b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\nhello',
                      b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n',
                      b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhello\r\n0\r\n\r\n',
+                     b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n' + b'T: x\r\n' * 101,
                      b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n'):
-            with self.subTest(data=data), self.assertRaises(cf.UpstreamCut):
+            with self.subTest(data=data[:80]), self.assertRaises(cf.UpstreamCut):
                 self.response(data).read_all(100)
 
     def test_a_reset_is_no_end_of_a_body_that_has_no_other(self):
@@ -1527,9 +1585,18 @@ class UpstreamTest(SocketTest):
         for data in (b'nonsense\r\n\r\n', b'HTTP/1.1 2000 OK\r\n\r\n', b'HTTP/1.1 101 Switching\r\n\r\n', b'',
                      b'HTTP/1.1 200 OK\r\ncontent-length: 5, 5\r\n\r\nhello',
                      b'HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n',
+                     b'HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nhello',
+                     b'HTTP/1.1 200 OK\r\ncontent-length: 1\r\n 0\r\n\r\nhello',
+                     b'HTTP/1.1 200 OK\r\nTransfer-Encoding : chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n',
+                     b'HTTP/1.1 103 Early Hints\r\n\r\n' * 21,
                      b'HTTP/1.1 200 OK\r\n' + b'a: b\r\n' * 101 + b'\r\n', b'HTTP/1.1 200 OK\r\na: ' + b'b' * 70_000):
             with self.subTest(data=data[:60]), self.assertRaises(cf.UpstreamCut):
                 self.response(data)
+
+    def test_an_endless_error_body_is_not_read_to_its_end(self):
+        response = self.response(b'HTTP/1.0 500 Oops\r\n\r\n')
+        response._sock = mock.Mock(recv=lambda size: b'x' * size)
+        self.assertLess(len(response.read_all(1_000_000)), 1_100_000)
 
     def test_folded_and_malformed_fields_are_dropped(self):
         response = self.response(b'HTTP/1.1 200 OK\r\na: 1\r\n b: 2\r\nc : 3\r\nd: 4\r\ncontent-length: 0\r\n\r\n')
@@ -1614,6 +1681,17 @@ class UpstreamTest(SocketTest):
         self.assertEqual(self.get(server.url)[1], b'2')
         self.upstream._now = lambda: time.time() + cf.POOL_IDLE_S + 1
         self.assertEqual(self.get(server.url)[1], b'3')
+
+    def test_old_idle_connections_are_closed_when_another_comes_back(self):
+        now = [0]
+        self.upstream._now = lambda: now[0]
+        base, (old, old_end), (new, new_end) = ('http', 'h', 1), socket.socketpair(), socket.socketpair()
+        for sock in (new, old_end, new_end):
+            self.addCleanup(sock.close)
+        self.upstream._put_back(base, old)
+        now[0] += cf.POOL_IDLE_S + 1
+        self.upstream._put_back(base, new)
+        self.assertEqual((old.fileno(), new.fileno() > 0), (-1, True))
 
     def test_an_unread_answer_costs_its_connection(self):
         def play(sock, number):
@@ -1763,6 +1841,8 @@ FORBIDDEN = refusal(403, 'permission_error', 'not for you')
 NO_CREDIT = refusal(400, 'invalid_request_error', 'Your credit balance is too low to access the Anthropic API.')
 NO_MODEL = refusal(404, 'not_found_error', f'model: {OPUS}')
 LONG = refusal(429, 'rate_limit_error', 'slow down', retry_after='3000')
+CUT_BODY = Play()
+CUT_BODY.pieces = [cf.UpstreamCut('cut before its first byte')]
 REFUSED = cf.UpstreamUnreachable('host: Connection refused', False)
 RESET = cf.UpstreamUnreachable('host: it closed the connection', True)
 
@@ -1833,8 +1913,10 @@ class FailoverTest(unittest.TestCase):
                 (REFUSED, 'a', {}, 502),
                 (cf.UpstreamTimeout(), 'a', {}, 504),
                 (Play(stream=stream_bytes([*stream_events()[:2], OVERLOADED_EVENT])), 'ab', {pair: 10}, 200),
-                (Play(stream=stream_bytes(stream_events()[:1])), 'aab', {}, 200),
-                (Play(stream=[b'', cf.UpstreamCut('cut')]), 'aab', {}, 200)):
+                (Play(stream=stream_bytes(stream_events()[:1])), 'ab', {}, 200),
+                (Play(stream=[stream_bytes(stream_events()[:2]), cf.UpstreamCut('cut')]), 'ab', {}, 200),
+                (Play(200, {'content-type': 'Text/Event-Stream'}, stream_bytes([OVERLOADED_EVENT])), 'ab', {pair: 10}, 200),
+                (CUT_BODY, 'ab', {}, 200)):
             with self.subTest(play=play.__dict__ if isinstance(play, Play) else play):
                 self.setUp()
                 answered, seen = self.one({'a': play, 'b': Play()})
@@ -2025,6 +2107,11 @@ class FailoverTest(unittest.TestCase):
         for end in ([], [cf.UpstreamCut('it closed')]):
             answered = self.stream(data, *end)
             self.assertEqual((answered.events, answered.is_complete), (stream_events(), True))
+
+    def test_a_stream_that_only_pings_is_passed_on_before_it_fills_the_memory(self):
+        with mock.patch.object(cf, 'MAX_EVENT_BYTES', 100):
+            answered = self.stream(*[cf.PING_EVENT] * 20, stream_bytes())
+        self.assertEqual(answered.events, [{'type': 'ping'}] * 20 + stream_events())
 
     def test_an_error_event_after_the_commit_is_passed_on(self):
         data = stream_bytes([*stream_events()[:4], OVERLOADED_EVENT])
@@ -2687,6 +2774,20 @@ class HttpServerTest(ProgramTest):
             first.recv(100)
             answered = Answered(self.raw(b''))
             self.assertEqual((answered.status, answered.error['type']), (503, 'overloaded_error'))
+
+    def test_a_thread_that_cannot_be_had_costs_one_connection_only(self):
+        with mock.patch('threading.Thread.start', side_effect=RuntimeError("can't start new thread")):
+            self.assertEqual(Answered(self.raw(b'')).status, 503)
+        self.assertEqual(self.send('GET', '/health').status, 200)
+
+    def test_a_cut_answer_to_an_http_1_0_client_is_no_clean_end(self):
+        def cut(sock, number):
+            read_request(sock)
+            sock.sendall(b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n')
+        upstream = RawServer(self, cut)
+        self.reload(make_document('a', anthropicBaseUrl=upstream.url))
+        with self.assertRaises(ConnectionResetError):
+            self.raw(b'GET /v1/models HTTP/1.0\r\nHost: localhost\r\n\r\n')
 
     def test_an_error_of_our_own_is_an_answer_and_a_line_in_the_log(self):
         with mock.patch.object(cf.App, 'health', side_effect=ZeroDivisionError('secret words')):
