@@ -69,6 +69,7 @@ import re
 import select
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import threading
@@ -90,7 +91,8 @@ except ImportError:        # Windows: no advisory locks; edits there rely on the
 VERSION = '1.0.0'
 PROGRAM = 'claude-failover'
 #: How this file is run, for messages that say what to do next.
-RUN = 'python3 claude_failover.py'
+SCRIPT_NAME = os.path.basename(__file__)
+RUN = 'python3 ' + (sys.argv[0] if os.path.basename(sys.argv[0]) == SCRIPT_NAME else SCRIPT_NAME)
 
 #: Where the Node program of the same name keeps it, so that its users lose nothing.
 DEFAULT_CONFIG_PATH = '~/.config/claude-failover/config.json'
@@ -185,8 +187,12 @@ MESSAGES_PATH = '/v1/messages'
 
 class FailoverError(Exception):
     """An error that knows how it is answered: to API clients with `status` and `type` in
-    Anthropic's shape, on the command line with its text and `exit_status`."""
+    Anthropic's shape, on the command line with its text and `exit_status`.  What its text
+    quotes may be anything that a user typed: tokens in it are masked."""
     status, type, exit_status = 500, 'api_error', 1
+
+    def __init__(self, message):
+        super().__init__(redact(message))
 
 
 class ConfigError(FailoverError):
@@ -523,6 +529,23 @@ KEY_FIELDS = {ANTHROPIC: 'keys', OPENAI: 'openaiKeys'}
 ORDER_FIELDS = {ANTHROPIC: 'keyOrder', OPENAI: 'openaiKeyOrder'}
 
 
+#: Both providers' words for them, as the Node program wrote them; None: the token tells.
+KEY_TYPES = (None, 'api-key', 'oauth', 'api_key', 'oauth_token')
+KNOWN_KEY_FIELDS = ('token', 'label', 'type', 'addedAt', 'baseUrl', 'modelMapping', 'api')
+KNOWN_PROFILE_FIELDS = ('port', 'keyOrder', 'openaiKeyOrder', 'priorityOrder')
+
+
+def unknown_fields(config):
+    """['queueWaitMS', 'profiles.work.keyorder', ...]: kept, but perhaps misspelt."""
+    known = {'profiles', *KEY_FIELDS.values(), *(setting.name for setting in SETTINGS)}
+    unknown = [name for name in config.document if name not in known]
+    for field, known_here in (('profiles', KNOWN_PROFILE_FIELDS), ('keys', KNOWN_KEY_FIELDS),
+                              ('openaiKeys', KNOWN_KEY_FIELDS)):
+        for name, entry in object_field(config.document, field).items():
+            unknown += [f'{field}.{name}.{own}' for own in entry if own not in known_here]
+    return unknown
+
+
 def attribute_name(setting_name):
     """'queueWaitMs' -> 'queue_wait_ms'."""
     return re.sub('[A-Z]', lambda m: '_' + m.group().lower(), setting_name)
@@ -559,7 +582,9 @@ def setting_value(document, setting):
         return setting.default
     complaint = setting.check(value)
     if complaint:
-        shown = '' if setting.name == 'accessToken' else f', not {json.dumps(value)[:60]}'
+        # What may hold a password is not repeated.
+        is_secret = setting.name == 'accessToken' or '@' in str(value) or '?' in str(value)
+        shown = '' if is_secret else f', not {json.dumps(value)[:60]}'
         raise ConfigError(f'{setting.name} {complaint}{shown}.')
     return value
 
@@ -572,11 +597,16 @@ def parse_key(provider, field, id, entry):
     token = entry.get('token')
     if not isinstance(token, str) or not token.strip():
         raise ConfigError(f'{field} has no token: give it "token" (the secret, "env:NAME" or '
-                          f'"file:PATH"), or run: {RUN} remove-key {id}')
+                          '"file:PATH"), or take the key out of the file.')
     token = token.strip()
     if not TOKEN.fullmatch(token) and not token.startswith('file:'):
         raise ConfigError(f'{field}.token holds a space or a character that no token has: '
                           'copy it again.')
+    if token == 'env:' or token.startswith('file:') and token[5:6] not in ('/', '~'):
+        raise ConfigError(f'{field}.token must name a variable ("env:NAME") or a whole path '
+                          '("file:/path" or "file:~/path").')
+    if entry.get('type') not in KEY_TYPES:
+        raise ConfigError(f'{field}.type must be "api-key" or "oauth".')
     label, base_url = entry.get('label'), entry.get('baseUrl')
     if label is not None and not isinstance(label, str):
         raise ConfigError(f'{field}.label must be a text.')
@@ -623,9 +653,12 @@ def order_list(field, value):
 
 def refuse_missing(field, names, known, prefix=''):
     for name in names:
-        if prefix + name not in known:
-            raise ConfigError(f'{field} names {printable(name)!r}, which is no key: add that '
-                              'key, or take the name out of the order.')
+        if prefix + name in known:
+            continue
+        meant = ' or '.join(f'"{ref}"' for ref in known if ref.partition(':')[2] == name)
+        remedy = (f'write {meant}' if meant else
+                  'add that key, or take the name out of the order')
+        raise ConfigError(f'{field} names {printable(name)!r}, which is no key: {remedy}.')
 
 
 def refuse_shared_ports(profiles):
@@ -648,7 +681,7 @@ def dump_config(config):
 # Each answers a new Config; parse_config checks the outcome, so an edit cannot save what a
 # start would refuse.
 
-def add_key(config, token, label, added_at, base_url=None, type=None):
+def add_key(config, token, label, added_at, base_url=None):
     """(Config with the key, the new Key).  It follows the other keys in every profile.
 
     Raises ConfigError when the token is there already or cannot be one.
@@ -662,22 +695,30 @@ def add_key(config, token, label, added_at, base_url=None, type=None):
     if not base_url and not token.startswith(('sk-ant-', 'env:', 'file:')):
         raise ConfigError('An Anthropic token begins with "sk-ant-" (or is "env:NAME" or '
                           '"file:PATH"); a key for another server needs --base-url.')
+    if SECRET.search(label):
+        raise ConfigError('The label looks like a token: the token comes first, then the label.')
     document = copy.deepcopy(config.document)
     entries = document.setdefault('keys', {})
     id = free_id(label or 'key', entries)
-    type = type or ('oauth' if token.startswith('sk-ant-oat') else 'api-key')
+    type = 'oauth' if token.startswith('sk-ant-oat') else 'api-key'
     entries[id] = {'token': token, 'label': label or id, 'type': type, 'addedAt': added_at}
     if base_url:
         entries[id]['baseUrl'] = base_url
     profiles = document.get('profiles') or {'default': {'port': DEFAULT_PORT}}
     document['profiles'] = profiles
-    for profile in profiles.values():
-        # Older files hold a keyOrder beside a priorityOrder: both are kept in step.
-        profile['keyOrder'] = [*(profile.get('keyOrder') or []), id]
-        if profile.get('priorityOrder') is not None:
-            profile['priorityOrder'] = [*profile['priorityOrder'], f'{ANTHROPIC}:{id}']
+    for name, profile in profiles.items():
+        append_to_orders(profile, config.profiles[name].order, id)
     edited = parse_config(document)
     return edited, edited.keys[f'{ANTHROPIC}:{id}']
+
+
+def append_to_orders(profile, order, id):
+    """Writes the order in force into a profile's entry, and the new key behind it.  Older
+    files hold a keyOrder beside a priorityOrder: both are kept in step."""
+    prefix = f'{ANTHROPIC}:'
+    profile['keyOrder'] = [ref[len(prefix):] for ref in order if ref.startswith(prefix)] + [id]
+    if profile.get('priorityOrder') is not None:
+        profile['priorityOrder'] = [*order, prefix + id]
 
 
 def free_id(label, taken):
@@ -1770,8 +1811,9 @@ class ConfigStore:
             raise ConfigError(f'{self.path}: {error}') from error
 
     def _make_private(self, file):
-        mode = os.fstat(file.fileno()).st_mode & 0o777
-        if not mode & 0o077 or not hasattr(os, 'fchmod'):
+        found = os.fstat(file.fileno())
+        mode = found.st_mode & 0o777
+        if not (mode & 0o077 and stat.S_ISREG(found.st_mode) and hasattr(os, 'fchmod')):
             return
         try:
             os.fchmod(file.fileno(), 0o600)
@@ -2826,6 +2868,10 @@ class Serving:
         self.dead_ends = set()        # base URLs that another key would not reach either
         self.stopped = False
 
+    @property
+    def was_queued(self):
+        return self.queued_s >= 0.01          # not for having asked how long it would be
+
     def slot(self, attempt):
         """What this attempt cools by: limits on models are those of /v1/messages alone."""
         return attempt.key.ref, attempt.model if self.request.is_message else None
@@ -2852,7 +2898,7 @@ class Serving:
             asked = self.request.body.model
             if attempt.model and attempt.model != asked:
                 fields.append(('x-proxy-fallback', header_text(f'{asked} -> {attempt.model}')))
-        if self.queued_s:
+        if self.was_queued:
             fields.append(('x-proxy-queued', math.ceil(self.queued_s)))
         if self.attempts:
             trail = ','.join(f'{a["key"]}={a["status"] or a["result"]}'
@@ -3329,7 +3375,7 @@ class Failover:
             'model': (request.body.model or '')[:300] or None if request.has_body else None,
             'status': serving.response.status, **serving.record, 'attempts': serving.attempts,
             'duration_ms': self._elapsed_ms(serving)}
-        if serving.queued_s:
+        if serving.was_queued:
             record['queued_ms'] = round(serving.queued_s * 1000)
         return record
 
@@ -3439,19 +3485,21 @@ def own_failure(status, type, failed, serving, final, now):
 
 
 def failure_message(failed, final):
-    """One sentence naming each key and model, and what it answered."""
-    told = []
+    """One sentence naming each key and model, and what it answered; equal answers together."""
+    groups = {}       # what was said -> ['work with claude-opus-5-5 (back in 20 s)', ...]
     for failure, seconds in failed:
         outcome, attempt = failure.outcome, failure.attempt
         said = f'{outcome.status or ""} {outcome.rule.name}'.strip()
-        rest = f', back in {format_duration(seconds)}' if seconds else ''
-        text = f': {printable(outcome.message[:200])}' if outcome.message else ''
-        model = f' with {printable(attempt.model)}' if attempt.model else ''
-        told.append(f'{attempt.key.id}{model} {said}{rest}{text}')
+        if outcome.message:
+            said += f', "{printable(outcome.message[:200])}"'
+        model = f' with {printable(attempt.model[:100])}' if attempt.model else ''
+        back = f' (back in {format_duration(seconds)})' if seconds else ''
+        groups.setdefault(said, []).append(f'{attempt.key.id}{model}{back}')
+    told = '; '.join(f'{", ".join(who)}: {said}' for said, who in groups.items())
     lead = {Final.LIMITED: 'every key is exhausted', Final.BLOCKED: 'no key may be used',
             Final.UNAUTHORIZED: 'no key is accepted', Final.OVERLOADED: 'the model is overloaded',
             Final.TIMEOUT: 'the upstream gave no answer'}.get(final, 'the upstream failed')
-    return f'{PROGRAM}: {lead}. Tried: ' + '; '.join(told) + '.'
+    return f'{PROGRAM}: {lead}. {told}.'
 
 
 # ==============================================================================
@@ -3494,7 +3542,8 @@ def guard(head, port, config):
     headers = head.headers
     host = headers.get('host', '')
     own_hosts = {name + end for name in LOCAL_NAMES for end in ('', f':{port}')}
-    if host.lower() not in own_hosts and host not in config.allowed_hosts:
+    names = {host, host.rpartition(':')[0]}       # an allowed name stands for every port
+    if host.lower() not in own_hosts and not names & set(config.allowed_hosts):
         raise Forbidden(f'The Host {printable(host)[:80]!r} is not this proxy: use '
                         f'http://localhost:{port}, or add it to "allowedHosts".')
     origin = headers.get('origin')
@@ -3793,7 +3842,7 @@ class App:
         """Opens every profile's port.  Raises PortTaken, with none left open."""
         self._open_listeners()
         if self.port_problems:
-            self._close_listeners(list(self.listeners))
+            self._close_listeners(self.listeners.values())
             raise PortTaken(' '.join(self.port_problems.values()))
         self.log.start()
         self.watcher.start()
@@ -3805,37 +3854,60 @@ class App:
         return {name: listener.server_port for name, listener in self.listeners.items()}
 
     def _open_listeners(self):
-        """Brings the open ports in line with the configuration; running answers go on."""
-        profiles = self.store.current.profiles
-        self._rename_listeners(profiles)
-        self._close_listeners([
-            name for name, listener in self.listeners.items()
-            if name not in profiles or profiles[name].port != listener.wanted_port])
+        """Brings the open ports in line with the configuration.  A port that stays open keeps
+        its connections, whichever profile it belongs to now; a profile whose new port is
+        taken keeps its old one."""
+        before, wanted = self.listeners, self.store.current.profiles
+        by_port = {listener.server_port: listener for listener in before.values()}
+        kept = {name: by_port[profile.port] for name, profile in wanted.items()
+                if profile.port and profile.port in by_port}
+        kept.update({name: before[name] for name, profile in wanted.items()
+                     if not profile.port and name in before and not before[name].wanted_port})
         self.port_problems = {}
-        for name, profile in profiles.items():
-            if name in self.listeners:
-                continue
-            try:
-                listener = self.listeners[name] = Listener(profile, self)
-            except OSError as error:
-                self.port_problems[name] = (
-                    f'Port {profile.port} of profile {name} cannot be opened ({error.strerror}).')
-                continue
-            threading.Thread(target=listener.serve_forever, name='listen', daemon=True).start()
+        listeners = {}
+        for name, profile in wanted.items():
+            listeners[name] = kept.get(name) or self._open_listener(profile)
+            if not listeners[name] and before.get(name) not in kept.values():
+                listeners[name] = before.get(name)
+        self.listeners = {name: opened for name, opened in listeners.items() if opened}
+        if not before and self.port_problems:
+            return                    # this start fails; the note may be another proxy's
+        for name, listener in self.listeners.items():
+            listener.profile_name, listener.wanted_port = name, wanted[name].port
+        self._close_listeners(set(before.values()) - set(self.listeners.values()))
+        self._tell_running()
 
-    def _rename_listeners(self, profiles):
-        """A profile that was renamed keeps its port, and the connections on it."""
-        for name in [name for name in self.listeners if name not in profiles]:
-            port = self.listeners[name].wanted_port
-            heir = next((p.name for p in profiles.values()
-                         if p.port == port and p.name not in self.listeners), None)
-            if heir and port:
-                listener = self.listeners[heir] = self.listeners.pop(name)
-                listener.profile_name = heir
+    def _open_listener(self, profile):
+        """A new Listener, or None with the reason among `port_problems`."""
+        try:
+            listener = Listener(profile, self)
+        except OSError as error:
+            self.port_problems[profile.name] = (f'Port {profile.port} of profile {profile.name} '
+                                                f'cannot be opened ({error.strerror}).')
+            return None
+        threading.Thread(target=listener.serve_forever, name='listen', daemon=True).start()
+        return listener
 
-    def _close_listeners(self, names):
-        for name in names:
-            self.listeners.pop(name).shutdown()
+    def _close_all(self):
+        listeners, self.listeners = self.listeners, {}
+        self._close_listeners(listeners.values())
+        self._tell_running()
+
+    def _close_listeners(self, listeners):
+        for listener in listeners:
+            listener.shutdown()
+
+    def _tell_running(self):
+        """Leaves a note of pid and ports for `status`, which may find the configuration
+        broken, or changed, or with ports that the system chose."""
+        path = running_path(self.store.path)
+        with contextlib.suppress(OSError):        # it is only a help; /health tells all
+            if self.listeners:
+                make_private_folder(os.path.dirname(path))
+                note = {'pid': os.getpid(), 'ports': self.ports()}
+                write_atomically(path, json.dumps(note).encode())
+            else:
+                os.unlink(path)
 
     def _reload_loop(self):
         while not self._stop.wait(RELOAD_S):
@@ -3872,7 +3944,7 @@ class App:
         """Serves until `stop`; a running answer may go on for DRAIN_S."""
         self._stop.wait()
         self.stopping = self.failover.stopping = True
-        self._close_listeners(list(self.listeners))
+        self._close_all()
         self.cooldowns.wake_all()
         deadline = time.monotonic() + DRAIN_S
         while len(self.watcher) and time.monotonic() < deadline:
@@ -3890,7 +3962,9 @@ class App:
         cooling = self.cooldowns.snapshot()
         metrics, recent = self.metrics.snapshot()
         keys = [self._key_health(key, cooling, metrics) for key in config.keys.values()]
-        problems = [p for p in (self.store.problem, *self.port_problems.values()) if p]
+        log_problem = f'The log {self.log.path} cannot be written.' if self.log.failed else None
+        problems = [problem for problem in (self.store.problem, log_problem,
+                                            *self.port_problems.values()) if problem]
         return {
             'status': health_status(keys, problems), 'program': PROGRAM, 'version': VERSION,
             'pid': os.getpid(), 'uptime_s': round(time.monotonic() - self._started),
@@ -3900,7 +3974,7 @@ class App:
             'keys': keys,
             'cooldowns': [cooldown_health(c, left_s) for c, left_s in cooling],
             'active': len(self.watcher), 'waiting': self.cooldowns.queue_length(),
-            'metrics': metrics, 'recent': recent, 'log_written': not self.log.failed}
+            'metrics': metrics, 'recent': recent}
 
     def _key_health(self, key, cooling, metrics):
         mine = [c for c, _ in cooling if c.key.ref == key.ref]
@@ -3912,23 +3986,36 @@ class App:
             'answers': metrics['by_key'].get(key.id, 0)}
 
 
+def token_problem(key):
+    """Why a key's token cannot be read where it is kept, or None."""
+    try:
+        read_token(key.token)
+    except TokenUnavailable as error:
+        return str(error)
+    return None
+
+
 def key_state(key, coolings):
-    """'unused' (its provider is not served), 'cooling' (for every model), 'limited' (for
-    some), 'ready'."""
+    """'unused' (its provider is not served), 'no token' (where it should be read), 'cooling'
+    (for every model), 'limited' (for some), 'ready'."""
     if key.provider not in SERVED_PROVIDERS:
         return 'unused'
+    if token_problem(key):
+        return 'no token'
     if any(cooling.model is None for cooling in coolings):
         return 'cooling'
     return 'limited' if coolings else 'ready'
 
 
 def health_status(keys, problems):
-    """'ok', 'problem' (the configuration or a port), 'exhausted' (every key cools), 'no_keys'."""
+    """'ok', 'problem' (configuration, port, log), 'exhausted' (no key can be used), 'no_keys'
+    (the clients' own credentials are)."""
     if problems:
         return 'problem'
     if not keys:
         return 'no_keys'
-    return 'exhausted' if all(key['state'] == 'cooling' for key in keys) else 'ok'
+    is_resting = all(key['state'] in ('cooling', 'no token', 'unused') for key in keys)
+    return 'exhausted' if is_resting else 'ok'
 
 
 def cooldown_health(cooling, left_s):
@@ -3936,6 +4023,10 @@ def cooldown_health(cooling, left_s):
             'status': cooling.outcome.status, 'message': cooling.outcome.message[:300],
             'remaining_ms': round(left_s * 1000), 'until': utc_text(time.time() + left_s),
             'needs_attention': cooling.outcome.rule.attention}
+
+
+def running_path(config_path):
+    return os.path.join(os.path.dirname(config_path), 'running.json')
 
 
 def log_path(config_path):
@@ -3991,6 +4082,11 @@ def say(text=''):
     print(text, flush=True)
 
 
+def count_of(number, noun):
+    """'1 answer', '2 answers'."""
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
 def complain(text):
     print(f'{PROGRAM}: {text}', file=sys.stderr, flush=True)
 
@@ -4012,19 +4108,23 @@ def cmd_start(options):
     try:
         app.start()
     except PortTaken as error:
-        running = fetch_health(app.store.current)
+        running = fetch_health(options.config, app.store.current)
         if running:
             raise FailoverError(f'{PROGRAM} {running["version"]} is running already (pid '
                                 f'{running["pid"]}). See: {RUN} status') from error
         raise PortTaken(f'{error} Stop the program that uses it, or give the profile another '
                         f'"port" in {options.config}.') from error
-    stop_on_signals(app)
-    say_started(app)
-    app.run()
-    sys.stdout.flush()
-    # Not by way of the interpreter's end: it would pull OpenSSL away under threads that are
-    # still inside it.
-    os._exit(0)
+    try:
+        stop_on_signals(app)
+        with contextlib.suppress(OSError):        # serving does not depend on being heard
+            say_started(app)
+        app.run()
+    finally:
+        # Not by way of the interpreter's end: it would pull OpenSSL away under threads that
+        # are still inside it.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(1 if sys.exc_info()[0] else 0)
 
 
 def stop_on_signals(app):
@@ -4045,22 +4145,41 @@ def stop_on_signals(app):
             while reader.recv(1):
                 if app.stopping:
                     os._exit(1)
+                running = len(app.watcher)
                 app.stop()
+                if running:
+                    complain(f'waiting up to {DRAIN_S} s for {count_of(running, "answer")}; '
+                             'once more ends at once.')
     threading.Thread(target=watch, name='signals', daemon=True).start()
 
 
 def say_started(app):
     style, config = Style(sys.stdout), app.store.current
-    say(f'{style.bold(PROGRAM)} {VERSION}')
-    say_table([[name, f'http://localhost:{port}'] for name, port in app.ports().items()])
+    say(f'{style.bold(PROGRAM)} {VERSION}; Ctrl-C stops it')
+    say_table([[printable(name), f'http://localhost:{port}']
+               for name, port in app.ports().items()])
     say(f'Keys       {describe_keys(config)}')
-    say(f'Dashboard  http://localhost:{next(iter(app.ports().values()))}/dashboard')
+    missing = '' if os.path.exists(DASHBOARD_PATH) else f' (needs dashboard.html beside {RUN[8:]})'
+    say(f'Dashboard  http://localhost:{next(iter(app.ports().values()))}/dashboard{missing}')
     say(f'Log        {app.log.path}')
-    if app.store.notice:
-        complain(app.store.notice)
+    for warning in start_warnings(app):
+        complain(warning)
     if not any(key.provider == ANTHROPIC for key in config.keys.values()):
-        say(style.warn('There is no key yet: requests go out with the client\'s own credential.'))
+        say(style.warn("There is no key yet: requests go out with the client's own credential."))
         say(f'Add one with: {RUN} add-key')
+
+
+def start_warnings(app):
+    """What a person should look at, though it stops nothing."""
+    config = app.store.current
+    if app.store.notice:
+        yield app.store.notice
+    for name in unknown_fields(config):
+        yield f'the configuration has a field {printable(name)}, which is not known here.'
+    for key in config.keys.values():
+        problem = token_problem(key)
+        if problem:
+            yield f'key {key.id} cannot be used: {problem}.'
 
 
 def describe_keys(config):
@@ -4074,6 +4193,7 @@ def describe_keys(config):
 def cmd_add_key(options):
     token, style = read_new_token(options), Style(sys.stdout)
     label = options.label_option or ' '.join(options.label)
+    label = label.encode('utf-8', 'replace').decode()     # an argument may be no UTF-8
     added = []
 
     def edit(config):
@@ -4084,7 +4204,12 @@ def cmd_add_key(options):
     key = added[0]
     say(f'Added key {style.bold(key.id)} ({mask_token(key.token)}), '
         f'{describe_places(config, key)}.')
-    if len(config.keys) == 1 and not fetch_health(config):
+    problem = token_problem(key)
+    if problem:
+        complain(f'it cannot be used yet: {problem}.')
+    if fetch_health(options.config, config):
+        say(f'The running proxy takes it up within {RELOAD_S} s.')
+    elif len(config.keys) == 1:
         say(f'Start the proxy with: {RUN} start')
     return 0
 
@@ -4109,7 +4234,10 @@ def read_new_token(options):
         raise UsageError('There is no terminal to ask on: give the token, or - to read it from '
                          'standard input.')
     import getpass
-    return getpass.getpass('API key or OAuth token (not shown): ')
+    try:
+        return getpass.getpass('API key or OAuth token (not shown): ')
+    except EOFError as error:
+        raise UsageError('No token came: nothing was added.') from error
 
 
 def cmd_remove_key(options):
@@ -4123,11 +4251,11 @@ def cmd_list_keys(options):
     store = ConfigStore(options.config)
     store.load()
     config = store.current
-    health = fetch_health(config) or {}
-    states = {(k['provider'], k['id']): k['state'] for k in health.get('keys', ())}
-    keys = [{'id': key.id, 'label': printable(key.label), 'provider': key.provider,
-             'token': mask_token(key.token),
-             'state': states.get((key.provider, key.id), 'not running')}
+    health = fetch_health(options.config, config)
+    states = {(k['provider'], k['id']): k['state'] for k in health['keys']} if health else {}
+    unknown = 'not loaded yet' if health else 'not running'
+    keys = [{'id': key.id, 'label': printable(key.label)[:40], 'provider': key.provider,
+             'token': mask_token(key.token), 'state': states.get((key.provider, key.id), unknown)}
             for key in config.keys.values()]
     if options.json:
         say_json({'keys': keys, 'profiles': {p.name: p.order for p in config.profiles.values()}})
@@ -4142,37 +4270,55 @@ def cmd_list_keys(options):
     return 0
 
 
-def fetch_health(config):
-    """/health of the proxy that runs with this configuration; None when none does."""
-    headers = {'x-api-key': config.access_token} if config.access_token else {}
-    for profile in config.profiles.values():
-        connection = http.client.HTTPConnection(LISTEN_HOST, profile.port, timeout=3)
-        try:
-            connection.request('GET', '/health', headers=headers)
-            health = loads_object(connection.getresponse().read())
-        except (OSError, ValueError, http.client.HTTPException):
-            continue                  # nothing there, or another program
-        finally:
-            connection.close()
-        if health.get('program') == PROGRAM:
+def fetch_health(config_path, config):
+    """/health of the proxy that runs with this configuration file; None when none does.
+
+    It is looked for where it said that it is, and where `config` (None: broken) says so.
+    """
+    ports = [profile.port for profile in config.profiles.values()] if config else []
+    try:
+        with open(running_path(config_path), 'rb') as file:
+            ports = [*as_dict(loads_object(file.read()).get('ports')).values(), *ports]
+    except (OSError, ValueError):     # none runs, or one without this help
+        pass
+    headers = {'x-api-key': config.access_token} if config and config.access_token else {}
+    for port in dict.fromkeys(port for port in ports if is_whole(port) and 0 < port < 65536):
+        health = fetch_json(port, '/health', headers)
+        if health and health.get('program') == PROGRAM:
             return health
     return None
 
 
+def fetch_json(port, path, headers):
+    """The JSON object at a port of this machine; None when there is none."""
+    connection = http.client.HTTPConnection(LISTEN_HOST, port, timeout=3)
+    try:
+        connection.request('GET', path, headers=headers)
+        return loads_object(connection.getresponse().read())
+    except (OSError, ValueError, http.client.HTTPException):
+        return None                   # nothing there, or another program
+    finally:
+        connection.close()
+
+
 def running_health(options):
-    """/health of the running proxy.  Raises FailoverError when there is none."""
-    store = ConfigStore(options.config)
-    store.load()
-    health = fetch_health(store.current)
+    """/health of the running proxy, also when the file that it runs with is broken by now.
+    Raises FailoverError when there is none."""
+    store, problem = ConfigStore(options.config), None
+    try:
+        store.load()
+    except ConfigError as error:
+        problem = error
+    health = fetch_health(options.config, None if problem else store.current)
     if health is None:
-        raise FailoverError(f'not running. Start it with: {RUN} start')
+        raise problem or FailoverError(f'not running. Start it with: {RUN} start')
     return health
 
 
 def cmd_health(options):
     health = running_health(options)
     say_json(health)
-    return 0 if health['status'] == 'ok' else 1
+    return 0 if health['status'] in ('ok', 'no_keys') else 1
 
 
 def cmd_status(options):
@@ -4185,14 +4331,14 @@ def cmd_status(options):
         f'pid {health["pid"]}, for {format_duration(health["uptime_s"])}')
     for problem in health['problems']:
         say(style.bad(f'  {printable(problem)}'))
-    say_table([[printable(profile['name']), f'http://localhost:{profile["port"]}']
-               for profile in health['profiles']])
+    say_table([[printable(profile['name']), f'http://localhost:{profile["port"]}'
+                if profile['port'] else 'not open'] for profile in health['profiles']])
     say_keys(health, style)
     say(f'Requests   {metrics["requests"]} ({metrics["answered"]} answered, '
         f'{metrics["refused"]} refused, {metrics["failed"]} failed, '
         f'{health["active"]} running, {health["waiting"]} waiting)')
-    say(f'Saved by   {metrics["rotations"]} rotations, {metrics["fallbacks"]} fallbacks, '
-        f'{metrics["queued"]} queued')
+    say(f'Saved by   {count_of(metrics["rotations"], "rotation")}, '
+        f'{count_of(metrics["fallbacks"], "fallback")}, {metrics["queued"]} queued')
     return 0
 
 
@@ -4202,7 +4348,7 @@ def say_keys(health, style):
         return
     say('Keys')
     columns = ('id', 'provider', 'token', 'state')
-    say_table([[*(key[column] for column in columns), f'{key["answers"]} answers']
+    say_table([[*(key[column] for column in columns), count_of(key['answers'], 'answer')]
                for key in health['keys']])
     for cooling in health['cooldowns']:
         model = f' with {printable(cooling["model"])}' if cooling['model'] else ''
@@ -4216,17 +4362,15 @@ def say_keys(health, style):
 
 def cmd_logs(options):
     path, style = log_path(options.config), Style(sys.stdout)
-    try:
-        follower = follow_lines(path)
-        so_far = itertools.takewhile(lambda line: line is not None, follower)
-        last = list(collections.deque(so_far, maxlen=max(0, options.lines)))
-    except FileNotFoundError:
-        say(f'There is no log yet: {path}')
-        return 0
+    lines = follow_lines(path)
+    so_far = itertools.takewhile(lambda line: line is not None, lines)
+    last = list(collections.deque(so_far, maxlen=max(0, options.lines)))
     for line in last:
         say_log_line(line, options.json, style)
+    if not last:
+        complain(f'there is no log line yet in {path}')
     while options.follow:
-        line = next(follower)
+        line = next(lines)
         if line is None:
             time.sleep(0.25)
         else:
@@ -4235,17 +4379,24 @@ def cmd_logs(options):
 
 
 def follow_lines(path):
-    """Yields the lines of a log; None where it ends for now.  Goes on in the file that follows
-    a rotation, after the last line of the one before.  Raises FileNotFoundError."""
-    rest = b''
-    file = open(path, 'rb')
+    """Yields the lines of a log, those of its rotated file first; None where it ends for now.
+    Goes on in the file that follows a rotation, after the last line of the one before."""
+    with contextlib.suppress(OSError), open(path + '.1', 'rb') as file:
+        yield from file.read().splitlines()
+    file, rest = None, b''
     while True:
+        if file is None:
+            with contextlib.suppress(OSError):    # none is there yet
+                file, rest = open(path, 'rb'), b''
+        if file is None:
+            yield None
+            continue
         has_rotated = not is_same_file(file, path)      # asked before the last read, not after
         *lines, rest = (rest + file.read()).split(b'\n')
         yield from lines
-        if has_rotated and os.path.exists(path):
+        if has_rotated:
             file.close()
-            file, rest = open(path, 'rb'), b''
+            file = None
         else:
             yield None
 
@@ -4266,14 +4417,28 @@ def say_log_line(line, as_json, style):
         record = None
     if as_json or record is None:
         return say(printable(text))
-    when = printable(record.pop('time', ''))[:19].replace('T', ' ')
+    when = local_time(record.pop('time', ''))
     level, event = printable(record.pop('level', '')), printable(record.pop('event', ''))
     if event == 'request':
         told = describe_request(record)
     else:
-        told = ' '.join(f'{k}={printable(v)}' for k, v in record.items() if v not in (None, ''))
+        told = ' '.join(f'{name}={describe_field(value)}' for name, value in record.items()
+                        if value not in (None, ''))
     paint = {'error': style.bad, 'warn': style.warn, 'debug': style.dim}.get(level, str)
     say(f'{style.dim(when)} {paint(f"{level:5}")} {event} {told}')
+
+
+def describe_field(value):
+    return printable(value if isinstance(value, str) else json.dumps(value))
+
+
+def local_time(text):
+    """'2026-03-01T12:00:00.123Z' -> '2026-03-01 13:00:00' where the clock shows that."""
+    try:
+        moment = datetime.fromisoformat(str(text).replace('Z', '+00:00'))
+        return moment.astimezone().strftime('%Y-%m-%d %H:%M:%S')
+    except (ValueError, OverflowError, OSError):
+        return printable(text)[:19]
 
 
 def describe_request(record):
@@ -4316,7 +4481,7 @@ COMMANDS = (
     Command('list-keys', "the keys and each profile's order", cmd_list_keys, (JSON_OPTION,)),
     Command('logs', 'the last log lines', cmd_logs, (
         (('-f', '--follow'), {'action': 'store_true', 'help': 'go on with new lines'}),
-        (('-n', '--lines'), {'type': int, 'default': 20, 'metavar': 'N', 'help': '(20)'}),
+        (('-n', '--lines'), {'type': int, 'default': 20, 'metavar': 'N', 'help': 'how many (20)'}),
         JSON_OPTION)),
 )
 
@@ -4346,6 +4511,7 @@ def argument_parser():
 
 def main(argv=None):
     """Runs one command; its exit status."""
+    prepare_output()
     options = argument_parser().parse_args(argv)
     chosen = options.config or os.environ.get('CLAUDE_FAILOVER_CONFIG') or DEFAULT_CONFIG_PATH
     options.config = os.path.abspath(os.path.expanduser(chosen))
@@ -4357,8 +4523,26 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:           # the reader of a pipe had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_output()
         return 0
+    except OSError as error:
+        complain(f'{options.command}: {error_reason(error)}')
+        leave_output()
+        return 1
+
+
+def leave_output():
+    """Keeps the interpreter from failing once more on what could not be written."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def prepare_output():
+    """Output that cannot fail on a character, nor by being closed from the start (a daemon)."""
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))
+        getattr(sys, name).reconfigure(errors='replace')
 
 
 if __name__ == '__main__':

@@ -377,8 +377,11 @@ class ConfigurationTest(unittest.TestCase):
                 ({'profiles': {'x': {'port': 1, 'keyOrder': ['gone']}}}, 'profiles.x.keyOrder', "'gone'"),
                 ({'profiles': {'x': {'port': 1, 'keyOrder': 'a'}}}, 'profiles.x.keyOrder', 'list'),
                 ({'profiles': {'x': {'port': 1, 'priorityOrder': ['a']}}, 'keys': {'a': key}},
-                 'profiles.x.priorityOrder', "'a'"),
-                ({'keys': {'a': {}}}, 'keys.a has no token', 'remove-key a'),
+                 'profiles.x.priorityOrder', "'a'", 'write "anthropic:a"'),
+                ({'keys': {'a': {}}}, 'keys.a has no token', 'out of the file'),
+                ({'keys': {'a': {'token': 'env:'}}}, 'keys.a.token', 'env:NAME'),
+                ({'keys': {'a': {'token': 'file:here'}}}, 'keys.a.token', 'file:~/path'),
+                ({'keys': {'a': {**key, 'type': 'OAuth'}}}, 'keys.a.type', '"oauth"'),
                 ({'keys': {'a': {'token': ' '}}}, 'keys.a has no token'),
                 ({'keys': {'a': {'token': 'sk-ant- x'}}}, 'keys.a.token', 'copy it again'),
                 ({'keys': {'a': 'sk-ant-api03-x'}}, 'keys.a must be an object'),
@@ -418,6 +421,19 @@ class ConfigurationTest(unittest.TestCase):
         self.assertNotIn('secret', str(caught.exception))
         config = make_config('a')
         self.assertNotIn('0123', repr(config) + repr(config.keys))
+        for document in ({'profiles': {'x': {'port': 1, 'keyOrder': [token_of('a')]}}},
+                         {'anthropicBaseUrl': 'https://u:0123456789@h'}, {'openaiBaseUrl': 'ftp://h?key=0123456789'}):
+            with self.assertRaises(cf.ConfigError) as caught:
+                cf.parse_config(document)
+            self.assertNotIn('0123456789', str(caught.exception))
+
+    def test_fields_that_are_not_known_are_named(self):
+        document = make_document('a', queueWaitMS=1)
+        document['profiles']['default']['keyorder'] = []
+        document['keys']['a']['note'] = 'x'
+        self.assertEqual(cf.unknown_fields(cf.parse_config(document)),
+                         ['queueWaitMS', 'profiles.default.keyorder', 'keys.a.note'])
+        self.assertEqual(cf.unknown_fields(cf.parse_config(NODE_DOCUMENT)), [])
 
     def test_plain_http_is_for_near_hosts(self):
         for url in ('http://localhost:8000', 'http://127.0.0.1', 'http://[::1]:80', 'http://192.168.1.5/v1',
@@ -443,6 +459,21 @@ class ConfigurationEditsTest(unittest.TestCase):
         self.assertEqual((key.id, key.label), ('my-new-key', 'My New Key!'))
         self.assertEqual(config.profiles['default'].order[-1], 'anthropic:my-new-key')
         self.assertEqual(config.document['profiles']['default']['keyOrder'][-1], 'my-new-key')
+
+    def test_a_new_key_never_comes_before_one_that_no_order_names(self):
+        document = make_document('a', 'b')
+        document['profiles'] = {'default': {'port': 0, 'keyOrder': ['b']},
+                                'other': {'port': 0, 'priorityOrder': ['client', 'anthropic:b']}}
+        config, _ = self.add(cf.parse_config(document))
+        self.assertEqual(config.profiles['default'].order, ('anthropic:b', 'anthropic:a', 'anthropic:key'))
+        self.assertEqual(config.profiles['other'].order, ('client', 'anthropic:b', 'anthropic:a', 'anthropic:key'))
+
+    def test_a_token_is_no_label(self):
+        with self.assertRaisesRegex(cf.ConfigError, 'label looks like a token'):
+            self.add(make_config(), 'mine', token_of('a'), base_url='http://localhost:1')
+        with self.assertRaises(cf.UnknownKey) as caught:
+            cf.remove_key(make_config('a'), token_of('a'))
+        self.assertNotIn('0123456789', str(caught.exception))
 
     def test_unknown_fields_survive_edits(self):
         document = {**NODE_DOCUMENT, 'future': {'x': [1]}}
@@ -1168,6 +1199,11 @@ class ConfigStoreTest(ScratchTest):
             store = self.store()
         self.assertEqual(len(store.current.keys), 1)
         self.assertIn('make it 600', store.notice)
+
+    def test_only_regular_files_are_made_private(self):
+        with mock.patch('os.fchmod') as fchmod, self.assertRaisesRegex(cf.ConfigError, 'not valid JSON'):
+            cf.ConfigStore('/dev/null').load()
+        fchmod.assert_not_called()
 
     def test_a_byte_order_mark_is_no_error(self):
         self.assertEqual(len(self.store('\ufeff' + json.dumps(make_document('a'))).current.keys), 1)
@@ -2285,6 +2321,11 @@ class FailoverTest(unittest.TestCase):
         self.assertEqual(self.cooldowns.queue_length(), 0)
 
     def test_a_return_that_is_too_far_is_answered_at_once(self):
+        ticks = iter(range(1_000_000))
+        tick = self.clock.__class__.__call__
+        with mock.patch.object(FakeClock, '__call__', lambda clock: tick(clock) + next(ticks) * 1e-7):
+            answered, _ = self.one({'a': LONG}, 'a', queueWaitMs=90000)
+        self.assertNotIn('x-proxy-queued', answered.headers)
         for changes in ({'queueWaitMs': 19000}, {'queueWaitMs': 0}):
             self.setUp()
             answered, seen = self.one({'a': RATE_LIMITED}, 'a', **changes)
@@ -2438,7 +2479,8 @@ class FailoverTest(unittest.TestCase):
         answered, _ = self.one({'a': RATE_LIMITED, 'b': LONG})
         self.assertEqual((answered.status, answered.error['type']), (429, 'rate_limit_error'))
         message = answered.error['message']
-        for words in (f'a with {OPUS} 429 rate_limited, back in 20 s: slow down', f'b with {OPUS} 429', 'a in 20 s'):
+        for words in (f'a with {OPUS} (back in 20 s), b with {OPUS} (back in 50 min): 429 rate_limited, "slow down".',
+                      'Earliest back: a in 20 s'):
             self.assertIn(words, message)
         self.assertEqual(answered.headers['retry-after'], '20')
         self.assertNotIn('x-should-retry', answered.headers)
@@ -2722,9 +2764,10 @@ class HttpServerTest(ProgramTest):
                 self.assertEqual(self.send(**fields).status, 200)
 
     def test_allowed_hosts_and_origins_are_exact(self):
-        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, allowedHosts=['box:4080'],
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, allowedHosts=['box:4080', 'dev.internal'],
                                   allowedOrigins=['https://app.example']))
-        for fields, status in (({'host': 'box:4080'}, 200), ({'host': 'box'}, 403),
+        for fields, status in (({'host': 'box:4080'}, 200), ({'host': 'box'}, 403), ({'host': 'dev.internal:1'}, 200),
+                               ({'host': 'dev.internal'}, 200), ({'host': 'dev.internal.evil'}, 403),
                                ({'origin': 'https://app.example', 'sec_fetch_site': 'cross-site'}, 200),
                                ({'origin': 'https://app.example.evil'}, 403), ({'origin': 'http://app.example'}, 403)):
             with self.subTest(fields=fields):
@@ -2892,6 +2935,28 @@ class ServiceTest(ProgramTest):
         self.app.reload()
         self.assertEqual(self.app.health()['problems'], [])
 
+    def test_a_profile_whose_new_port_is_taken_keeps_its_old_one(self):
+        with socket.create_server(('127.0.0.1', 0)) as taken:
+            self.reload(self.profiles(default=taken.getsockname()[1]))
+            self.assertEqual(self.health(self.port)['status'], 'problem')
+            self.assertEqual(self.app.ports(), {'default': self.port})
+
+    def test_profiles_may_swap_their_ports(self):
+        one, two = self.free_port(), self.free_port()
+        self.reload(self.profiles(default=one, second=two))
+        self.reload(self.profiles(default=two, second=one))
+        self.assertEqual((self.app.ports(), self.app.port_problems), ({'default': two, 'second': one}, {}))
+        self.assertEqual(self.health(one)['profiles'][1]['port'], one)
+
+    def test_where_it_runs_is_noted_while_it_runs(self):
+        path = cf.running_path(self.path)
+        with open(path) as file:
+            self.assertEqual(json.load(file), {'pid': os.getpid(), 'ports': {'default': self.port}})
+        self.assertEqual(cf.fetch_health(self.path, None)['pid'], os.getpid())
+        self.stop()
+        self.assertFalse(os.path.exists(path))
+        self.assertIsNone(cf.fetch_health(self.path, None))
+
     def test_a_wrong_file_is_told_and_changes_nothing(self):
         self.reload('{"queueWaitMs": "x"}')
         health = self.send('GET', '/health').json
@@ -3024,7 +3089,7 @@ class CommandLineTest(ScratchTest):
         for command in ('status', 'health'):
             done = self.run_command(command)
             self.assertEqual((done.returncode, done.stdout), (1, ''))
-            self.assertIn('not running. Start it with: python3 claude_failover.py start', done.stderr)
+            self.assertIn(f'not running. Start it with: python3 {SCRIPT} start', done.stderr)
 
     def test_start_tells_ports_and_keys_and_serves_until_it_is_stopped(self):
         self.write_config(self.free_port_document('a', 'b', openaiKeys={'o': {'token': 'sk-proj-x'}}))
@@ -3062,7 +3127,7 @@ class CommandLineTest(ScratchTest):
         process, _, printed = self.start()
         line = process.stdout.readline() + process.stdout.readline()
         self.assertIn('0 Anthropic', printed)
-        self.assertIn('python3 claude_failover.py add-key', line)
+        self.assertIn(f'python3 {SCRIPT} add-key', line)
 
     def test_the_first_signal_waits_for_running_answers_and_the_second_does_not(self):
         asked = threading.Event()
@@ -3097,6 +3162,48 @@ class CommandLineTest(ScratchTest):
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(PATIENCE_S), 0)
 
+    def test_status_finds_the_running_proxy_whatever_became_of_its_file(self):
+        self.write_config(make_document('a'))         # port 0: only the system knows it
+        process, port, _ = self.start()
+        self.assertIn(f'http://localhost:{port}', self.run_command('status').stdout)
+        added = self.run_command('add-key', '-', stdin=token_of('b') + '\n')
+        self.assertIn('takes it up within 5 s', added.stdout)
+        states = {key['id']: key['state'] for key in json.loads(self.run_command('list-keys', '--json').stdout)['keys']}
+        self.assertEqual(states, {'a': 'ready', 'key': 'not loaded yet'})
+        self.write_config('{ broken')
+        for command in ('status', 'health'):
+            self.assertIn(str(process.pid), self.run_command(command).stdout)
+        os.unlink(self.path)
+        self.assertIn(f'pid {process.pid}', self.run_command('status').stdout)
+
+    def test_start_names_keys_that_cannot_be_used_and_unknown_fields(self):
+        document = self.free_port_document('a', queueWaitMS=1)
+        document['keys']['a']['token'] = 'env:NOT_SET_ANYWHERE'
+        self.write_config(document)
+        process, _, _ = self.start()
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE_S)
+        told = process.stderr.read()
+        self.assertIn('key a cannot be used: environment variable NOT_SET_ANYWHERE is not set', told)
+        self.assertIn('field queueWaitMS', told)
+
+    def test_output_that_is_closed_or_full_is_no_traceback(self):
+        for redirection, status in (('>&-', 0), ('>/dev/full', 1), ('| head -c 0', 0)):
+            if redirection == '>/dev/full' and not os.path.exists('/dev/full'):
+                continue
+            done = subprocess.run(['sh', '-c', f'{sys.executable} {SCRIPT} list-keys {redirection}'], capture_output=True,
+                                  text=True, env=dict(os.environ), timeout=60)
+            self.assertEqual((done.returncode, 'Traceback' in done.stderr), (status, False), done.stderr)
+        self.run_command('add-key', 'env:X', 'B\u00fcro')
+        self.assertEqual(self.run_command('list-keys', PYTHONIOENCODING='ascii').returncode, 0)
+
+    def test_the_end_of_input_at_the_prompt_adds_nothing(self):
+        options = mock.Mock(token=None)
+        with mock.patch('sys.stdin', mock.Mock(isatty=lambda: True)), \
+                mock.patch('getpass.getpass', side_effect=EOFError), \
+                self.assertRaisesRegex(cf.UsageError, 'nothing was added'):
+            cf.read_new_token(options)
+
     def test_log_lines_read_well_and_cannot_steer_the_terminal(self):
         folder = os.path.join(os.path.dirname(self.path), 'logs')
         os.makedirs(folder)
@@ -3107,8 +3214,8 @@ class CommandLineTest(ScratchTest):
             file.write(json.dumps(request) + '\nnot json \x1b[2J\n')
         for arguments in (('logs',), ('logs', '--json')):
             self.assertNotIn('\x1b', self.run_command(*arguments).stdout)
-        printed = self.run_command('logs').stdout
-        self.assertIn('2026-03-01 12:00:00 info  request POST /v1/messages', printed)
+        printed = self.run_command('logs', TZ='UTC-3').stdout
+        self.assertIn('2026-03-01 15:00:00 info  request POST /v1/messages', printed)
         self.assertIn('200 in 5 ms: a 429 -> b 200', printed)
         self.assertEqual(self.run_command('logs', '-n', '1').stdout.count('\n'), 1)
 
@@ -3128,6 +3235,8 @@ class CommandLineTest(ScratchTest):
         self.assertIn('long', process.stdout.readline())
         log.info('after')
         self.assertIn('after', process.stdout.readline())
+        printed = self.run_command('logs').stdout     # those of the rotated file first
+        self.assertEqual(re.findall('first|second|long|after', printed), ['first', 'second', 'long', 'after'])
 
     def test_colours_are_for_terminals_that_want_them(self):
         terminal = mock.Mock(isatty=lambda: True)
