@@ -788,6 +788,12 @@ def model_chain(mapping, model):
     return chain
 
 
+def uses_clients_own(config, profile):
+    """Whether the client's own credential has a place in this profile's plans."""
+    return CLIENT_REF in profile.order or not any(
+        key.provider in SERVED_PROVIDERS for key in config.keys.values())
+
+
 def plan_attempts(config, profile, models, client_key):
     """[Attempt, ...]: every key of the profile for the first model, then for the next.
 
@@ -798,8 +804,8 @@ def plan_attempts(config, profile, models, client_key):
     known = {**config.keys, CLIENT_REF: client_key}
     order = [known[ref] for ref in profile.order]
     keys = [key for key in order if key and key.provider in SERVED_PROVIDERS]
-    if not config.keys and client_key and client_key not in keys:
-        keys.append(client_key)
+    if not keys and client_key:
+        keys = [client_key]
     return [Attempt(key, model) for model in models for key in keys]
 
 
@@ -2971,8 +2977,7 @@ class Failover:
         models = [model]
         if model and request.is_message:
             models = model_chain(config.model_fallback, model)
-        is_clients_turn = CLIENT_REF in profile.order or not config.keys
-        client_key = request.client_key if is_clients_turn else None
+        client_key = request.client_key if uses_clients_own(config, profile) else None
         plan = plan_attempts(config, profile, models, client_key)
         if not request.is_message:
             # Their own limits are not those of messages: a cooling key is only second choice.

@@ -563,6 +563,9 @@ class PlanningTest(unittest.TestCase):
         self.assertEqual(self.plan(make_config(), client=client), [('client', OPUS)])
         self.assertEqual(self.plan(make_config('a'), client=client), [('a', OPUS)])
         self.assertEqual(self.plan(make_config()), [])
+        for config, uses in ((make_config(), True), (make_config('a'), False),
+                             (make_config(openaiKeys={'o': {'token': 'sk-x'}}), True)):
+            self.assertEqual(cf.uses_clients_own(config, config.profiles['default']), uses)
 
     def test_keys_of_a_provider_that_is_not_served_are_not_planned(self):
         config = make_config('a', openaiKeys={'o': {'token': 'sk-x'}}, openaiModelFallback=True)
