@@ -1062,7 +1062,7 @@ class Rule(NamedTuple):
     holds means `step`.  What cools is `scope` (None: nothing), for what `hint(answer)` reads
     from the answer, else `cooldown_s`, doubling up to `doubles_to_s` while it repeats."""
     name: str
-    statuses: tuple
+    statuses: tuple           # or a range
     step: Step
     final: Final = Final.VERBATIM
     when: Callable = lambda answer: True
@@ -1205,7 +1205,7 @@ def is_unsupported_by_fallback(answer):
 
 #: The policy, first match first.  A new status or wording is a row.
 RULES = (
-    Rule('answered', tuple(range(200, 400)), Step.RELAY),
+    Rule('answered', range(200, 400), Step.RELAY),
     Rule('no_credit', (400,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
          when=says('credit balance is too low'), waits=False, attention=True),
     Rule('usage_limit', (400,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
