@@ -2896,8 +2896,9 @@ class Serving:
 
     def without_secrets(self, text):
         """Text of an upstream, which may quote the credential that it was sent."""
-        for secret in self.secrets - {''}:
-            text = text.replace(secret, mask_token(secret))
+        for secret in self.secrets:
+            if secret and secret in text:
+                text = text.replace(secret, mask_token(secret))
         return text
 
     def note(self, attempt, outcome, started):
