@@ -2717,21 +2717,21 @@ class Upstream:
             sock.close()
 
     def _put_back(self, base, sock):
-        now = self._now()
         with self._lock:
             idle = self._idle.setdefault(base[:3], [])
-            idle.append((sock, now))
-            surplus = []
-            while len(idle) > POOL_SIZE or now - idle[0][1] > POOL_IDLE_S:
-                surplus.append(idle.pop(0)[0])
-        for sock in surplus:
-            sock.close()
+            idle.append((sock, self._now()))
+            surplus = idle.pop(0)[0] if len(idle) > POOL_SIZE else None
+        if surplus:
+            surplus.close()
 
-    def close_idle(self):
+    def close_idle(self, for_s=0):
+        """Closes connections that have been idle for some time, so that no request has to."""
+        last = self._now() - for_s
         with self._lock:
-            sockets = [sock for idle in self._idle.values() for sock, _ in idle]
-            self._idle.clear()
-        for sock in sockets:
+            old = [sock for idle in self._idle.values() for sock, since in idle if since <= last]
+            self._idle = {base: [entry for entry in idle if entry[1] > last]
+                          for base, idle in self._idle.items()}
+        for sock in old:
             sock.close()
 
     def _connect(self, base):
@@ -3931,6 +3931,7 @@ class App:
         while not self._stop.wait(RELOAD_S):
             try:
                 self.reload()
+                self.upstream.close_idle(POOL_IDLE_S)
             except Exception as error:        # a thread's top: the next look may go better
                 self.log.error('reload_failed', kind=type(error).__name__, at=where_raised(error))
 

@@ -1717,15 +1717,16 @@ class UpstreamTest(SocketTest):
         self.upstream._now = lambda: time.time() + cf.POOL_IDLE_S + 1
         self.assertEqual(self.get(server.url)[1], b'3')
 
-    def test_old_idle_connections_are_closed_when_another_comes_back(self):
+    def test_old_idle_connections_are_closed(self):
         now = [0]
         self.upstream._now = lambda: now[0]
         base, (old, old_end), (new, new_end) = ('http', 'h', 1), socket.socketpair(), socket.socketpair()
         for sock in (new, old_end, new_end):
             self.addCleanup(sock.close)
         self.upstream._put_back(base, old)
-        now[0] += cf.POOL_IDLE_S + 1
+        now[0] += cf.POOL_IDLE_S
         self.upstream._put_back(base, new)
+        self.upstream.close_idle(cf.POOL_IDLE_S)
         self.assertEqual((old.fileno(), new.fileno() > 0), (-1, True))
 
     def test_an_unread_answer_costs_its_connection(self):
