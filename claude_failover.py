@@ -1461,9 +1461,7 @@ class Cooldowns:
             self._cooling.pop(pair, None)
             if whole in self._cooling and self._cooling[whole].until <= self._clock():
                 del self._cooling[whole]
-            for history in (self._repeats, self._strikes):
-                for entry in [e for e in history if e[0] in (pair, whole)]:
-                    del history[entry]
+            self._forget_locked(lambda slot: slot in (pair, whole))
             self._wake_locked()
 
     def clear(self, ref=None, model=None):
@@ -1474,11 +1472,15 @@ class Cooldowns:
             ended = [slot for slot in self._cooling if is_meant(slot)]
             for slot in ended:
                 del self._cooling[slot]
-            for history in (self._repeats, self._strikes):
-                for entry in [e for e in history if is_meant(e[0])]:
-                    del history[entry]
+            self._forget_locked(is_meant)
             self._wake_locked()
         return len(ended)
+
+    def _forget_locked(self, is_meant):
+        """Lets repeats and strikes of some slots begin anew."""
+        for history in (self._repeats, self._strikes):
+            for entry in [entry for entry in history if is_meant(entry[0])]:
+                del history[entry]
 
     def blocking(self, slot, ticket=None):
         """The Cooling that keeps this slot from being tried now; None when it may be tried.
@@ -1857,26 +1859,25 @@ def readable(sockets):
     """Those of some sockets that have bytes, an end or an error waiting, without waiting."""
     if not hasattr(select, 'poll'):               # Windows
         return select.select(sockets, [], [], 0)[0]
-    poll = select.poll()
-    by_number = {}
-    for sock in sockets:
-        number = sock.fileno()
-        if number >= 0:                           # closed in this moment by its own thread
-            by_number[number] = sock
-            poll.register(number, select.POLLIN)
-    return [by_number[number] for number, _ in poll.poll(0)]
+    return polled(sockets, select.POLLIN)
 
 
 def departed(sockets):
     """Those of some sockets whose peer has closed its side."""
     if not hasattr(select, 'POLLRDHUP'):          # not Linux
         return [sock for sock in readable(sockets) if has_left(sock)]
+    return polled(sockets, select.POLLRDHUP)
+
+
+def polled(sockets, event):
+    """Those of some sockets at which an event, or an error, waits."""
     poll = select.poll()
     by_number = {}
     for sock in sockets:
-        if sock.fileno() >= 0:
-            by_number[sock.fileno()] = sock
-            poll.register(sock.fileno(), select.POLLRDHUP)
+        number = sock.fileno()
+        if number >= 0:                           # closed in this moment by its own thread
+            by_number[number] = sock
+            poll.register(number, event)
     return [by_number[number] for number, _ in poll.poll(0)]
 
 
@@ -3267,7 +3268,7 @@ class Failover:
         if not response.started:
             response.start(upstream.status, fields)
         response.write(reply.held)
-        problem = None
+        problem = "the upstream's stream ended before the message did"
         try:
             while True:
                 piece = upstream.read()
@@ -3276,28 +3277,27 @@ class Failover:
                 response.write(events.feed(piece))
             response.write(events.last())
         except UpstreamCut as error:
-            problem = f'the upstream\'s stream broke off: {error}'
+            problem = f"the upstream's stream broke off: {error}"
         except UpstreamTimeout:
             problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
         serving.record.update({name: events.usage[name] for name in USAGE_FIELDS
                                if name in events.usage})
-        if problem is None and not (events.stopped or events.error or events.stop_reason):
-            problem = 'the upstream\'s stream ended before the message did'
         self._end_stream(serving, events, problem)
 
     def _end_stream(self, serving, events, problem):
-        """The end of a stream after its commit.  A second answer is never spliced in."""
+        """The end of a stream after its commit; `problem` is what it is when the message is not
+        whole.  A second answer is never spliced in."""
         response = serving.response
         if events.error is not None:
             message = serving.without_secrets(str(events.error.get('message')))
             serving.record.update(outcome='failed', error=redact(message[:300]))
-        if events.stopped or events.error is not None or events.stop_reason:
-            if not (events.stopped or events.error is not None):
-                response.write(event_bytes({'type': 'message_stop'}))
-            return response.finish()
-        serving.record.update(outcome='failed', error=problem)
-        response.write(error_event('api_error', f'{PROGRAM}: {problem}.'))
-        response.abandon()
+        elif events.stop_reason and not events.stopped:
+            response.write(event_bytes({'type': 'message_stop'}))
+        elif not events.stopped:
+            serving.record.update(outcome='failed', error=problem)
+            response.write(error_event('api_error', f'{PROGRAM}: {problem}.'))
+            return response.abandon()
+        return response.finish()
 
     # -- the queue -------------------------------------------------------------
 
@@ -3349,7 +3349,7 @@ class Failover:
     def _hold_open(self, serving):
         """Keeps a stream's client patient: it takes pings before the first event."""
         response = serving.response
-        if not (serving.request.is_message and serving.request.body.is_streamed):
+        if not serving.request.body.is_streamed:
             return
         if not response.started:
             response.start(200, [('content-type', 'text/event-stream; charset=utf-8'),
@@ -4295,11 +4295,9 @@ def fetch_health(config_path, config):
     It is looked for where it said that it is, and where `config` (None: broken) says so.
     """
     ports = [profile.port for profile in config.profiles.values()] if config else []
-    try:
-        with open(running_path(config_path), 'rb') as file:
-            ports = [*as_dict(loads_object(file.read()).get('ports')).values(), *ports]
-    except (OSError, ValueError):     # none runs, or one without this help
-        pass
+    note = running_path(config_path)
+    with contextlib.suppress(OSError, ValueError), open(note, 'rb') as file:     # none: none runs
+        ports = [*as_dict(loads_object(file.read()).get('ports')).values(), *ports]
     headers = {'x-api-key': config.access_token} if config and config.access_token else {}
     for port in dict.fromkeys(port for port in ports if is_whole(port) and 0 < port < 65536):
         health = fetch_json(port, '/health', headers)
