@@ -2,16 +2,19 @@
 """claude-failover: a local proxy that keeps Claude Code and other Anthropic clients answered.
 
 When a key is rate-limited the next key answers; when every key is spent for a model, a
-fallback model answers; when a key is about to come back, the request waits for it.
+fallback model answers; when a key is about to come back, the request waits for it; when
+Claude is exhausted, an OpenAI model answers, translated both ways.
 
 One request, from top to bottom of its path (and from bottom to top of this file):
 
     Handler             reads the head strictly, guards Host and Origin, matches ROUTES
     forward             makes a ClientRequest and an Exchange (both ends of one request)
     Failover.serve      plans, tries, queues, and gives the final failure
-      plan_attempts     [Attempt(key, model), ...] in the profile's order
+      plan_attempts     [Attempt(key, model), ...] in the profile's order, OpenAI's last
+      read_conversation for an OpenAI key: the request in OpenAI's words (WIRES)
       Upstream.open     sends one attempt; an UpstreamResponse or UpstreamUnreachable
-      classify          what the answer means: one row of RULES
+      classify          what the answer means: one row of RULES or OPENAI_RULES
+      TranslatedStream  OpenAI's answer in Anthropic's words, event by event
       Cooldowns         which key rests, for which model, until when; who waits for it
       ClientResponse    the commit: after its first byte there is no failover any more
     Journal.finished    one log line, the counters, the recent requests
@@ -31,6 +34,8 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Request bodies          the model in a body, and repairs that a fallback model needs
     Classification          RULES: what every upstream answer means
     Event streams           whole server-sent events, and what they said on their way through
+    Request translation     a Messages request in OpenAI's two wire formats
+    Response translation    OpenAI's answers as Anthropic's: MessageEvents owns the grammar
     Cooldowns               who rests until when, and the queue of those who wait
     Journal                 the log file, the counters, the recent requests
     Configuration store     the file: atomic, private, reloaded when it changes
@@ -43,8 +48,8 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Command line            COMMANDS: printing happens only here
     Main
 
-From Configuration to Event streams nothing knows a clock, file, socket or thread: values
-in, values out.
+From Configuration to Response translation nothing knows a clock, file, socket or thread:
+values in, values out.
 Tests: python3 test_claude_failover.py
 """
 from __future__ import annotations
@@ -137,6 +142,8 @@ CONNECT_S = 10
 FIRST_BYTE_S = 600
 STREAM_FIRST_BYTE_S = 300
 STREAM_IDLE_S = 300
+#: Waiting for the end of a body whose last event has come.
+LAST_CHUNK_S = 0.2
 #: Older idle connections are not trusted: a laptop that slept, a NAT that forgot, look alike.
 POOL_IDLE_S = 30
 POOL_SIZE = 64
@@ -279,6 +286,20 @@ def mask_token(token):
     return printable(f'{kind.group() if kind else ""}...{end}')
 
 
+def is_jwt(token):
+    """Whether a token is a JSON Web Token: a login, not an API key."""
+    return token.startswith('eyJ') and token.count('.') == 2
+
+
+def jwt_claims(token):
+    """What a JSON Web Token (RFC 7519) says of itself, unverified; {} when it is unreadable."""
+    try:
+        part = token.split('.')[1]
+        return loads_object(base64.urlsafe_b64decode(part + '=' * (-len(part) % 4)))
+    except (ValueError, IndexError):
+        return {}
+
+
 SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
 
 
@@ -365,6 +386,8 @@ NAME = re.compile(r'[A-Za-z0-9._-]{1,64}')
 TOKEN = re.compile(r'[!-~]+')
 ANTHROPIC, OPENAI = 'anthropic', 'openai'
 CLIENT_REF = 'client'
+#: Wire formats: Anthropic's, and OpenAI's two.
+MESSAGES, CHAT_COMPLETIONS, RESPONSES = 'messages', 'chat_completions', 'responses'
 
 
 class Key(NamedTuple):
@@ -376,6 +399,8 @@ class Key(NamedTuple):
     label: str
     oauth: bool = False
     base_url: str | None = None
+    api: str | None = None    # of an OpenAI key: its wire format, instead of openaiApi
+    model_mapping: dict = {}  # of an OpenAI key: asked before the profile's and the general one
 
     def __repr__(self):       # a traceback must not show the token
         return f'Key({self.ref})'
@@ -386,6 +411,7 @@ class Profile(NamedTuple):
     name: str
     port: int
     order: tuple              # ('anthropic:work', 'client', 'openai:backup', ...)
+    model_mapping: dict = {}  # asked before the general openaiModelMapping
 
 
 class Config(NamedTuple):
@@ -451,6 +477,11 @@ def check_model_map(value):
         return 'may have * only at the end of a name'
 
 
+def check_text(value):
+    if not isinstance(value, str):
+        return 'must be a text'
+
+
 def check_texts(value):
     if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
         return 'must be a list of texts'
@@ -501,7 +532,7 @@ SETTINGS = (
             {'claude-opus-*': 'gpt-5.4', 'claude-sonnet-*': 'gpt-5.4-mini',
              'claude-haiku-*': 'gpt-5.4-nano', '*': 'gpt-5.4'}, 'model -> model',
             check_model_map, 'the OpenAI model for each Claude model'),
-    Setting('openaiApi', 'chat_completions', '', one_of('chat_completions', 'responses'),
+    Setting('openaiApi', CHAT_COMPLETIONS, '', one_of(CHAT_COMPLETIONS, RESPONSES),
             'the wire format for OpenAI keys'),
     Setting('anthropicBaseUrl', 'https://api.anthropic.com', 'URL', check_base_url,
             'where Anthropic keys are used'),
@@ -530,10 +561,15 @@ KEY_FIELDS = {ANTHROPIC: 'keys', OPENAI: 'openaiKeys'}
 ORDER_FIELDS = {ANTHROPIC: 'keyOrder', OPENAI: 'openaiKeyOrder'}
 
 
-#: Both providers' words for them, as the Node program wrote them; None: the token tells.
-KEY_TYPES = (None, 'api-key', 'oauth', 'api_key', 'oauth_token')
-KNOWN_KEY_FIELDS = ('token', 'label', 'type', 'addedAt', 'baseUrl', 'modelMapping', 'api')
-KNOWN_PROFILE_FIELDS = ('port', 'keyOrder', 'openaiKeyOrder', 'priorityOrder')
+#: What a key may say beside its token.  Of the types, which are both providers' words as the
+#: Node program wrote them, only OAuth's matter: otherwise the token tells.
+KEY_FIELD_CHECKS = {
+    'type': one_of('api-key', 'oauth', 'api_key', 'oauth_token'), 'label': check_text,
+    'baseUrl': check_base_url, 'modelMapping': check_model_map,
+    'api': one_of(CHAT_COMPLETIONS, RESPONSES)}
+KNOWN_KEY_FIELDS = ('token', 'addedAt', *KEY_FIELD_CHECKS)
+KNOWN_PROFILE_FIELDS = ('port', 'keyOrder', 'openaiKeyOrder', 'priorityOrder',
+                        'openaiModelMapping')
 
 
 def unknown_fields(config):
@@ -606,16 +642,18 @@ def parse_key(provider, field, id, entry):
     if token == 'env:' or token.startswith('file:') and token[5:6] not in ('/', '~'):
         raise ConfigError(f'{field}.token must name a variable ("env:NAME") or a whole path '
                           '("file:/path" or "file:~/path").')
-    if entry.get('type') not in KEY_TYPES:
-        raise ConfigError(f'{field}.type must be "api-key" or "oauth".')
-    label, base_url = entry.get('label'), entry.get('baseUrl')
-    if label is not None and not isinstance(label, str):
-        raise ConfigError(f'{field}.label must be a text.')
-    complaint = None if base_url is None else check_base_url(base_url)
-    if complaint:
-        raise ConfigError(f'{field}.baseUrl {complaint}.')
+    for name, check in KEY_FIELD_CHECKS.items():
+        check_field(field, entry, name, check)
     oauth = entry.get('type') in ('oauth', 'oauth_token')
-    return Key(f'{provider}:{id}', id, provider, token, label or id, oauth, base_url)
+    return Key(f'{provider}:{id}', id, provider, token, entry.get('label') or id, oauth,
+               entry.get('baseUrl'), entry.get('api'), entry.get('modelMapping') or {})
+
+
+def check_field(field, entry, name, check):
+    """Raises ConfigError for a wrong optional field; null is as good as absent."""
+    complaint = None if entry.get(name) is None else check(entry[name])
+    if complaint:
+        raise ConfigError(f'{field}.{name} {complaint}.')
 
 
 def parse_profile(name, entry, keys):
@@ -628,21 +666,25 @@ def parse_profile(name, entry, keys):
     if not is_whole(port) or not 0 <= port <= 65535:
         raise ConfigError(f'{field}.port must be a number from 1 to 65535 without quotes '
                           f'(0: any free one), not {json.dumps(port)[:60]}.')
-    return Profile(name, port, tuple(parse_order(field, entry, keys)))
+    check_field(field, entry, 'openaiModelMapping', check_model_map)
+    return Profile(name, port, tuple(parse_order(field, entry, keys)),
+                   entry.get('openaiModelMapping') or {})
 
 
 def parse_order(field, entry, keys):
-    """The refs of a profile in order; keys that it does not name follow at the end."""
-    order = []
+    """The refs of a profile in order; keys that it does not name follow at the end, those of
+    one provider after that provider's where there is no order of both."""
     if entry.get('priorityOrder') is not None:
         order = order_list(f'{field}.priorityOrder', entry['priorityOrder'])
         refuse_missing(f'{field}.priorityOrder', order, {*keys, CLIENT_REF})
-    else:
-        for provider, order_field in ORDER_FIELDS.items():
-            ids = order_list(f'{field}.{order_field}', entry.get(order_field) or [])
-            refuse_missing(f'{field}.{order_field}', ids, keys, f'{provider}:')
-            order += [f'{provider}:{id}' for id in ids]
-    return dict.fromkeys([*order, *keys])          # each once, the first place wins
+        return dict.fromkeys([*order, *keys])      # each once, the first place wins
+    order = []
+    for provider, order_field in ORDER_FIELDS.items():
+        ids = order_list(f'{field}.{order_field}', entry.get(order_field) or [])
+        refuse_missing(f'{field}.{order_field}', ids, keys, f'{provider}:')
+        order += [f'{provider}:{id}' for id in ids]
+        order += [ref for ref, key in keys.items() if key.provider == provider]
+    return dict.fromkeys(order)
 
 
 def order_list(field, value):
@@ -682,8 +724,9 @@ def dump_config(config):
 # Each answers a new Config; parse_config checks the outcome, so an edit cannot save what a
 # start would refuse.
 
-def add_key(config, token, label, added_at, base_url=None):
-    """(Config with the key, the new Key).  It follows the other keys in every profile.
+def add_key(config, provider, token, label, added_at, base_url=None):
+    """(Config with the key, the new Key).  It follows the provider's other keys in every
+    profile.  The first OpenAI key switches openaiModelFallback on.
 
     Raises ConfigError when the token is there already or cannot be one.
     """
@@ -693,33 +736,57 @@ def add_key(config, token, label, added_at, base_url=None):
     for key in config.keys.values():
         if key.token == token:
             raise ConfigError(f'This token is there already, as key {key.id}.')
-    if not base_url and not token.startswith(('sk-ant-', 'env:', 'file:')):
-        raise ConfigError('An Anthropic token begins with "sk-ant-" (or is "env:NAME" or '
-                          '"file:PATH"); a key for another server needs --base-url.')
+    refuse_foreign_token(provider, token, base_url)
     if SECRET.search(label):
         raise ConfigError('The label looks like a token: the token comes first, then the label.')
     document = copy.deepcopy(config.document)
-    entries = document.setdefault('keys', {})
+    entries = document.get(KEY_FIELDS[provider]) or {}
+    document[KEY_FIELDS[provider]] = entries
+    if provider == OPENAI and not entries:
+        document['openaiModelFallback'] = True
     id = free_id(label or 'key', entries)
-    type = 'oauth' if token.startswith('sk-ant-oat') else 'api-key'
-    entries[id] = {'token': token, 'label': label or id, 'type': type, 'addedAt': added_at}
+    entries[id] = {'token': token, 'label': label or id, 'type': token_type(provider, token),
+                   'addedAt': added_at}
     if base_url:
         entries[id]['baseUrl'] = base_url
     profiles = document.get('profiles') or {'default': {'port': DEFAULT_PORT}}
     document['profiles'] = profiles
     for name, profile in profiles.items():
-        append_to_orders(profile, config.profiles[name].order, id)
+        append_to_orders(profile, config.profiles[name].order, provider, id)
     edited = parse_config(document)
-    return edited, edited.keys[f'{ANTHROPIC}:{id}']
+    return edited, edited.keys[f'{provider}:{id}']
 
 
-def append_to_orders(profile, order, id):
-    """Writes the order in force into a profile's entry, and the new key behind it.  Older
-    files hold a keyOrder beside a priorityOrder: both are kept in step."""
-    prefix = f'{ANTHROPIC}:'
-    profile['keyOrder'] = [ref[len(prefix):] for ref in order if ref.startswith(prefix)] + [id]
+def refuse_foreign_token(provider, token, base_url):
+    is_anthropic = token.startswith('sk-ant-')
+    if provider == OPENAI and is_anthropic and not base_url:
+        raise ConfigError('This is an Anthropic token ("sk-ant-"): add it with add-key.')
+    if provider == OPENAI or base_url or is_anthropic or token.startswith(('env:', 'file:')):
+        return
+    raise ConfigError('An Anthropic token begins with "sk-ant-" (or is "env:NAME" or '
+                      '"file:PATH"); a key for another server needs --base-url, an OpenAI token '
+                      'add-openai-key.')
+
+
+def token_type(provider, token):
+    """The type as the Node program names it."""
+    if provider == OPENAI:
+        return 'oauth_token' if is_jwt(token) else 'api_key'
+    return 'oauth' if token.startswith('sk-ant-oat') else 'api-key'
+
+
+def append_to_orders(profile, order, provider, id):
+    """Writes the order in force into a profile's entry, the new key behind its provider's.
+    Older files hold a keyOrder beside a priorityOrder: both are kept in step."""
+    prefix = f'{provider}:'
+    ids = [ref[len(prefix):] for ref in order if ref.startswith(prefix)]
+    profile[ORDER_FIELDS[provider]] = [*ids, id]
     if profile.get('priorityOrder') is not None:
-        profile['priorityOrder'] = [*order, prefix + id]
+        # OpenAI keys at the end are the last resort, and stay behind a new Claude key.
+        end = len(order)
+        while provider == ANTHROPIC and end and order[end - 1].startswith(f'{OPENAI}:'):
+            end -= 1
+        profile['priorityOrder'] = [*order[:end], prefix + id, *order[end:]]
 
 
 def free_id(label, taken):
@@ -754,14 +821,15 @@ def remove_key(config, key_id):
 # Which key with which model, in which order.  Knows nothing of cooldowns: the plan is what
 # would be tried if every key were ready.
 
-#: The providers that requests can be sent to.  Keys of others are kept, but not planned.
-SERVED_PROVIDERS = (ANTHROPIC,)
-
-
 class Attempt(NamedTuple):
     """One key tried with one model."""
     key: Key
-    model: str | None      # the model asked for, or a fallback of it; None: no model named
+    model: str | None      # as the key's provider calls it; None: the request names no model
+
+
+class Plan(NamedTuple):
+    attempts: list            # [Attempt, ...] what is tried, and what the queue waits for
+    last_resort: list         # [Attempt, ...] what is tried when that gave no answer
 
 
 def map_model(mapping, model):
@@ -788,25 +856,53 @@ def model_chain(mapping, model):
     return chain
 
 
+#: Names that are OpenAI's own: asked for by name, they are not mapped by a mere `*`.
+OPENAI_NAME = re.compile(r'gpt-|chatgpt-|o\d')
+
+
+def map_to_openai(config, profile, key, model):
+    """The model that an OpenAI key is asked for: by its own mapping, else the profile's, else
+    the general one, else the name itself."""
+    for mapping in (key.model_mapping, profile.model_mapping, config.openai_model_mapping):
+        is_own_name = OPENAI_NAME.match(model)
+        mapped = mapping.get(model) if is_own_name else map_model(mapping, model)
+        if mapped:
+            return mapped
+    return model
+
+
+def is_served(config, key):
+    """Whether requests may be sent to a key's provider."""
+    return key.provider == ANTHROPIC or config.openai_model_fallback
+
+
 def uses_clients_own(config, profile):
     """Whether the client's own credential has a place in this profile's plans."""
     return CLIENT_REF in profile.order or not any(
-        key.provider in SERVED_PROVIDERS for key in config.keys.values())
+        is_served(config, key) for key in config.keys.values())
 
 
 def plan_attempts(config, profile, models, client_key):
-    """[Attempt, ...]: every key of the profile for the first model, then for the next.
+    """The Plan: every Claude key of the profile for the first model, then for the next; OpenAI
+    keys at their place for the first model, and behind the last Claude key as last resort.
+    Without a Claude key they are what there is.
 
     `models` is a chain, or [None] for a request that names no model.  `client_key` stands
     for the client's own credential (None: it sent none); it is used at its place in the
     order, and where no key is configured at all.
     """
     known = {**config.keys, CLIENT_REF: client_key}
-    order = [known[ref] for ref in profile.order]
-    keys = [key for key in order if key and key.provider in SERVED_PROVIDERS]
-    if not keys and client_key:
-        keys = [client_key]
-    return [Attempt(key, model) for model in models for key in keys]
+    keys = [known[ref] for ref in profile.order if known[ref]]
+    keys = [key for key in keys if is_served(config, key)] or ([client_key] if client_key else [])
+
+    def attempt(key, model):
+        is_mapped = key.provider == OPENAI and model
+        return Attempt(key, map_to_openai(config, profile, key, model) if is_mapped else model)
+    claude = [place for place, key in enumerate(keys) if key.provider == ANTHROPIC]
+    last = claude[-1] + 1 if claude else len(keys)
+    attempts = [attempt(key, models[0]) for key in keys[:last]]
+    attempts += [Attempt(keys[place], model) for model in models[1:] for place in claude]
+    return Plan(attempts, [attempt(key, models[0]) for key in keys[last:]])
 
 
 # ==============================================================================
@@ -819,9 +915,13 @@ def plan_attempts(config, profile, models, client_key):
 MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*"([A-Za-z0-9._:@/\[\]-]{1,256})"')
 STREAM_FIELD = re.compile(rb'"stream"\s*:\s*true')
 EDGE_BYTES = 1024
-#: A thinking block that no Anthropic server signed: its signature is empty.  As compact and
-#: as spaced JSON has it; two plain searches cost a tenth of a pattern's.
-UNSIGNED = (b'"signature":""', b'"signature": ""')
+#: What stands for a signature in thinking that came from OpenAI: nothing, or its encrypted
+#: reasoning, which goes back to OpenAI and never to Anthropic.
+NO_PAYLOAD, PAYLOAD = 'cfo0:', 'cfo1:'
+OWN_MARKS = (NO_PAYLOAD, PAYLOAD)
+#: A thinking block that no Anthropic server signed: its signature is empty, as compact and as
+#: spaced JSON has it, or our mark.  Plain searches cost a tenth of a pattern's.
+UNSIGNED = (b'"signature":""', b'"signature": ""', b'"cfo0:', b'"cfo1:')
 
 
 class RequestBody:
@@ -907,7 +1007,8 @@ def is_thinking(block):
 
 
 def is_unsigned(block):
-    return block.get('type') == 'thinking' and not block.get('signature')
+    seal = block.get('signature' if block.get('type') == 'thinking' else 'data')
+    return not seal or str(seal).startswith(OWN_MARKS)
 
 
 def without_path(value, path):
@@ -957,6 +1058,9 @@ class Repair(NamedTuple):
 REPAIRS = (
     Repair('signature', r'signature.{0,5} in .{0,3}(?:redacted_)?thinking|thinking\.signature',
            lambda body, subject: without_thinking(body)),
+    Repair('missing_thinking', r'must start with a thinking block|expected .{0,3}thinking.{0,60}'
+           r'found', lambda body, subject: without_thinking_edits(without_path(
+               body, ['thinking']))),
     Repair('beta', r'(?<![a-z0-9-])([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)[`"\']*.{0,20}anthropic-beta'
                    r'|anthropic-beta\D{0,40}?([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)'),
     Repair('field', r'^([A-Za-z_][\w.-]*): extra inputs are not permitted',
@@ -974,30 +1078,129 @@ REPAIRS = (
 )
 
 
-def find_repair(message):
-    """(name, subject) of the first repair that fits a 400's message, or None."""
-    for repair in REPAIRS:
+#: Repairs of one conversation: they say nothing about the model.
+REPAIRS_OF_CONVERSATIONS = ('signature', 'missing_thinking', 'room')
+
+#: What a request to OpenAI is about: without it, it would ask for something else.
+ESSENTIAL = frozenset((
+    'model', 'messages', 'input', 'instructions', 'stream', 'tools', 'tool_choice', 'store',
+    'response_format', 'text', 'format', 'role', 'content', 'type', 'name', 'function',
+    'parameters', 'arguments', 'id', 'call_id', 'tool_call_id', 'tool_calls', 'output'))
+
+
+def without_parameter(body, subject):
+    """Without the parameter that OpenAI names like 'reasoning.effort' or 'tools[0].strict'.
+    Servers that do not know the new name of max_tokens get the old one."""
+    if subject == 'max_completion_tokens' and subject in body:
+        body = {**body, 'max_tokens': body[subject]}
+    return without_path(body, re.findall(r'[\w-]+', subject))
+
+
+def with_output_limit(body, subject):
+    """With at most this many output tokens, or with what a context leaves for them ('8192 100':
+    its size, and what the input takes)."""
+    limit, *taken = (int(number) for number in subject.split())
+    limit = max(1, limit - sum(taken))
+    names = ('max_completion_tokens', 'max_output_tokens', 'max_tokens')
+    return {**body, **{name: min(body[name], limit) for name in names if name in body}}
+
+
+EFFORTS = ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
+
+
+def nearest_effort(effort, accepted):
+    """The highest accepted effort that is not above this one, else the lowest above `none`;
+    None when there is none."""
+    ranked = [name for name in EFFORTS if name in accepted and name != 'none']
+    below = [name for name in ranked if EFFORTS.index(name) <= EFFORTS.index(effort)]
+    return (below[-1:] or ranked[:1] or [None])[0]
+
+
+def with_accepted_effort(body, subject):
+    """With the nearest of the efforts that a 400 lists."""
+    reasoning = as_dict(body.get('reasoning'))
+    effort = body.get('reasoning_effort') or reasoning.get('effort')
+    nearest = nearest_effort(effort, re.findall(r'\w+', subject)) if effort in EFFORTS else None
+    if nearest is None or nearest == effort:
+        return without_path(without_path(body, ['reasoning_effort']), ['reasoning'])
+    if reasoning:
+        return {**body, 'reasoning': {**reasoning, 'effort': nearest}}
+    return {**body, 'reasoning_effort': nearest}
+
+
+def with_short_descriptions(body, subject):
+    """With tool descriptions cut to what a server takes."""
+    def cut(tool):
+        tool = as_dict(tool)
+        if 'function' in tool:
+            return {**tool, 'function': cut(tool['function'])}
+        text = tool.get('description')
+        return {**tool, 'description': text[:int(subject)]} if text else tool
+    return {**body, 'tools': [cut(tool) for tool in as_list(body.get('tools'))]}
+
+
+#: The same for OpenAI and its many likenesses; the body is one that was translated.  The last
+#: rows read what the likes of vLLM and llama.cpp say.
+OPENAI_REPAIRS = (
+    Repair('use_responses', r'use (?:the )?/?v1/responses'),
+    Repair('output_limit', r'at most (\d{1,9}) (?:completion|output) tokens', with_output_limit),
+    Repair('room', r'maximum context length is (\d{1,9}) tokens.{0,60}requested \d+ tokens '
+                   r'\((\d{1,9}) in the messages', with_output_limit),
+    Repair('room', r'maximum context length is (\d{1,9}) tokens and your request has (\d{1,9}) '
+                   r'input tokens', with_output_limit),
+    Repair('effort', r'effort.{0,120}supported values are:? (.{0,120})', with_accepted_effort),
+    Repair('descriptions', r'description.{0,80}maximum length (?:of )?(\d{1,6})',
+           with_short_descriptions),
+    Repair('parameter', r'(?:unsupported|unknown|unrecognized|unexpected) (?:request )?'
+                        r'(?:parameter|argument|keyword argument|field|property|value)s?'
+                        r'(?: supplied)?:? *[`\'"]?([A-Za-z_][\w.\[\]-]*)', without_parameter),
+    Repair('parameter', r'(?:^|[\s.])([A-Za-z_][\w.]*): extra (?:inputs|fields) (?:are )?not '
+                        r'permitted', without_parameter),
+    Repair('parameter', r'[`\'"]([A-Za-z_][\w.\[\]-]*)[`\'"] (?:\w+ )?(?:is|are) (?:not '
+                        r'(?:supported|allowed|permitted)|unsupported)', without_parameter),
+)
+
+
+def find_repair(message, repairs=REPAIRS):
+    """(name, subject) of the first repair that fits a 400's message, or None.  The subject is
+    what the pattern's groups found."""
+    for repair in repairs:
         match = re.search(repair.pattern, message[:MAX_MESSAGE_CHARS], re.IGNORECASE)
         if match:
-            return repair.name, next((group for group in match.groups() if group), '')
+            return repair.name, ' '.join(group for group in match.groups() if group)
     return None
 
 
-def apply_repairs(repairs, data, betas):
-    """(body bytes, beta names) after some (name, subject) repairs."""
-    by_name = {repair.name: repair for repair in REPAIRS}
-    body = loads_object(data)
-    for name, subject in repairs:
+def find_openai_repair(message):
+    """The same for OpenAI's 400s; None also where a repair would leave nothing to ask for."""
+    repair = find_repair(message, OPENAI_REPAIRS)
+    if repair and repair[0] == 'room':
+        size, taken = (int(number) for number in repair[1].split())
+        return repair if taken < size else None
+    if repair and repair[0] == 'parameter':
+        return None if re.findall(r'[A-Za-z_]\w*', repair[1])[-1] in ESSENTIAL else repair
+    return repair
+
+
+def edit_body(body, needed, repairs=REPAIRS):
+    """The body after some (name, subject) repairs."""
+    by_name = {repair.name: repair for repair in repairs}
+    for name, subject in needed:
         body = by_name[name].edit(body, subject)
-        if name == 'beta':
-            betas = [beta for beta in betas if beta != subject]
-    return dump_body(body), betas
+    return body
+
+
+def apply_repairs(needed, data, betas):
+    """(body bytes, beta names) after some (name, subject) repairs of a Messages request."""
+    unwanted = {subject for name, subject in needed if name == 'beta'}
+    body = edit_body(loads_object(data), needed)
+    return dump_body(body), [beta for beta in betas if beta not in unwanted]
 
 
 def drop_unsigned_thinking(data):
     """The body's bytes without thinking that Anthropic did not sign (another provider's
     answer is in the history); the same bytes where there is none."""
-    if b'"signature"' not in data or not any(mark in data for mark in UNSIGNED):
+    if b'thinking"' not in data or not any(mark in data for mark in UNSIGNED):
         return data
     try:
         body = loads_object(data)
@@ -1055,6 +1258,7 @@ class Answer(NamedTuple):
     path: str = MESSAGES_PATH
     model: str | None = None
     is_fallback: bool = False
+    details: dict = {}        # the body's `error` object
 
 
 class Rule(NamedTuple):
@@ -1074,6 +1278,7 @@ class Rule(NamedTuple):
     tries: int = 1_000        # so many such answers for one model, and it is given up
     strikes: int = 1          # cools at so many in a row
     other_models: bool = True
+    other_providers: bool = True
     waits: bool = True        # whether a request may queue for the end of such a cooldown
     attention: bool = False   # a person has to do something about this key
 
@@ -1192,9 +1397,9 @@ def lacks_rate_limit_fields(answer):
         name.startswith('anthropic-ratelimit-') for name in answer.headers)
 
 
-def is_bad_signature(answer):
+def is_about_conversation(answer):
     repair = find_repair(answer.message)
-    return repair is not None and repair[0] == 'signature'
+    return repair is not None and repair[0] in REPAIRS_OF_CONVERSATIONS
 
 
 def is_unsupported_by_fallback(answer):
@@ -1215,7 +1420,7 @@ RULES = (
          when=says('organization (has been|is) disabled|oauth .{0,80}not (allowed|supported)'
                    '.{0,80}organization|organization .{0,80}not .{0,80}oauth'),
          waits=False, attention=True),
-    Rule('bad_signature', (400,), Step.REPAIR, when=is_bad_signature),
+    Rule('bad_thinking', (400,), Step.REPAIR, when=is_about_conversation),
     Rule('unsupported_field', (400,), Step.REPAIR, when=is_unsupported_by_fallback),
     Rule('auth_failed', (401,), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
          cooldown_s=300, doubles_to_s=3600, waits=False, attention=True),
@@ -1224,7 +1429,7 @@ RULES = (
     Rule('forbidden', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.PAIR, cooldown_s=600,
          waits=False, attention=True),
     Rule('unknown_model', (404,), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
-         when=names_model, waits=False),
+         when=names_model, other_providers=False, waits=False),
     Rule('other_limit', (429,), Step.NEXT_KEY, other_models=False,
          when=lambda answer: answer.path != MESSAGES_PATH),
     Rule('window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
@@ -1252,43 +1457,177 @@ RULES = (
     Rule('relayed', (), Step.RELAY),
 )
 
+DURATION = re.compile(r'(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?')
+
+
+def parse_duration(text):
+    """Seconds in '6m0s', '350ms', '1h2m3.5s' or a bare number of seconds; None when it is
+    none of these."""
+    text = (text or '').strip()
+    try:
+        if re.fullmatch(r'[\d.]+', text):
+            return float(text)
+        match = DURATION.fullmatch(text)
+        if not text or not match:
+            return None
+        units_ms = (86_400_000, 3_600_000, 60_000, 1000, 1)
+        parts = zip(match.groups(), units_ms)
+        return sum(float(part) * unit_ms for part, unit_ms in parts if part) / 1000
+    except ValueError:                # '1.2.3'
+        return None
+
+
+def seconds_to_openai_reset(answer):
+    """From retry-after-ms or retry-after, else the longest reset of what has nothing left, else
+    "try again in 41.7s" in the message."""
+    headers = answer.headers
+    milliseconds = parse_duration(headers.get('retry-after-ms'))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    seconds = parse_retry_after(headers.get('retry-after'), answer.now)
+    if seconds is not None:
+        return seconds
+    resets = [parse_duration(value) for name, value in headers.items()
+              if name.startswith('x-ratelimit-reset-')
+              and headers.get(name.replace('-reset-', '-remaining-'), '0').strip() == '0']
+    match = re.search(r'try again in ((?:[\d.]+(?:ms|[dhms]))+)', answer.message, re.IGNORECASE)
+    resets.append(parse_duration(match.group(1)) if match else None)
+    return max((s for s in resets if s is not None and s <= ABSURD_HINT_S), default=None)
+
+
+def seconds_to_plan_reset(answer):
+    """From a ChatGPT plan's `resets_in_seconds` or `resets_at`."""
+    details = answer.details
+    seconds = details.get('resets_in_seconds')
+    if is_whole(seconds) and 0 <= seconds <= ABSURD_HINT_S:
+        return seconds
+    return parse_reset(str(details.get('resets_at')), answer.now)
+
+
+TOO_LONG = says(r'context_length_exceeded|maximum context length|context window|prompt is too '
+                r'long|exceeds? the (available|maximum) context')
+
+#: The policy for OpenAI and compatible servers, first match first.
+OPENAI_RULES = (
+    Rule('answered', range(200, 300), Step.RELAY),
+    Rule('model_refused', (400, 403, 404), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
+         when=lambda answer: answer.status == 404 or says(
+             r'model_not_found|model .{0,80}(not supported when using codex|does not exist|'
+             r'not found)')(answer), waits=False),
+    Rule('unsupported_parameter', (400, 422), Step.REPAIR,
+         when=lambda answer: find_openai_repair(answer.message) is not None),
+    Rule('context_too_long', (400, 413, 422), Step.RELAY, when=TOO_LONG),
+    Rule('auth_failed', (401, 403), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
+         cooldown_s=300, doubles_to_s=3600, waits=False, attention=True),
+    Rule('billing', (402,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600, waits=False,
+         attention=True),
+    Rule('out_of_quota', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=3600,
+         when=says(r'insufficient_quota|billing_hard_limit_reached|spend_limit_exceeded'),
+         waits=False, attention=True),
+    Rule('plan_limit', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
+         when=says('usage_limit_reached|usage_not_included'), hint=seconds_to_plan_reset),
+    Rule('rate_limited', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR, cooldown_s=30,
+         hint=seconds_to_openai_reset),
+    Rule('overloaded', (503, 529), Step.NEXT_KEY, Final.OVERLOADED, scope=Scope.PAIR,
+         cooldown_s=10, doubles_to_s=30, again=Again.ALONE, tries=2,
+         when=says('server_is_overloaded|slow_down|at capacity')),
+    Rule('server_error', (408, *range(500, 600)), Step.NEXT_KEY, Final.SERVER,
+         scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3, strikes=3),
+    Rule('unreadable', range(300, 400), Step.NEXT_KEY, Final.SERVER),
+    Rule('relayed', (), Step.RELAY),
+)
+
 #: What befalls an attempt without an answer.
 UNREACHABLE = Rule('unreachable', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.KEY,
                    cooldown_s=15, strikes=3)
 RESET = UNREACHABLE._replace(name='reset')
 TIMED_OUT = Rule('timed_out', (), Step.STOP, Final.TIMEOUT)
 NO_TOKEN = Rule('no_token', (), Step.NEXT_KEY, Final.UNAUTHORIZED, waits=False, attention=True)
+UNTRANSLATABLE = Rule('untranslatable', (), Step.NEXT_KEY, waits=False)
 
-#: The status behind an `error` event, by its type (docs: errors; treat an unknown one as 500).
+#: The status behind an error's type, in `error` events and in our own errors (docs: errors).
 STATUS_OF_ERROR = {
     'invalid_request_error': 400, 'authentication_error': 401, 'billing_error': 402,
     'permission_error': 403, 'not_found_error': 404, 'request_too_large': 413,
     'rate_limit_error': 429, 'timeout_error': 504, 'overloaded_error': 529}
+#: The status behind OpenAI's error codes and types, which stand in the events of a stream.
+STATUS_OF_OPENAI_ERROR = {
+    'rate_limit_exceeded': 429, 'insufficient_quota': 429, 'usage_limit_reached': 429,
+    'usage_not_included': 429, 'billing_hard_limit_reached': 429, 'context_length_exceeded': 400,
+    'invalid_prompt': 400, 'cyber_policy': 400, 'bio_policy': 400, 'invalid_request_error': 400,
+    'invalid_value': 400, 'authentication_error': 401, 'invalid_api_key': 401,
+    'permission_error': 403, 'model_not_found': 404, 'server_is_overloaded': 529,
+    'slow_down': 529, 'overloaded_error': 529}
 
 
-def classify(answer):
-    """The Outcome of an Answer: the first row of RULES that fits."""
-    rule = next(rule for rule in RULES
+def error_status(details):
+    """The HTTP status that an OpenAI error inside a stream stands for."""
+    for name in (details.get('code'), details.get('type')):
+        if is_whole(name) and 400 <= name < 600:      # OpenRouter puts the status there
+            return name
+        if isinstance(name, str) and name in STATUS_OF_OPENAI_ERROR:
+            return STATUS_OF_OPENAI_ERROR[name]
+        if isinstance(name, str) and name.startswith('image_'):
+            return 400
+    return 529 if 'at capacity' in str(details.get('message')) else 500
+
+
+def error_type(status):
+    """Anthropic's error type for a status."""
+    types = {status: type for type, status in STATUS_OF_ERROR.items()}
+    return types.get(status, 'api_error' if status >= 500 else 'invalid_request_error')
+
+
+def classify(answer, rules=RULES):
+    """The Outcome of an Answer: the first of the rules that fits."""
+    rule = next(rule for rule in rules
                 if (not rule.statuses or answer.status in rule.statuses) and rule.when(answer))
     return Outcome(rule, answer.status, redact(answer.message), rule.hint(answer))
 
 
-def read_error(body):
-    """(type, message) of an error body; of one in no known shape ('', its beginning).
+class ErrorText(NamedTuple):
+    """What an error body says, cut to what a person would read: patterns are searched in it, on
+    a thread that holds up the others meanwhile."""
+    type: str                 # with the code behind it, where there is one
+    message: str
+    details: dict = {}        # the `error` object itself
 
-    Cut to what a person would read: patterns are searched in it, on a thread that holds up
-    the others meanwhile.
+
+NO_ERROR = ErrorText('', '')
+
+
+def read_error(body):
+    """The ErrorText of an error body: of one in no known shape its beginning.
+
+    Reads Anthropic's and OpenAI's `error` object, a bare `message` (vLLM), an `error` that is
+    a text (Ollama), and `detail`, a text or a list (Codex, FastAPI).
     """
     try:
-        error = loads_object(body).get('error')
+        document = loads_object(body)
     except ValueError:
-        error = None
-    if not isinstance(error, dict):
-        return '', printable(bytes(body[:200]).decode('utf-8', 'replace')).strip()
-    details = error.get('details')
-    code = details.get('error_code') if isinstance(details, dict) else None
+        return ErrorText('', printable(bytes(body[:200]).decode('utf-8', 'replace')).strip())
+    error = document.get('error', document.get('detail', document))
+    if isinstance(error, list):
+        error = '; '.join(describe_complaint(as_dict(entry)) for entry in error)
+    if isinstance(error, str):
+        return ErrorText('', error[:MAX_MESSAGE_CHARS])
+    return describe_error(as_dict(error), body)
+
+
+def describe_error(error, body=b''):
+    """The ErrorText of an `error` object."""
+    code = as_dict(error.get('details')).get('error_code') or error.get('code')
     type = f'{error.get("type") or ""} {code or ""}'.strip()
-    return type[:MAX_MESSAGE_CHARS], str(error.get('message') or '')[:MAX_MESSAGE_CHARS]
+    message = error.get('message')
+    if message is None:
+        message = printable(bytes(body[:200]).decode('utf-8', 'replace'))
+    return ErrorText(type[:MAX_MESSAGE_CHARS], str(message)[:MAX_MESSAGE_CHARS], error)
+
+
+def describe_complaint(entry):
+    """'body.top_k: Extra inputs are not permitted', of one entry of FastAPI's `detail`."""
+    place = '.'.join(str(part) for part in as_list(entry.get('loc')))
+    return f'{place}: {entry.get("msg")}'
 
 
 # ==============================================================================
@@ -1316,10 +1655,12 @@ PING_EVENT = event_bytes({'type': 'ping'})
 class MessageStream:
     """Cuts a stream of the Messages API into whole events and remembers what they said."""
 
+    is_translated = False
+
     def __init__(self):
         self._tail = b''          # the beginning of an event whose end has not come
         self.opened_by = None     # the type of the first event that is more than a greeting
-        self.error = None         # the `error` object of an error event
+        self.failure = None       # the `error` object of an error event
         self.stopped = False      # message_stop came
         self.stop_reason = None
         self.usage = {}           # {'input_tokens': 10, 'output_tokens': 20, ...}, latest wins
@@ -1343,7 +1684,8 @@ class MessageStream:
     def last(self):
         """The last event of a stream that ended without the blank line after it; b'' when
         what is left is no whole event."""
-        return self._tail + b'\n\n' if self._note(self._tail) else b''
+        tail, self._tail = self._tail, b''
+        return tail + b'\n\n' if self._note(tail) else b''
 
     def _note(self, event):
         """Remembers what matters of one event; whether it was one, with a JSON object."""
@@ -1356,7 +1698,7 @@ class MessageStream:
         if type not in HELD_BACK:
             self.opened_by = self.opened_by or str(type)
         if type == 'error':
-            self.error = as_dict(event.get('error'))
+            self.failure = as_dict(event.get('error'))
         elif type == 'message_stop':
             self.stopped = True
         elif type == 'message_start':
@@ -1368,6 +1710,1609 @@ class MessageStream:
 
     def _note_usage(self, usage):
         self.usage.update({k: v for k, v in as_dict(usage).items() if is_whole(v)})
+
+
+# ==============================================================================
+# Request translation
+# ==============================================================================
+# A Messages request in OpenAI's two wire formats.  It is read once, into turns; both formats
+# are written from those, so that what must hold for both (which result follows which call)
+# is decided in one place.  Only what is named here goes out: OpenAI refuses what it does not
+# know.  What cannot be carried is noted; what would change the meaning is refused.
+
+class Untranslatable(BadRequest):
+    """A request that an OpenAI model would understand as another one."""
+
+
+class Text(NamedTuple):
+    text: str
+
+
+class Media(NamedTuple):
+    """An image or a document."""
+    kind: str                 # 'image' or 'file'
+    url: str                  # https: or data:
+    name: str = ''
+
+
+class ToolCall(NamedTuple):
+    id: str
+    name: str
+    arguments: str            # a JSON object
+
+
+class Reasoning(NamedTuple):
+    """What an OpenAI model thought, as it may be given back to it."""
+    payload: str
+
+
+class ToolResult(NamedTuple):
+    """What a call came to."""
+    call: ToolCall
+    parts: list               # [Text or Media, ...]
+
+
+class Turn(NamedTuple):
+    role: str                 # 'system', 'user', 'assistant', 'results'
+    parts: list
+
+
+class Tool(NamedTuple):
+    name: str
+    description: str
+    schema: dict
+    is_strict: bool
+
+
+class Notes:
+    """What was left out of a request: `left_out` changes what the model sees."""
+
+    def __init__(self):
+        self.left_out = {}        # what -> True, in order
+
+    def leave_out(self, what):
+        self.left_out[str(what)[:100]] = True
+
+
+class Conversation(NamedTuple):
+    """A Messages request, read."""
+    body: dict
+    system: str
+    turns: list
+    tools: list               # [Tool, ...]
+    web_search: dict | None   # the server tool of that name
+    names: ToolNames
+    notes: Notes
+
+
+class Target(NamedTuple):
+    """Where an attempt goes."""
+    wire: str                 # MESSAGES, CHAT_COMPLETIONS or RESPONSES
+    base_url: str
+    model: str | None = None
+    is_codex: bool = False    # ChatGPT's own server: Responses with limits
+    is_openai: bool = False   # OpenAI's own host, which knows all its fields
+
+
+# -- names and ids -------------------------------------------------------------
+
+OPENAI_SAFE = re.compile(r'[A-Za-z0-9_-]+')
+MAX_NAME_CHARS = 64
+
+
+def shortened(text, limit, digest_chars):
+    """`text` where OpenAI takes it, else its beginning and a hash of it: always the same, so
+    that a call and its result still meet."""
+    if len(text) <= limit and OPENAI_SAFE.fullmatch(text):
+        return text
+    digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:digest_chars]
+    return re.sub(r'[^A-Za-z0-9_-]', '_', text)[:limit - 1 - digest_chars] + '_' + digest
+
+
+class ToolNames:
+    """Tool names as OpenAI takes them, and back."""
+
+    def __init__(self, names):
+        self._originals = {self.short(name): name for name in names}
+
+    def short(self, name):
+        return shortened(name, MAX_NAME_CHARS, 8)
+
+    def original(self, name):
+        return self._originals.get(name, name)
+
+
+# -- reading -------------------------------------------------------------------
+
+def read_conversation(body):
+    """The Conversation in a Messages request.  Raises Untranslatable."""
+    if not isinstance(body.get('messages'), list) or not body['messages']:
+        raise Untranslatable('messages: at least one message is required')
+    notes = Notes()
+    tools, web_search = read_tools(body, notes)
+    turns = read_turns(body['messages'], notes)
+    if not any(turn.role in ('user', 'results', 'assistant') for turn in turns):
+        raise Untranslatable('messages: at least one message must have content')
+    if as_list(body.get('mcp_servers')):
+        notes.leave_out('mcp_servers')
+    calls = [part.name for turn in turns for part in turn.parts if isinstance(part, ToolCall)]
+    names = ToolNames([*(tool.name for tool in tools), *calls])
+    return Conversation(body, read_system(body.get('system')), turns, tools, web_search, names,
+                        notes)
+
+
+def read_system(system):
+    """The system prompt as one text.  Claude Code's billing line differs from request to
+    request, which would make every prompt cache miss."""
+    texts = [block_text(block) for block in as_blocks(system)]
+    return '\n\n'.join(text for text in texts
+                       if text and not text.startswith('x-anthropic-billing-header:'))
+
+
+def as_blocks(content):
+    """Content as a list of blocks: a text is one block."""
+    if isinstance(content, str):
+        return [{'type': 'text', 'text': content}]
+    return [as_dict(block) for block in as_list(content)]
+
+
+def block_text(block):
+    return block['text'] if isinstance(block.get('text'), str) else ''
+
+
+def read_turns(messages, notes):
+    """[Turn, ...]: the results of an assistant's calls follow it at once, in the order of the
+    calls, each exactly once; what else the user said follows them."""
+    turns, calls, delayed = [], [], []
+    for role, blocks in merge_roles(messages):
+        parts = [part for block in blocks for part in read_block(block, notes)]
+        if role == 'system' and calls:
+            delayed += parts          # nothing may come between a call and its result
+            continue
+        if calls:
+            results, parts = pair_results(calls, parts)
+            turns.append(Turn('results', results))
+            calls = []
+        elif role == 'user':
+            _, parts = pair_results([], parts)
+        parts = [part for part in parts if isinstance(part, PARTS_OF_ROLE[role])]
+        if delayed:
+            turns.append(Turn('system', delayed))
+            delayed = []
+        if parts:
+            turns.append(Turn(role, parts))
+        if role == 'assistant':
+            calls = [part for part in parts if isinstance(part, ToolCall)]
+    if calls:
+        turns.append(Turn('results', pair_results(calls, [])[0]))
+    return turns + ([Turn('system', delayed)] if delayed else [])
+
+
+PARTS_OF_ROLE = {'system': Text, 'user': (Text, Media), 'assistant': (Text, ToolCall, Reasoning)}
+
+
+def merge_roles(messages):
+    """[(role, blocks), ...]: neighbours of one role are one turn to Anthropic."""
+    merged = []
+    for message in map(as_dict, messages):
+        role = message.get('role')
+        if role not in tuple(PARTS_OF_ROLE):
+            raise Untranslatable(f'messages: the role {printable(role)[:40]!r} is unknown')
+        blocks = as_blocks(message.get('content'))
+        if merged and merged[-1][0] == role:
+            merged[-1][1].extend(blocks)
+        else:
+            merged.append((role, blocks))
+    return merged
+
+
+NO_RESULT = '[no result: the tool call was interrupted]'
+
+
+class LooseResult(NamedTuple):
+    """A tool_result that has not met its call yet."""
+    call_id: str
+    parts: list
+
+
+def pair_results(calls, parts):
+    """([ToolResult, ...] for these calls, the other parts).  A result without a call becomes
+    text; of two for one call the first counts."""
+    found, others = {}, []
+    wanted = {call.id for call in calls}
+    for part in parts:
+        if not isinstance(part, LooseResult):
+            others.append(part)
+        elif part.call_id not in wanted:
+            others += [Text(f'[result of an earlier tool call {part.call_id}]'), *part.parts]
+        else:
+            found.setdefault(part.call_id, part.parts)
+    return [ToolResult(call, found.get(call.id) or [Text(NO_RESULT)]) for call in calls], others
+
+
+def read_block(block, notes):
+    """[part, ...] of one content block."""
+    type = printable(block.get('type'))[:60]
+    if type in BLOCKS:
+        return BLOCKS[type](block, notes)
+    if type.endswith(('_tool_result', '_toolset_result')):
+        return read_server_result(block, notes)
+    notes.leave_out(f'{type} block')
+    return [Text(f'[{type} omitted]')]
+
+
+def read_text(block, notes):
+    text = block_text(block)
+    return [Text(text)] if text else []
+
+
+def read_image(block, notes):
+    source = as_dict(block.get('source'))
+    if source.get('type') == 'base64':
+        return [Media('image', f'data:{source.get("media_type")};base64,{source.get("data")}')]
+    if source.get('type') == 'url':
+        return [Media('image', str(source.get('url')))]
+    notes.leave_out('image file')
+    return [Text(f'[image omitted: {printable(source.get("file_id"))[:80]}]')]
+
+
+def read_document(block, notes):
+    source, title = as_dict(block.get('source')), str(block.get('title') or '')
+    type, heading = source.get('type'), [Text(title)] if title else []
+    if type == 'base64':
+        url = f'data:{source.get("media_type")};base64,{source.get("data")}'
+        return [Media('file', url, title or 'document.pdf')]
+    if type == 'url':
+        return [Media('file', str(source.get('url')), title or 'document')]
+    if type == 'text':
+        return [*heading, Text(str(source.get('data')))]
+    if type == 'content':
+        inner = (read_block(inner, notes) for inner in as_blocks(source.get('content')))
+        return [*heading, *itertools.chain.from_iterable(inner)]
+    notes.leave_out('document file')
+    return [Text(f'[document omitted: {title or printable(source.get("file_id"))[:80]}]')]
+
+
+def read_search_result(block, notes):
+    texts = [block_text(inner) for inner in as_blocks(block.get('content'))]
+    return [Text('\n'.join([f'{block.get("title")} ({block.get("source")})', *texts]))]
+
+
+def read_call(block, notes):
+    arguments = block.get('input')
+    arguments = dump_body(arguments).decode() if isinstance(arguments, dict) else '{}'
+    return [ToolCall(str(block.get('id')), str(block.get('name')), arguments)]
+
+
+def read_thinking(block, notes):
+    """Thinking goes back only to the provider that it came from, and only sealed."""
+    seal = str(block.get('signature' if block.get('type') == 'thinking' else 'data') or '')
+    return [Reasoning(seal[len(PAYLOAD):])] if seal.startswith(PAYLOAD) else []
+
+
+def read_result(block, notes):
+    parts = [part for part in read_result_content(block.get('content'), notes)
+             if isinstance(part, (Text, Media))] or [Text('(no output)')]
+    if block.get('is_error') is True:
+        parts = [Text('[tool error]'), *parts]
+    return [LooseResult(str(block.get('tool_use_id')), parts)]
+
+
+def read_result_content(content, notes):
+    if isinstance(content, dict):
+        return [Text(dump_body(content).decode())]
+    blocks = as_blocks(content)
+    loaded = [str(block.get('tool_name')) for block in blocks
+              if block.get('type') == 'tool_reference']
+    if loaded and len(loaded) == len(blocks):
+        return [Text(f'Tool loaded: {", ".join(loaded)}')]
+    return [part for block in blocks for part in read_block(block, notes)]
+
+
+def read_server_result(block, notes):
+    """Results of Anthropic's own tools: their titles and addresses."""
+    lines = []
+    for entry in as_list(block.get('content')):
+        entry = as_dict(entry)
+        line = ' '.join(str(entry[name]) for name in ('title', 'url') if entry.get(name))
+        lines += [line] if line else []
+    return [Text('\n'.join(lines) + '\n')] if lines else []
+
+
+def read_nothing(block, notes):
+    return []
+
+
+BLOCKS = {
+    'text': read_text, 'image': read_image, 'document': read_document,
+    'search_result': read_search_result, 'tool_use': read_call, 'tool_result': read_result,
+    'thinking': read_thinking, 'redacted_thinking': read_thinking,
+    # A call of Anthropic's own tools has no equivalent; its result says what matters.
+    'server_tool_use': read_nothing, 'mcp_tool_use': read_nothing,
+    'mcp_tool_result': lambda block, notes: read_result_content(block.get('content'), notes),
+}
+
+# -- tools ---------------------------------------------------------------------
+
+#: Claude Code's stand-in for tools that are not loaded yet; its text forbids to call it.
+PLACEHOLDER_TOOL = 'DeferredToolPlaceholder'
+#: Tools that Anthropic's models know by type, and that clients carry out themselves: as others
+#: have to be told of them.
+TYPED_TOOLS = {
+    'bash_': ('Run a command in a bash shell that keeps its state between calls.', {
+        'command': {'type': 'string', 'description': 'the command to run'},
+        'restart': {'type': 'boolean', 'description': 'true restarts the shell'}}, []),
+    'text_editor_': ('View, create and edit text files.', {
+        'command': {'type': 'string', 'enum': ['view', 'create', 'str_replace', 'insert']},
+        'path': {'type': 'string'},
+        'view_range': {'type': 'array', 'items': {'type': 'integer'},
+                       'description': 'view: first and last line'},
+        'file_text': {'type': 'string', 'description': 'create: the content'},
+        'old_str': {'type': 'string', 'description': 'str_replace: must occur once'},
+        'new_str': {'type': 'string', 'description': 'str_replace, insert: the new text'},
+        'insert_line': {'type': 'integer', 'description': 'insert: after this line'},
+        'insert_text': {'type': 'string', 'description': 'insert: the text'},
+    }, ['command', 'path']),
+}
+
+
+def read_tools(body, notes):
+    """([Tool, ...], the web_search tool or None)."""
+    tools, web_search = [], None
+    for entry in map(as_dict, as_list(body.get('tools'))):
+        type, name = str(entry.get('type') or 'custom'), str(entry.get('name'))
+        typed = next((row for prefix, row in TYPED_TOOLS.items() if type.startswith(prefix)), None)
+        if name == PLACEHOLDER_TOOL:
+            continue
+        if type == 'custom':
+            tools.append(Tool(name, str(entry.get('description') or ''),
+                              clean_root_schema(entry.get('input_schema'), notes),
+                              entry.get('strict') is True))
+        elif typed:
+            schema = {'type': 'object', 'properties': typed[1], 'required': typed[2]}
+            tools.append(Tool(name, typed[0], schema, False))
+        elif type.startswith('web_search_'):
+            web_search = entry
+        else:
+            notes.leave_out(f'tool {type}')
+    return tools, web_search
+
+
+SCHEMA_LISTS = ('anyOf', 'oneOf', 'allOf', 'prefixItems')
+SCHEMA_MAPS = ('properties', 'patternProperties', '$defs', 'definitions', 'dependentSchemas')
+SCHEMAS = ('items', 'additionalProperties', 'not', 'if', 'then', 'else', 'contains')
+
+
+def clean_schema(schema):
+    """A JSON schema that OpenAI takes and that means the same: arrays say what they hold,
+    objects list their properties; `$schema` and the format `uri` go.
+
+    Only places that hold schemas are walked: a property may well be called "format".
+    """
+    if not isinstance(schema, dict):
+        return schema
+    cleaned = {}
+    for name, value in schema.items():
+        if name == '$schema' or name == 'format' and value == 'uri':
+            continue
+        if name in SCHEMA_MAPS and isinstance(value, dict):
+            value = {key: clean_schema(inner) for key, inner in value.items()}
+        elif name in SCHEMA_LISTS and isinstance(value, list):
+            value = [clean_schema(inner) for inner in value]
+        elif name in SCHEMAS:
+            value = clean_schema(value)
+        cleaned[name] = value
+    types = schema.get('type')
+    types = types if isinstance(types, list) else [types]
+    if 'object' in types and not cleaned.get('additionalProperties'):
+        cleaned.setdefault('properties', {})
+    if 'array' in types:
+        cleaned.setdefault('items', {})
+    return cleaned
+
+
+def clean_root_schema(schema, notes):
+    """The same for a tool's input, which has to be an object without alternatives."""
+    schema = {'type': 'object', 'properties': {}, **clean_schema(as_dict(schema))}
+    alternatives = [name for name in ('anyOf', 'oneOf', 'allOf', 'enum', 'not') if name in schema]
+    if not alternatives and schema['type'] == 'object':
+        return schema
+    notes.leave_out('alternatives in a tool\'s input_schema')
+    branches = [as_dict(branch) for name in alternatives for branch in as_list(schema[name])]
+    merged = {name: value for name, value in schema.items() if name not in alternatives}
+    for branch in branches:
+        branch = resolve_schema(branch, schema)
+        properties = {**as_dict(branch.get('properties')), **as_dict(merged['properties'])}
+        merged['properties'] = properties
+    required = set(as_list(schema.get('required'))).union(
+        *(as_list(as_dict(branch).get('required')) for branch in as_list(schema.get('allOf'))))
+    return {**merged, 'type': 'object', 'required': sorted(required & set(merged['properties']))}
+
+
+def resolve_schema(schema, root):
+    """What a `$ref` into the root's own definitions points at."""
+    path = str(schema.get('$ref', '')).split('/')
+    if len(path) == 3 and path[0] == '#':
+        return as_dict(as_dict(root.get(path[1])).get(path[2]))
+    return schema
+
+
+def meets_strict_rules(schema):
+    """Whether every object of a schema forbids other properties and requires its own: then
+    OpenAI may enforce it."""
+    if isinstance(schema, list):
+        return all(map(meets_strict_rules, schema))
+    if not isinstance(schema, dict):
+        return True
+    if schema.get('type') == 'object' or 'properties' in schema:
+        names = set(as_dict(schema.get('properties')))
+        if schema.get('additionalProperties') is not False:
+            return False
+        if names != set(map(str, as_list(schema.get('required')))):
+            return False
+    inner = [schema.get(name) for name in (*SCHEMA_LISTS, *SCHEMAS)]
+    inner += [list(as_dict(schema.get(name)).values()) for name in SCHEMA_MAPS]
+    return all(map(meets_strict_rules, inner))
+
+
+def read_tool_choice(conversation):
+    """(mode, tool name): of 'auto', 'any', 'none', 'tool', or None for no choice.  Raises
+    Untranslatable for a tool that there is not."""
+    choice = as_dict(conversation.body.get('tool_choice'))
+    type, name = choice.get('type'), choice.get('name')
+    if type != 'tool':
+        return (type if type in ('auto', 'any', 'none') else None), None
+    if any(tool.name == name for tool in conversation.tools):
+        return 'tool', name
+    if any(as_dict(tool).get('name') == name for tool in as_list(conversation.body.get('tools'))):
+        return ('web_search' if conversation.web_search else None), name
+    raise Untranslatable(f'tool_choice: there is no tool {printable(name)[:80]!r}')
+
+
+# -- what a model takes --------------------------------------------------------
+
+class ModelLimits(NamedTuple):
+    """What OpenAI's own models accept on Chat Completions; a first guess for others of such a
+    name.  A 400 corrects it (OPENAI_REPAIRS)."""
+    pattern: str
+    max_output_tokens: int | None = None
+    efforts: tuple = ()                # accepted values of reasoning_effort; (): never
+    effort_with_tools: str = 'kept'    # or 'omitted', or the only value there is
+    sampling: str = 'always'           # 'never', 'without effort', 'with none'
+    takes_stop: bool = True
+    takes_files: bool = True
+
+
+LOW_TO_HIGH = ('low', 'medium', 'high')
+MODEL_LIMITS = (
+    ModelLimits(r'o\d', 100_000, LOW_TO_HIGH, sampling='never', takes_stop=False),
+    ModelLimits(r'gpt-5.*chat', 16_384),
+    ModelLimits(r'gpt-5(?![.\d])', 128_000, ('minimal', *LOW_TO_HIGH), sampling='never',
+                takes_stop=False),
+    ModelLimits(r'gpt-5\.1(?!\d)', 128_000, ('none', *LOW_TO_HIGH), sampling='without effort',
+                takes_stop=False),
+    ModelLimits(r'gpt-5\.[234](?!\d)', 128_000, ('none', *LOW_TO_HIGH, 'xhigh'), 'omitted',
+                'without effort', takes_stop=False),
+    ModelLimits(r'gpt-5\.', 128_000, ('none', *LOW_TO_HIGH, 'xhigh', 'max'), 'none', 'with none'),
+    ModelLimits(r'gpt-4\.1', 32_768),
+    ModelLimits(r'gpt-4o|chatgpt-4o', 16_384),
+    ModelLimits('', takes_files=False),
+)
+MAX_TOOLS = 128
+MAX_STOPS = 4
+#: Responses refuses a smaller max_output_tokens.
+LEAST_OUTPUT_TOKENS = 16
+#: Budgets of thinking tokens, as Claude Code's three words for it have them.
+EFFORT_OF_BUDGET = ((2048, 'low'), (12_000, 'medium'), (math.inf, 'high'))
+
+
+def find_limits(model):
+    """The ModelLimits of a model, whichever vendor's prefix stands before it."""
+    name = model.rpartition('/')[2]
+    return next(limits for limits in MODEL_LIMITS if re.match(limits.pattern, name))
+
+
+def wanted_effort(body):
+    """The reasoning effort that a Messages request asks for; None where it leaves it open."""
+    thinking = as_dict(body.get('thinking'))
+    effort = as_dict(body.get('output_config')).get('effort')
+    if thinking.get('type') == 'disabled':
+        return None
+    if effort in EFFORTS:
+        return effort
+    budget = thinking.get('budget_tokens')
+    if thinking.get('type') == 'enabled' and is_whole(budget):
+        return next(effort for limit, effort in EFFORT_OF_BUDGET if budget <= limit)
+    return 'medium' if thinking.get('type') in ('enabled', 'adaptive', 'between_tools') else None
+
+
+def wants_thinking(body):
+    """Whether the client asked for the text of the thinking, or for its blocks at all."""
+    thinking = as_dict(body.get('thinking'))
+    is_on = thinking.get('type') in ('enabled', 'adaptive', 'between_tools')
+    return is_on and thinking.get('display') != 'omitted', is_on
+
+
+def takes_sampling(limits, effort):
+    return {'always': True, 'never': False, 'without effort': effort in (None, 'none'),
+            'with none': effort == 'none'}[limits.sampling]
+
+
+def output_limit(body, limits):
+    """The wanted output tokens as far as the model gives them; None where none are named."""
+    wanted = body.get('max_tokens')
+    if not is_whole(wanted):
+        return None
+    return max(1, min(wanted, limits.max_output_tokens or wanted))
+
+
+def sampling_fields(conversation, limits, effort):
+    body = conversation.body
+    names = [name for name in ('temperature', 'top_p') if body.get(name) is not None]
+    if takes_sampling(limits, effort):
+        return {name: body[name] for name in names}
+    return {}
+
+
+def stop_fields(conversation, limits):
+    stops = [stop for stop in as_list(conversation.body.get('stop_sequences'))
+             if isinstance(stop, str) and stop]
+    if not limits.takes_stop or len(stops) > MAX_STOPS:
+        return {}                     # MessageEvents watches for them itself
+    return {'stop': stops} if stops else {}
+
+
+def json_schema_format(body):
+    """{'name', 'schema', 'strict'} of a wanted structured output, or None."""
+    wanted = (as_dict(body.get('output_config')).get('format') or body.get('output_format'))
+    wanted = as_dict(wanted)
+    if wanted.get('type') != 'json_schema' or not isinstance(wanted.get('schema'), dict):
+        return None
+    name = shortened(str(wanted.get('name') or 'answer'), MAX_NAME_CHARS, 8)
+    return {'name': name, 'schema': wanted['schema'],
+            'strict': meets_strict_rules(wanted['schema'])}
+
+
+def cache_key(body):
+    """A name for this conversation, for OpenAI's prompt cache: the session in Claude Code's
+    user_id, else a hash of the user_id; None without one."""
+    user_id = as_dict(body.get('metadata')).get('user_id')
+    if not isinstance(user_id, str) or not user_id:
+        return None
+    with contextlib.suppress(ValueError):         # other clients' are no JSON
+        session = loads_object(user_id).get('session_id')
+        if isinstance(session, str) and OPENAI_SAFE.fullmatch(session[:65]):
+            return session[:64]
+    return hashlib.sha256(user_id.encode('utf-8', 'surrogatepass')).hexdigest()
+
+
+# -- Chat Completions ----------------------------------------------------------
+
+MAX_CHAT_ID_CHARS = 40
+SEE_MEDIA = '[see attached media]'
+
+
+def to_chat_completions(conversation, target):
+    """The body of a Chat Completions request (platform.openai.com/docs/api-reference/chat)."""
+    body, limits = conversation.body, find_limits(target.model)
+    out = {'model': target.model, 'messages': chat_messages(conversation, limits)}
+    limit = output_limit(body, limits)
+    if limit is not None:
+        out['max_completion_tokens'] = limit
+    if body.get('stream') is True:
+        out.update(stream=True, stream_options={'include_usage': True})
+    out.update(chat_tool_fields(conversation))
+    effort = chat_effort(body, limits, has_tools='tools' in out)
+    if effort:
+        out['reasoning_effort'] = effort
+    out.update(sampling_fields(conversation, limits, effort))
+    out.update(stop_fields(conversation, limits))
+    schema = json_schema_format(body)
+    if schema:
+        out['response_format'] = {'type': 'json_schema', 'json_schema': schema}
+    key = cache_key(body)
+    if target.is_openai and key:
+        user_id = body['metadata']['user_id'].encode('utf-8', 'surrogatepass')
+        out.update(prompt_cache_key=key, safety_identifier=hashlib.sha256(user_id).hexdigest())
+    return out
+
+
+def chat_effort(body, limits, has_tools):
+    effort = wanted_effort(body)
+    if has_tools and limits.effort_with_tools != 'kept' and limits.efforts:
+        return None if limits.effort_with_tools == 'omitted' else limits.effort_with_tools
+    return nearest_effort(effort, limits.efforts) if effort else None
+
+
+def chat_tool_fields(conversation):
+    tools, notes = conversation.tools, conversation.notes
+    if conversation.web_search:
+        notes.leave_out('tool web_search')
+    if len(tools) > MAX_TOOLS:
+        notes.leave_out(f'tools beyond {MAX_TOOLS}')
+    mode, name = read_tool_choice(conversation)
+    if not tools:
+        return {}
+    functions = []
+    for tool in tools[:MAX_TOOLS]:
+        function = {'name': conversation.names.short(tool.name), 'parameters': tool.schema}
+        if tool.description:
+            function['description'] = tool.description
+        if tool.is_strict and meets_strict_rules(tool.schema):
+            function['strict'] = True
+        functions.append({'type': 'function', 'function': function})
+    fields = {'tools': functions}
+    if mode == 'tool':
+        function = {'name': conversation.names.short(name)}
+        fields['tool_choice'] = {'type': 'function', 'function': function}
+    elif mode in TOOL_MODES:
+        fields['tool_choice'] = TOOL_MODES[mode]
+    if as_dict(conversation.body.get('tool_choice')).get('disable_parallel_tool_use') is True:
+        fields['parallel_tool_calls'] = False
+    return fields
+
+
+TOOL_MODES = {'auto': 'auto', 'any': 'required', 'none': 'none'}
+
+
+def chat_messages(conversation, limits):
+    messages = [{'role': 'system', 'content': conversation.system}] if conversation.system else []
+    for turn in conversation.turns:
+        messages += CHAT_TURNS[turn.role](turn.parts, conversation, limits)
+    return messages
+
+
+def chat_system_turn(parts, conversation, limits):
+    return [{'role': 'system', 'content': joined_text(parts)}]
+
+
+def chat_user_turn(parts, conversation, limits):
+    return [{'role': 'user', 'content': chat_content(parts, conversation.notes, limits)}]
+
+
+def chat_assistant_turn(parts, conversation, limits):
+    text = ''.join(part.text for part in parts if isinstance(part, Text))
+    calls = [{'id': shortened(part.id, MAX_CHAT_ID_CHARS, 16), 'type': 'function',
+              'function': {'name': conversation.names.short(part.name),
+                           'arguments': part.arguments}}
+             for part in parts if isinstance(part, ToolCall)]
+    if not (text or calls):
+        return []
+    message = {'role': 'assistant', 'content': text or None}
+    return [{**message, 'tool_calls': calls} if calls else message]
+
+
+def chat_result_turn(results, conversation, limits):
+    """Tool messages hold text alone: media follow in a user message."""
+    messages, media = [], []
+    for result in results:
+        id = shortened(result.call.id, MAX_CHAT_ID_CHARS, 16)
+        texts = [part for part in result.parts if isinstance(part, Text)]
+        own_media = [part for part in result.parts if isinstance(part, Media)]
+        if own_media:
+            texts.append(Text(SEE_MEDIA))
+            label = f'Media of the result of {result.call.name} ({result.call.id}):'
+            media += [Text(label), *own_media]
+        messages.append({'role': 'tool', 'tool_call_id': id, 'content': joined_text(texts)})
+    return messages + (chat_user_turn(media, conversation, limits) if media else [])
+
+
+CHAT_TURNS = {'system': chat_system_turn, 'user': chat_user_turn,
+              'assistant': chat_assistant_turn, 'results': chat_result_turn}
+
+
+def joined_text(parts):
+    return '\n'.join(part.text for part in parts if isinstance(part, Text))
+
+
+def chat_content(parts, notes, limits):
+    """A plain text where there is only text: not every server takes parts."""
+    if all(isinstance(part, Text) for part in parts):
+        return joined_text(parts)
+    return [chat_part(part, notes, limits) for part in parts]
+
+
+def chat_part(part, notes, limits):
+    if isinstance(part, Text):
+        return {'type': 'text', 'text': part.text}
+    if part.kind == 'image':
+        return {'type': 'image_url', 'image_url': {'url': part.url}}
+    if not part.url.startswith('data:'):
+        return {'type': 'text', 'text': f'[document: {part.url}]'}
+    if limits.takes_files:
+        return {'type': 'file', 'file': {'filename': part.name, 'file_data': part.url}}
+    notes.leave_out('document')
+    return {'type': 'text', 'text': f'[document omitted: {part.name}]'}
+
+
+# -- Responses -----------------------------------------------------------------
+
+MAX_RESPONSES_ID_CHARS = 64
+#: Codex refuses a request without instructions.
+DEFAULT_INSTRUCTIONS = 'You are a helpful assistant.'
+
+
+def to_responses(conversation, target):
+    """The body of a Responses request (platform.openai.com/docs/api-reference/responses); for
+    Codex without what it refuses.  Always a stream: a plain answer is folded from it."""
+    body, limits = conversation.body, find_limits(target.model)
+    system, turns = conversation.system, conversation.turns
+    if target.is_codex:               # it takes no system message among the input
+        later = [joined_text(turn.parts) for turn in turns if turn.role == 'system']
+        system = '\n\n'.join(text for text in (system, *later) if text)
+        turns = [turn for turn in turns if turn.role != 'system']
+    items = [item for turn in turns
+             for item in RESPONSES_TURNS[turn.role](turn.parts, conversation.names)]
+    choice = as_dict(body.get('tool_choice'))
+    out = {'model': target.model, 'instructions': system or DEFAULT_INSTRUCTIONS, 'input': items,
+           'parallel_tool_calls': choice.get('disable_parallel_tool_use') is not True,
+           'store': False, 'stream': True, **responses_tool_fields(conversation)}
+    limit = output_limit(body, limits)
+    if limit is not None and not target.is_codex:
+        out['max_output_tokens'] = max(LEAST_OUTPUT_TOKENS, limit)
+    if limits.efforts or target.is_codex:
+        out['include'] = ['reasoning.encrypted_content']
+    effort = wanted_effort(body)
+    effort = nearest_effort(effort, limits.efforts) if effort else None
+    if effort:
+        out['reasoning'] = {'effort': effort}
+        if wants_thinking(body)[0]:
+            out['reasoning']['summary'] = 'auto'
+    if not target.is_codex and limits.sampling == 'always':
+        out.update(sampling_fields(conversation, limits, effort))
+    schema = json_schema_format(body)
+    if schema:
+        out['text'] = {'format': {'type': 'json_schema', **schema}}
+    key = cache_key(body)
+    if key and (target.is_codex or target.is_openai):
+        out['prompt_cache_key'] = key
+    return out
+
+
+def responses_tool_fields(conversation):
+    names, tools = conversation.names, []
+    for tool in conversation.tools:
+        function = {'type': 'function', 'name': names.short(tool.name), 'parameters': tool.schema,
+                    'strict': tool.is_strict and meets_strict_rules(tool.schema)}
+        if tool.description:
+            function['description'] = tool.description
+        tools.append(function)
+    if conversation.web_search:
+        tools.append(responses_web_search(conversation.web_search))
+    mode, name = read_tool_choice(conversation)
+    if not tools:
+        return {}
+    if mode == 'tool':
+        return {'tools': tools, 'tool_choice': {'type': 'function', 'name': names.short(name)}}
+    if mode == 'web_search':
+        return {'tools': tools, 'tool_choice': {'type': 'web_search'}}
+    return {'tools': tools, 'tool_choice': TOOL_MODES[mode]} if mode else {'tools': tools}
+
+
+def responses_web_search(tool):
+    search = {'type': 'web_search'}
+    if as_list(tool.get('allowed_domains')):
+        search['filters'] = {'allowed_domains': tool['allowed_domains']}
+    location = as_dict(tool.get('user_location'))
+    if location:
+        search['user_location'] = {'type': 'approximate', **location}
+    return search
+
+
+def responses_message(role, content):
+    return {'type': 'message', 'role': role, 'content': content}
+
+
+def responses_system_turn(parts, names):
+    return [responses_message('developer', [responses_part(part) for part in parts])]
+
+
+def responses_user_turn(parts, names):
+    return [responses_message('user', [responses_part(part) for part in parts])]
+
+
+def responses_assistant_turn(parts, names):
+    """Text, calls and reasoning in their order."""
+    items = []
+    for part in parts:
+        if isinstance(part, Text):
+            items.append(responses_message('assistant',
+                                           [{'type': 'output_text', 'text': part.text}]))
+        elif isinstance(part, ToolCall):
+            items.append({'type': 'function_call', 'name': names.short(part.name),
+                          'call_id': shortened(part.id, MAX_RESPONSES_ID_CHARS, 16),
+                          'arguments': part.arguments})
+        elif isinstance(part, Reasoning):
+            items.append({'type': 'reasoning', 'summary': [],
+                          'encrypted_content': part.payload})
+    return items
+
+
+def responses_result_turn(results, names):
+    items = []
+    for result in results:
+        has_media = any(isinstance(part, Media) for part in result.parts)
+        output = ([responses_part(part) for part in result.parts] if has_media
+                  else joined_text(result.parts))
+        items.append({'type': 'function_call_output', 'output': output,
+                      'call_id': shortened(result.call.id, MAX_RESPONSES_ID_CHARS, 16)})
+    return items
+
+
+RESPONSES_TURNS = {'system': responses_system_turn, 'user': responses_user_turn,
+                   'assistant': responses_assistant_turn, 'results': responses_result_turn}
+
+
+def responses_part(part):
+    if isinstance(part, Text):
+        return {'type': 'input_text', 'text': part.text}
+    if part.kind == 'image':
+        return {'type': 'input_image', 'image_url': part.url, 'detail': 'auto'}
+    if part.url.startswith('data:'):
+        return {'type': 'input_file', 'filename': part.name, 'file_data': part.url}
+    return {'type': 'input_file', 'file_url': part.url}
+
+
+# -- what is answered here -----------------------------------------------------
+
+#: Tokens of an image and of a PDF's page, roughly; and the bytes of a page in base64.
+IMAGE_TOKENS, PAGE_TOKENS, PAGE_BYTES = 1600, 2000, 65_536
+#: Better too many than too few: a client then compacts early, not late.
+TOKEN_MARGIN = 1.08
+
+
+def estimate_tokens(body):
+    """About how many input tokens a count_tokens or Messages request has."""
+    tokens = 4 * len(as_list(body.get('messages')))
+    for name in ('system', 'messages', 'tools'):
+        tokens += estimate_value(body.get(name))
+    return max(1, math.ceil(tokens * TOKEN_MARGIN))
+
+
+def estimate_value(value):
+    """Four characters a token; of scripts without spaces one."""
+    if isinstance(value, str):
+        wide = sum(1 for c in value if c >= '\u2e80') if not value.isascii() else 0
+        return wide + (len(value) - wide) / 4
+    if isinstance(value, list):
+        return sum(map(estimate_value, value))
+    if not isinstance(value, dict):
+        return 1
+    data = as_dict(value.get('source')).get('data')
+    if value.get('type') == 'image':
+        return IMAGE_TOKENS
+    if value.get('type') == 'document' and as_dict(value.get('source')).get('type') == 'base64':
+        return PAGE_TOKENS * max(1, len(str(data)) // PAGE_BYTES)
+    return sum(len(name) / 4 + estimate_value(inner) for name, inner in value.items())
+
+
+def model_info(model):
+    """One entry of /v1/models."""
+    return {'type': 'model', 'id': model, 'display_name': model,
+            'created_at': '1970-01-01T00:00:00Z'}
+
+
+# ==============================================================================
+# Response translation
+# ==============================================================================
+# OpenAI's answers as Anthropic's.  Decoders read the two wire formats and tell MessageEvents
+# what they found; it alone knows the grammar of the events that a client sees.  A plain answer
+# is the same events, folded.
+
+class SseParser:
+    """Cuts bytes into the data of server-sent events, however they were split."""
+
+    def __init__(self):
+        self._rest = b''
+
+    def feed(self, data):
+        """[data of an event as text, ...]; comments and events without data are skipped.
+        Raises UpstreamCut when an event has no end."""
+        data = self._rest + data
+        end = len(data)
+        if b'\r' in data:             # a CR at the very end may be half of a CR LF
+            end -= data.endswith(b'\r')
+            lines = data[:end].replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+            data, end = lines + data[end:], len(lines)
+        last = data.rfind(b'\n\n', 0, end)
+        if last < 0:
+            if len(data) > MAX_BODY_BYTES:
+                raise UpstreamCut('an event has no end')
+            self._rest = data
+            return []
+        self._rest = data[last + 2:]
+        return self._read(data[:last])
+
+    def end(self):
+        """The same for an event that the end of the stream ended."""
+        rest, self._rest = self._rest, b''
+        return self._read(rest.replace(b'\r\n', b'\n').replace(b'\r', b'\n'))
+
+    @staticmethod
+    def _read(data):
+        found = []
+        for block in data.split(b'\n\n'):
+            lines = [line[5:] for line in block.split(b'\n') if line.startswith(b'data:')]
+            if lines:
+                text = b'\n'.join(line[1:] if line[:1] == b' ' else line for line in lines)
+                found.append(text.decode('utf-8', 'replace'))
+        return found
+
+
+class Block:
+    """One content block on its way to the client."""
+
+    def __init__(self, kind, key, id=None):
+        self.kind, self.key, self.id = kind, key, id      # 'text', 'thinking', 'tool_use'
+        self.name = None
+        self.received = []            # pieces of the text, of the thinking, of the arguments
+        self.unsent = []
+        self.payload = None           # encrypted reasoning, of a thinking block
+        self.is_open = False
+        self.is_done = False          # nothing more comes
+
+    @property
+    def value(self):
+        return ''.join(self.received)
+
+    @property
+    def can_open(self):
+        if self.kind == 'tool_use':
+            return bool(self.name and self.id)
+        return bool(self.unsent or self.payload)
+
+    def is_whole(self):
+        """Whether it may be closed, now that another block follows."""
+        if self.kind != 'tool_use' or self.is_done:
+            return True
+        arguments = self.value
+        return arguments.rstrip().endswith('}') and is_object(arguments)
+
+
+def is_object(text):
+    try:
+        loads_object(text)
+    except ValueError:
+        return False
+    return True
+
+
+#: OpenAI's finish reasons, and Responses' reasons for an incomplete answer.
+STOP_REASONS = {'length': 'max_tokens', 'max_output_tokens': 'max_tokens',
+                'max_messages': 'max_tokens', 'content_filter': 'refusal'}
+
+
+class MessageEvents:
+    """Writes the events of one message: blocks strictly one after another, whatever the order
+    in which their parts come (docs: streaming messages).
+
+    Parts are told by a key, which is the upstream's own name for a block.  Only the first
+    block of the queue is open; the others wait for it to be whole.
+    """
+
+    def __init__(self, model, message_id, names, shows_thinking=(False, False), stops=()):
+        self._model, self._message_id, self._names = model, message_id, names
+        self._shows_thinking, self._keeps_thinking = shows_thinking
+        self._stops = StopWatch(stops) if stops else None
+        self._events = []             # written, not yet taken
+        self._queue = []              # [Block, ...]
+        self._closed = {}             # key -> id of a block that was closed
+        self._count = 0               # blocks opened so far: the next one's index
+        self._called = False          # a tool_use block was opened
+        self._refused = False
+        self.has_started = False
+        self.usage = {}
+        self.stop_reason = None
+        self.failure = None           # OpenAI's error object
+
+    @property
+    def is_over(self):
+        return self.stop_reason is not None or self.failure is not None
+
+    def take(self):
+        """[event, ...] since the last time."""
+        events, self._events = self._events, []
+        return events
+
+    # -- what decoders tell ----------------------------------------------------
+
+    def text(self, delta, key='text'):
+        if not delta or self.is_over:
+            return
+        delta = self._stops.feed(delta) if self._stops else delta
+        if delta:
+            self._append('text', key, delta)
+        if self._stops and self._stops.hit:
+            self.finish('stop_sequence')
+
+    def refusal(self, delta, key='text'):
+        self._refused = True
+        self.text(delta, key)
+
+    def thinking(self, delta, key='thinking'):
+        if delta and self._shows_thinking and not self.is_over:
+            self._append('thinking', key, delta)
+
+    def reasoning_done(self, key, payload):
+        """A reasoning item is complete; `payload` is what may be given back, or None."""
+        if self.is_over:
+            return
+        block = self._find(key)
+        if block is None and payload and self._keeps_thinking and key not in self._closed:
+            block = self._add(Block('thinking', key))
+        if block:
+            block.payload, block.is_done = payload, True
+            self._advance()
+
+    def tool(self, key, id=None, name=None):
+        """A call's header, or a part of it.  Another id under a known key is another call."""
+        block = self._find(key)
+        if id and block and block.id and id != block.id:
+            block.is_done, block = True, None
+        if block is None and key in self._closed:
+            if not id or id == self._closed[key]:
+                return                # said once more after its end
+            del self._closed[key]
+        block = block or self._add(Block('tool_use', key))
+        block.id = block.id or id or None
+        block.name = block.name or name or None
+        self._advance()
+
+    def arguments(self, key, delta):
+        if not delta or key in self._closed and not self._find(key) or self.is_over:
+            return
+        block = self._find(key) or self._add(Block('tool_use', key))
+        block.received.append(delta)
+        block.unsent.append(delta)
+        self._advance()
+
+    def rest_of_arguments(self, key, whole):
+        """All of a call's arguments; what came of them so far is not repeated."""
+        block = self._find(key)
+        if block or key not in self._closed:
+            self.arguments(key, (whole or '')[len(block.value if block else ''):])
+
+    def tool_done(self, key):
+        block = self._find(key)
+        if block:
+            block.is_done = True
+            self._advance()
+
+    def has_seen(self, key):
+        return key in self._closed or self._find(key) is not None
+
+    def note_usage(self, usage):
+        """The latest usage; {'input_tokens': 10, ...} in Anthropic's words."""
+        if usage:
+            self.usage = usage
+
+    def finish(self, reason):
+        """Ends the message: `reason` is OpenAI's word for why, or 'stop_sequence'."""
+        if self.is_over:
+            return
+        if self._stops and not self._stops.hit:
+            held = self._stops.rest()
+            if held:
+                self._append('text', 'text', held)
+        self.stop_reason = self._stop_reason(reason)
+        for block in self._queue:
+            block.is_done = True
+            if block.kind == 'tool_use' and not block.id:
+                block.id = f'toolu_{self._message_id[4:]}{self._count + len(self._queue)}'
+        self._queue = [block for block in self._queue if block.is_open or block.can_open]
+        self._advance()
+        self._start()
+        # A call that was dropped for want of a name is none.
+        if self.stop_reason == 'tool_use' and not self._called:
+            self.stop_reason = 'end_turn'
+        delta = {'stop_reason': self.stop_reason,
+                 'stop_sequence': self._stops.hit if self.stop_reason == 'stop_sequence' else None}
+        usage = {**NO_USAGE, **self.usage}
+        self._events += [{'type': 'message_delta', 'delta': delta, 'usage': usage},
+                         {'type': 'message_stop'}]
+
+    def fail(self, error):
+        """Ends with an error event: nothing may follow it, least of all a stop that would make
+        half an answer look whole."""
+        if self.is_over:
+            return
+        self.failure = error
+        message = str(error.get('message') or 'the upstream failed')[:MAX_MESSAGE_CHARS]
+        self._events.append({'type': 'error', 'error': {
+            'type': error_type(error_status(error)), 'message': redact(message)}})
+
+    # -- the grammar -----------------------------------------------------------
+
+    def _stop_reason(self, reason):
+        if reason == 'stop_sequence':
+            return reason
+        if self._refused:
+            return 'refusal'
+        if reason in STOP_REASONS:
+            return STOP_REASONS[reason]
+        calls = self._called or any(block.kind == 'tool_use' for block in self._queue)
+        return 'tool_use' if calls else 'end_turn'
+
+    def _find(self, key):
+        return next((block for block in reversed(self._queue)
+                     if block.key == key and not block.is_done), None)
+
+    def _add(self, block):
+        self._queue.append(block)
+        return block
+
+    def _append(self, kind, key, delta):
+        block = self._find(key) or self._add(Block(kind, key))
+        block.received.append(delta)
+        block.unsent.append(delta)
+        self._advance()
+
+    def _advance(self):
+        """Sends what the first block has, and goes on to the next as far as that is whole."""
+        while self._queue:
+            head = self._queue[0]
+            if not head.is_open:
+                head = next((block for block in self._queue if block.can_open), None)
+                if head is None:
+                    return
+                self._queue.remove(head)
+                self._queue.insert(0, head)
+                self._open(head)
+            self._send_deltas(head)
+            is_last = len(self._queue) == 1
+            if not (head.is_done or not is_last and head.is_whole()):
+                return
+            self._close(head)
+
+    def _start(self):
+        if self.has_started:
+            return
+        self.has_started = True
+        self._events.append({'type': 'message_start', 'message': {
+            'id': self._message_id, 'type': 'message', 'role': 'assistant', 'model': self._model,
+            'content': [], 'stop_reason': None, 'stop_sequence': None, 'usage': NO_USAGE}})
+
+    def _open(self, block):
+        self._start()
+        block.is_open, block.index = True, self._count
+        self._count += 1
+        content = {'type': block.kind, block.kind: ''}
+        if block.kind == 'thinking':
+            content['signature'] = ''
+        elif block.kind == 'tool_use':
+            self._called = True
+            content = {'type': 'tool_use', 'id': re.sub(r'[^A-Za-z0-9_-]', '_', block.id),
+                       'name': self._names.original(block.name), 'input': {}}
+        self._events.append({'type': 'content_block_start', 'index': block.index,
+                             'content_block': content})
+
+    def _send_deltas(self, block):
+        if block.unsent:
+            type, field = DELTAS[block.kind]
+            delta = {'type': type, field: ''.join(block.unsent)}
+            self._events.append({'type': 'content_block_delta', 'index': block.index,
+                                 'delta': delta})
+            block.unsent = []
+
+    def _close(self, block):
+        if block.kind == 'thinking':
+            seal = PAYLOAD + block.payload if block.payload else NO_PAYLOAD
+            self._events.append({'type': 'content_block_delta', 'index': block.index,
+                                 'delta': {'type': 'signature_delta', 'signature': seal}})
+        self._events.append({'type': 'content_block_stop', 'index': block.index})
+        self._queue.remove(block)
+        if block.kind != 'text':          # more text is simply another block
+            self._closed[block.key] = block.id
+
+
+DELTAS = {'text': ('text_delta', 'text'), 'thinking': ('thinking_delta', 'thinking'),
+          'tool_use': ('input_json_delta', 'partial_json')}
+NO_USAGE = {'input_tokens': 0, 'cache_creation_input_tokens': 0, 'cache_read_input_tokens': 0,
+            'output_tokens': 0}
+
+
+class StopWatch:
+    """Looks for stop sequences where the model has no parameter for them: text ends before
+    the first one."""
+
+    def __init__(self, stops):
+        self._stops, self._held = stops, ''
+        self.hit = None               # the sequence that was met
+
+    def feed(self, delta):
+        """The text that may go out: what could be the beginning of a sequence is held."""
+        text = self._held + delta
+        places = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if places:
+            place, self.hit = min(places)
+            self._held = ''
+            return text[:place]
+        longest = max(map(len, self._stops)) - 1
+        kept = next((size for size in range(min(longest, len(text)), 0, -1)
+                     if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
+        self._held = text[len(text) - kept:]
+        return text[:len(text) - kept]
+
+    def rest(self):
+        held, self._held = self._held, ''
+        return held
+
+
+def message_from_events(events):
+    """The message that a stream's events add up to."""
+    message, blocks = {}, []
+    for event in events:
+        if event['type'] == 'message_start':
+            message = dict(event['message'])
+        elif event['type'] == 'content_block_start':
+            blocks.append({**event['content_block'], 'pieces': []})
+        elif event['type'] == 'content_block_delta':
+            delta = event['delta']
+            if delta['type'] == 'signature_delta':
+                blocks[-1]['signature'] = delta['signature']
+            else:
+                blocks[-1]['pieces'].append(delta[DELTAS[blocks[-1]['type']][1]])
+        elif event['type'] == 'message_delta':
+            message.update(event['delta'], usage=event['usage'])
+    return {**message, 'content': [fold_block(block) for block in blocks]}
+
+
+def fold_block(block):
+    text = ''.join(block.pop('pieces'))
+    if block['type'] != 'tool_use':
+        return {**block, block['type']: text}
+    try:
+        return {**block, 'input': loads_object(text) if text.strip() else {}}
+    except ValueError:                # cut short, or never JSON: the client's own check tells
+        return block
+
+
+def read_openai_usage(usage):
+    """OpenAI's usage, of either wire format, in Anthropic's words; {} when there is none."""
+    usage = as_dict(usage)
+
+    def count(*names):
+        value = usage
+        for name in names:
+            value = as_dict(value).get(name)
+        return value if is_whole(value) and value >= 0 else 0
+    total = count('prompt_tokens') or count('input_tokens')
+    read = (count('prompt_tokens_details', 'cached_tokens')
+            or count('input_tokens_details', 'cached_tokens'))
+    written = (count('prompt_tokens_details', 'cache_write_tokens')
+               or count('input_tokens_details', 'cache_write_tokens'))
+    output = count('completion_tokens') or count('output_tokens')
+    if not (total or output):
+        return {}
+    told = {'input_tokens': max(0, total - read - written), 'cache_creation_input_tokens': written,
+            'cache_read_input_tokens': read, 'output_tokens': output}
+    thinking = (count('completion_tokens_details', 'reasoning_tokens')
+                or count('output_tokens_details', 'reasoning_tokens'))
+    if thinking:
+        told['output_tokens_details'] = {'thinking_tokens': thinking}
+    return told
+
+
+def content_text(content):
+    """Text that some servers send as a list of parts."""
+    if isinstance(content, list):
+        return ''.join(block_text(as_dict(part)) for part in content)
+    return content if isinstance(content, str) else ''
+
+
+class ChatDecoder:
+    """Reads Chat Completions: chunks of a stream, or a whole completion."""
+
+    def __init__(self, out):
+        self.out = out
+        self._finish = None           # the finish reason; the usage may come after it
+        self._last_tool = None
+
+    def feed(self, chunk):
+        if chunk == '[DONE]':
+            return self.out.finish(self._finish or 'stop')
+        try:
+            chunk = loads_object(chunk)
+        except ValueError:            # not one of theirs
+            return None
+        if isinstance(chunk.get('error'), (dict, str)) and chunk['error']:
+            return self.out.fail(error_object(chunk['error']))
+        self.out.note_usage(read_openai_usage(chunk.get('usage')))
+        for choice in as_list(chunk.get('choices')):
+            choice = as_dict(choice)
+            if choice.get('index') in (0, None):
+                self._read_choice(choice, as_dict(choice.get('delta')))
+        return None
+
+    def feed_whole(self, completion):
+        """The same for a completion that came at once.  Raises ValueError when it is none."""
+        if isinstance(completion.get('error'), (dict, str)) and completion['error']:
+            return self.out.fail(error_object(completion['error']))
+        choices = as_list(completion.get('choices'))
+        if not choices:
+            raise ValueError('no choices')
+        self.out.note_usage(read_openai_usage(completion.get('usage')))
+        self._read_choice(as_dict(choices[0]), as_dict(as_dict(choices[0]).get('message')))
+        return self.out.finish(self._finish or 'stop')
+
+    def end(self):
+        """The stream's end: complete where a finish reason came, even without [DONE]."""
+        if self._finish:
+            self.out.finish(self._finish)
+
+    def _read_choice(self, choice, delta):
+        if self._finish is None:      # afterwards only usage counts
+            self._read_delta(delta)
+        self._finish = self._finish or text_or_none(choice.get('finish_reason'))
+
+    def _read_delta(self, delta):
+        self.out.thinking(reasoning_text(delta))
+        self.out.text(content_text(delta.get('content')))
+        if delta.get('refusal'):
+            self.out.refusal(str(delta['refusal']))
+        calls = as_list(delta.get('tool_calls'))
+        if isinstance(delta.get('function_call'), dict):      # the older form of one call
+            calls = [{'index': 0, 'id': None, 'function': delta['function_call']}]
+        for call in calls:
+            self._read_call(as_dict(call))
+
+    def _read_call(self, call):
+        function = as_dict(call.get('function'))
+        id, key = text_or_none(call.get('id')), call.get('index')
+        if not is_whole(key):         # some servers send each call whole, without one
+            key = id or self._last_tool or 'tool'
+        self._last_tool = key
+        self.out.tool(key, id, text_or_none(function.get('name')))
+        arguments = function.get('arguments')
+        if isinstance(arguments, dict):
+            arguments = dump_body(arguments).decode()
+        self.out.arguments(key, text_or_none(arguments))
+
+
+def text_or_none(value):
+    """Foreign JSON where a text should be."""
+    return value if isinstance(value, str) and value else None
+
+
+def reasoning_text(delta):
+    """The thinking in a delta, under the names that vendors have for it."""
+    for name in ('reasoning_content', 'reasoning'):
+        if isinstance(delta.get(name), str) and delta[name]:
+            return delta[name]
+    details = [as_dict(detail) for detail in as_list(delta.get('reasoning_details'))]
+    return ''.join(block_text(detail) for detail in details)
+
+
+def error_object(error):
+    """An error as an object: some servers send its text alone."""
+    return error if isinstance(error, dict) else {'message': str(error)}
+
+
+class ResponsesDecoder:
+    """Reads Responses: events of a stream, or a whole response."""
+
+    def __init__(self, out):
+        self.out = out
+        self._has_text = set()        # output_index of messages whose text came in deltas
+        self._parts = {}              # output_index of a reasoning item -> summary parts so far
+
+    def feed(self, event):
+        try:
+            event = loads_object(event)
+        except ValueError:            # '[DONE]' of a server that ends so, or not one of theirs
+            return
+        read = RESPONSES_EVENTS.get(text_or_none(event.get('type')))
+        if read:
+            read(self, event)
+
+    def feed_whole(self, response):
+        """The same for a response that came at once.  Raises ValueError when it is none."""
+        status = response.get('status')
+        if response.get('error') or status == 'failed':
+            return self.out.fail(error_object(response.get('error') or {}))
+        if not isinstance(response.get('output'), list):
+            raise ValueError('no output')
+        return self._end_response({'response': response})
+
+    def end(self):
+        """The stream's end: without a terminal event it was cut."""
+
+    def _key(self, event):
+        place = event.get('output_index')
+        return place if is_whole(place) else text_or_none(event.get('item_id')) or 'item'
+
+    def _text(self, event):
+        self._has_text.add(self._key(event))
+        self.out.text(str(event.get('delta') or ''), 'text')
+
+    def _refusal(self, event):
+        self._has_text.add(self._key(event))
+        self.out.refusal(str(event.get('delta') or ''), 'text')
+
+    def _arguments(self, event):
+        self.out.arguments(self._key(event), text_or_none(event.get('delta')))
+
+    def _whole_arguments(self, event):
+        self.out.rest_of_arguments(self._key(event), text_or_none(event.get('arguments')))
+
+    def _item_added(self, event):
+        item = as_dict(event.get('item'))
+        if item.get('type') == 'function_call':
+            self._header(self._key(event), item)
+
+    def _header(self, key, item):
+        self.out.tool(key, text_or_none(item.get('call_id')), text_or_none(item.get('name')))
+
+    def _item_done(self, event):
+        item, key = as_dict(event.get('item')), self._key(event)
+        if item.get('type') == 'function_call':
+            self._header(key, item)
+            self.out.rest_of_arguments(key, text_or_none(item.get('arguments')))
+            self.out.tool_done(key)
+        elif item.get('type') == 'reasoning':
+            self._reasoning_item(key, item)
+        elif item.get('type') == 'message' and key not in self._has_text:
+            self._has_text.add(key)
+            for part in map(as_dict, as_list(item.get('content'))):
+                if part.get('type') == 'refusal':
+                    self.out.refusal(str(part.get('refusal') or ''), 'text')
+                else:
+                    self.out.text(block_text(part), 'text')
+
+    def _reasoning_item(self, key, item):
+        if key not in self._parts:
+            parts = [block_text(as_dict(part)) for part in as_list(item.get('summary'))]
+            self.out.thinking('\n\n'.join(part for part in parts if part), key)
+        payload = item.get('encrypted_content')
+        self._parts[key] = 0
+        self.out.reasoning_done(key, payload if isinstance(payload, str) else None)
+
+    def _summary_part(self, event):
+        key = self._key(event)
+        if self._parts.get(key):
+            self.out.thinking('\n\n', key)
+        self._parts[key] = self._parts.get(key, 0) + 1
+
+    def _summary(self, event):
+        key = self._key(event)
+        self._parts.setdefault(key, 1)
+        self.out.thinking(str(event.get('delta') or ''), key)
+
+    def _end_response(self, event):
+        """The terminal event; it may hold items that never came as events of their own."""
+        response = as_dict(event.get('response'))
+        for place, item in enumerate(as_list(response.get('output'))):
+            item = as_dict(item)
+            if not (self.out.has_seen(place) or place in self._has_text or place in self._parts):
+                self._item_done({'output_index': place, 'item': item})
+        self.out.note_usage(read_openai_usage(response.get('usage')))
+        reason = text_or_none(as_dict(response.get('incomplete_details')).get('reason'))
+        is_incomplete = response.get('status') == 'incomplete' or reason
+        self.out.finish((reason or 'length') if is_incomplete else 'stop')
+
+    def _incomplete(self, event):
+        response = as_dict(event.get('response'))
+        self._end_response({'response': {**response, 'status': 'incomplete'}})
+
+    def _failed(self, event):
+        """An error has three shapes: in the response, in `error`, or flat."""
+        error = as_dict(event.get('response')).get('error') or event.get('error') or event
+        self.out.fail(error_object(error))
+
+    def _rate_limits(self, event):
+        limits = as_dict(event.get('rate_limits'))
+        if limits.get('limit_reached') is True:
+            seconds = as_dict(limits.get('primary')).get('reset_after_seconds')
+            self.out.fail({'code': 'usage_limit_reached', 'resets_in_seconds': seconds,
+                           'message': 'The usage limit has been reached'})
+
+
+RESPONSES_EVENTS = {
+    'response.output_text.delta': ResponsesDecoder._text,
+    'response.refusal.delta': ResponsesDecoder._refusal,
+    'response.function_call_arguments.delta': ResponsesDecoder._arguments,
+    'response.function_call_arguments.done': ResponsesDecoder._whole_arguments,
+    'response.output_item.added': ResponsesDecoder._item_added,
+    'response.output_item.done': ResponsesDecoder._item_done,
+    'response.reasoning_summary_part.added': ResponsesDecoder._summary_part,
+    'response.reasoning_summary_text.delta': ResponsesDecoder._summary,
+    'response.reasoning_text.delta': ResponsesDecoder._summary,
+    'response.completed': ResponsesDecoder._end_response,
+    'response.done': ResponsesDecoder._end_response,
+    'response.incomplete': ResponsesDecoder._incomplete,
+    'response.failed': ResponsesDecoder._failed,
+    'response.error': ResponsesDecoder._failed,
+    'error': ResponsesDecoder._failed,
+    'codex.rate_limits': ResponsesDecoder._rate_limits,
+}
+
+
+class TranslatedStream:
+    """An OpenAI answer, read piece by piece and told as events of the Messages API.  Stands in
+    for a MessageStream, whose events came as they are."""
+
+    is_translated = True
+
+    def __init__(self, decoder):
+        self._parser, self._decoder, self._out = SseParser(), decoder, decoder.out
+        self.opened_by = None
+
+    @property
+    def failure(self):
+        return self._out.failure
+
+    @property
+    def stopped(self):
+        return self._out.stop_reason is not None
+
+    @property
+    def stop_reason(self):
+        return self._out.stop_reason
+
+    @property
+    def usage(self):
+        return self._out.usage
+
+    def read(self, data):
+        """[event, ...] that these bytes of the upstream's stream give."""
+        for text in self._parser.feed(data):
+            self._decoder.feed(text)
+        return self._take()
+
+    def read_end(self):
+        """[event, ...] that the end of the upstream's stream gives."""
+        for text in self._parser.end():
+            self._decoder.feed(text)
+        self._decoder.end()
+        return self._take()
+
+    def read_whole(self, data):
+        """[event, ...] of an answer that is no stream.  Raises ValueError when it is none."""
+        self._decoder.feed_whole(loads_object(data))
+        return self._take()
+
+    def _take(self):
+        events = self._out.take()
+        for event in events if self.opened_by is None else ():
+            if event['type'] not in HELD_BACK:
+                self.opened_by = event['type']
+                break
+        return events
+
+    def feed(self, data):
+        return b''.join(map(event_bytes, self.read(data)))
+
+    def last(self):
+        return b''.join(map(event_bytes, self.read_end()))
+
+
+class Wire(NamedTuple):
+    """One of OpenAI's wire formats."""
+    path: str                 # behind the base URL
+    translate: Callable       # (Conversation, Target) -> the request's body
+    decoder: Callable         # MessageEvents -> what reads the answer
+
+
+WIRES = {
+    CHAT_COMPLETIONS: Wire('/chat/completions', to_chat_completions, ChatDecoder),
+    RESPONSES: Wire('/responses', to_responses, ResponsesDecoder),
+}
+
+
+def stops_to_watch(conversation, target):
+    """The stop sequences that the upstream is not told of."""
+    stops = tuple(stop for stop in as_list(conversation.body.get('stop_sequences'))
+                  if isinstance(stop, str) and stop)
+    is_told = target.wire == CHAT_COMPLETIONS and stop_fields(
+        conversation, find_limits(target.model))
+    return () if is_told else stops
+
+
+def answer_stream(conversation, target, message_id):
+    """The TranslatedStream for the answer to a translated request."""
+    out = MessageEvents(conversation.body.get('model'), message_id, conversation.names,
+                        wants_thinking(conversation.body), stops_to_watch(conversation, target))
+    return TranslatedStream(WIRES[target.wire].decoder(out))
 
 
 # ==============================================================================
@@ -1683,13 +3628,13 @@ class Metrics:
     def __init__(self):
         self._lock = threading.Lock()
         self._counts = collections.Counter()
-        self._served_by = collections.Counter()     # key id -> answers
+        self._served_by = collections.Counter()     # key's ref -> answers
         self._recent = collections.deque(maxlen=RECENT_REQUESTS)
 
     def finished(self, record):
         """Counts one finished request; `record` is what the log line says of it."""
         attempts = record['attempts']
-        keys = {attempt['key'] for attempt in attempts}
+        keys = {(attempt['provider'], attempt['key']) for attempt in attempts}
         with self._lock:
             counts = self._counts
             counts['requests'] += 1
@@ -1700,7 +3645,7 @@ class Metrics:
             counts['input_tokens'] += record.get('input_tokens', 0)
             counts['output_tokens'] += record.get('output_tokens', 0)
             if record.get('key'):
-                self._served_by[record['key']] += 1
+                self._served_by[f'{record.get("provider")}:{record["key"]}'] += 1
             self._recent.append(record)
 
     def snapshot(self):
@@ -2408,7 +4353,8 @@ SYSTEM_CA_FILE = '/etc/ssl/cert.pem'
 
 
 class TokenUnavailable(Exception):
-    """A token's environment variable or file gives none; the text says which and why."""
+    """A token's environment variable or file gives none, or its login is over; the text says
+    which and what to do."""
 
 
 class BaseUrl(NamedTuple):
@@ -2465,6 +4411,48 @@ def read_token_file(path):
     return '', f'file {path} holds no access token'
 
 
+def usable_token(key, now):
+    """The secret of a key, or TokenUnavailable: also for a ChatGPT login that has expired, or
+    that names no account."""
+    token = read_token(key.token)
+    if not is_login(key, token):
+        return token
+    claims = jwt_claims(token)
+    follows = 'let the Codex CLI renew it (codex login)'
+    if not key.token.startswith(('env:', 'file:')):
+        follows += f' and add it as {RUN} add-openai-key file:~/.codex/auth.json'
+    expires = claims.get('exp')
+    if isinstance(expires, (int, float)) and expires <= now:
+        ago = format_duration(now - expires)
+        raise TokenUnavailable(f'the ChatGPT login expired {ago} ago: {follows}')
+    if not account_id(claims):
+        raise TokenUnavailable(f'the ChatGPT login names no account: {follows}')
+    return token
+
+
+def is_login(key, token):
+    """Whether an OpenAI key is a ChatGPT login, which goes to Codex.  With a server of its own
+    a JSON Web Token is that server's API key."""
+    return key.provider == OPENAI and not key.base_url and is_jwt(token)
+
+
+def account_id(claims):
+    """The ChatGPT account in a login's claims, or None."""
+    account = as_dict(claims.get('https://api.openai.com/auth')).get('chatgpt_account_id')
+    return account if isinstance(account, str) and TOKEN.fullmatch(account) else None
+
+
+def find_target(config, key, token, model):
+    """The Target of an attempt."""
+    if key.provider == ANTHROPIC:
+        return Target(MESSAGES, key.base_url or config.anthropic_base_url, model)
+    if is_login(key, token):
+        return Target(RESPONSES, config.codex_base_url, model, is_codex=True)
+    base_url = key.base_url or config.openai_base_url
+    is_openai = urllib.parse.urlsplit(base_url).hostname == 'api.openai.com'
+    return Target(key.api or config.openai_api, base_url, model, is_openai=is_openai)
+
+
 class UpstreamRequest(NamedTuple):
     """One attempt as it is sent."""
     base: BaseUrl
@@ -2491,6 +4479,31 @@ def build_request(request, key, base_url, token, data, betas):
     lines.append('accept-encoding: identity')
     head = '\r\n'.join(lines) + '\r\n' + request.forwarded_head + '\r\n'
     return UpstreamRequest(base, request.method, head.encode('latin-1'), data)
+
+
+def build_openai_request(target, token, body, session):
+    """The UpstreamRequest of a translated attempt; none of the client's header fields go out.
+    `session` names the conversation to Codex, or is None."""
+    base = parse_base_url(target.base_url)
+    data = dump_body(body)
+    fields = [('host', base.host_field), ('authorization', f'Bearer {token}'),
+              ('content-type', 'application/json'), ('content-length', len(data)),
+              ('accept', 'text/event-stream' if body.get('stream') else 'application/json'),
+              ('accept-encoding', 'identity'), ('user-agent', f'{PROGRAM}/{VERSION}')]
+    if target.is_codex:
+        fields += [('chatgpt-account-id', account_id(jwt_claims(token))),
+                   ('openai-beta', 'responses=experimental'), ('originator', PROGRAM)]
+        fields += [('session_id', session)] if session else []
+    lines = [f'POST {openai_path(target)} HTTP/1.1', *(f'{n}: {v}' for n, v in fields)]
+    head = '\r\n'.join(lines) + '\r\n\r\n'
+    return UpstreamRequest(base, 'POST', head.encode('latin-1'), data)
+
+
+def openai_path(target):
+    """The path behind a base URL, whose own path and query stay: only a bare host gets /v1."""
+    parts = urllib.parse.urlsplit(target.base_url)
+    path = (parts.path.rstrip('/') or '/v1') + WIRES[target.wire].path
+    return f'{path}?{parts.query}' if parts.query else path
 
 
 class UpstreamResponse:
@@ -2649,6 +4662,19 @@ class UpstreamResponse:
                 raise UpstreamCut('a chunk has no size')
             self._left = int(match.group(1), 16)
             self._in_trailers = not self._left
+
+    def wait(self, seconds):
+        """Waits for more of the body; False when none came in that time."""
+        if self.ended or self._buffer:
+            return True
+        pending = getattr(self._sock, 'pending', None)    # decrypted, and not yet received
+        if pending and pending():
+            return True
+        if not hasattr(select, 'poll'):           # Windows
+            return bool(select.select([self._sock], [], [], seconds)[0])
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
     def close(self):
         """Gives the connection back where nothing is left on it, and closes it otherwise."""
@@ -2843,8 +4869,14 @@ class Reply(NamedTuple):
     fields: list = []
     body: bytes = b''
     upstream: UpstreamResponse | None = None
-    events: MessageStream | None = None    # of a stream of /v1/messages
-    held: bytes = b''                         # its first bytes, not passed on yet
+    events: MessageStream | TranslatedStream | None = None     # of a stream of /v1/messages
+    held: bytes = b''         # its first bytes, not passed on yet
+    status: int = 0           # for the client, where it differs from the outcome's
+    usage: dict = {}          # of a body that was translated
+
+    @property
+    def client_status(self):
+        return self.status or self.outcome.status
 
 
 class Failure(NamedTuple):
@@ -2872,20 +4904,27 @@ class Serving:
         self.queue_deadline = None
         self.attempts = []            # [{'key': 'work', 'model': ..., 'status': 429, ...}, ...]
         self.queued_s = 0.0
-        self.repairs = {}             # model -> [(name, subject), ...] that this request needs
+        self.repairs = {}             # what answers -> [(name, subject), ...] that it needs
         self.secrets = {value.split(' ')[-1] for _, value in request.credentials}
         self.next_ping = None         # when a held stream is told that it is not forgotten
         self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
-        self.begin_round([])
+        self.uses_last_resort = False
+        self.told_left_out = False    # what a translation leaves out is told once
+        self.begin_round(Plan([], []))
 
     def begin_round(self, plan):
-        self.plan = plan
+        self.plan, self.last_resort = plan
         self.failures = []            # [Failure, ...]
         self.counts = {}              # (model, rule name) -> answers
         self.given_up = set()         # models
         self.resets = {}              # base URL -> connections lost before an answer
         self.dead_ends = set()        # base URLs that another key would not reach either
         self.stopped = False
+
+    @functools.cached_property
+    def conversation(self):
+        """The request as it is translated.  Raises Untranslatable."""
+        return read_conversation(self.request.body.json)
 
     @property
     def was_queued(self):
@@ -2904,8 +4943,9 @@ class Serving:
 
     def note(self, attempt, outcome, started):
         """Adds an attempt to the trail."""
-        self.attempts.append({'key': attempt.key.id, 'model': attempt.model,
-                              'status': outcome.status, 'result': outcome.rule.name,
+        self.attempts.append({'key': attempt.key.id, 'provider': attempt.key.provider,
+                              'model': attempt.model, 'status': outcome.status,
+                              'result': outcome.rule.name,
                               'ms': round((self.clock() - started) * 1000)})
 
     def proxy_fields(self, attempt=None):
@@ -2949,17 +4989,20 @@ class Failover:
         self._store, self.cooldowns, self._upstream = store, cooldowns, upstream
         self._journal = journal
         self._clock, self._now, self._wait, self._jitter = clock, now, wait, jitter
-        self._repairs = {}            # model -> ((name, subject), ...) learnt from its 400s
+        self._repairs = {}            # what answers -> ((name, subject), ...) of its 400s
+        self._token_problems = {}     # key's ref -> the problem that the log was told of
         self.stopping = False
 
     def serve(self, request, response, exchange):
         """Answers one request, whatever happens, and tells the journal."""
         serving = Serving(request, response, exchange, self._store.current, self._clock)
         try:
-            self._replan(serving)
-            while not self._try_all(serving):
-                if serving.stopped or not self._await_turn(serving):
-                    self._send_failure(serving)
+            start = self._replan(serving)
+            while not self._try_all(serving, start):
+                start = self._next_round(serving)
+                if start is None:
+                    if not self._answer_here(serving):
+                        self._send_failure(serving)
                     break
         except ClientGone:
             response.abandon()
@@ -2969,12 +5012,12 @@ class Failover:
             self._journal.finished(self._finished_record(serving))
 
     def _replan(self, serving):
-        """A new round, on the configuration that is in force now."""
+        """A new round, on the configuration that is in force now; where it starts in the plan."""
         serving.config = config = self._store.current
         request, profile = serving.request, config.profiles.get(serving.request.profile_name)
         if profile is None:
-            serving.begin_round([])
-            return
+            serving.begin_round(Plan([], []))
+            return 0
         model = request.body.model if request.has_body else None
         models = [model]
         if model and request.is_message:
@@ -2982,18 +5025,38 @@ class Failover:
         client_key = request.client_key if uses_clients_own(config, profile) else None
         plan = plan_attempts(config, profile, models, client_key)
         if not request.is_message:
+            plan = Plan([a for a in plan.attempts if a.key.provider == ANTHROPIC], [])
             # Their own limits are not those of messages: a cooling key is only second choice.
-            plan.sort(key=lambda a: self.cooldowns.blocking((a.key.ref, None)) is not None)
+            plan.attempts.sort(key=lambda a: bool(self.cooldowns.blocking((a.key.ref, None))))
             if model is None and not request.is_read:
-                plan = plan[:1]       # what it makes belongs to one key's organization
+                del plan.attempts[1:] # what it makes belongs to one key's organization
+        elif serving.uses_last_resort:
+            plan = Plan(plan.attempts + plan.last_resort, [])
         serving.begin_round(plan)
+        return 0
 
-    def _try_all(self, serving):
-        """Goes through the plan once; whether the client was answered."""
-        for index, attempt in enumerate(serving.plan):
+    def _next_round(self, serving):
+        """Where in the plan to go on after all of it failed; None when that was all."""
+        if serving.stopped:
+            return None
+        if self._await_turn(serving):
+            return self._replan(serving)
+        is_unknown = bool(serving.failures) and not any(
+            failure.outcome.rule.other_providers for failure in serving.failures)
+        if is_unknown and serving.request.body.model.startswith('claude'):
+            return None               # no Claude of that name: the client should hear of it
+        start = len(serving.plan)
+        serving.plan, serving.last_resort = serving.plan + serving.last_resort, []
+        serving.uses_last_resort = len(serving.plan) > start
+        return start if serving.uses_last_resort else None
+
+    def _try_all(self, serving, start):
+        """Goes through the plan once, from `start` on; whether the client was answered."""
+        for index in range(start, len(serving.plan)):
+            attempt = serving.plan[index]
             if serving.stopped or attempt.model in serving.given_up:
                 continue
-            if self._base_url(serving, attempt) in serving.dead_ends:
+            if serving.dead_ends and self._base_url(serving, attempt) in serving.dead_ends:
                 continue
             cooling = self._blocking(serving, attempt)
             if cooling and (serving.request.is_message or not cooling.outcome.rule.waits):
@@ -3006,7 +5069,12 @@ class Failover:
         return False
 
     def _base_url(self, serving, attempt):
-        return attempt.key.base_url or serving.config.anthropic_base_url
+        """Where an attempt goes; a token that cannot be read now goes nowhere."""
+        try:
+            token = read_token(attempt.key.token)
+        except TokenUnavailable:
+            token = ''
+        return find_target(serving.config, attempt.key, token, attempt.model).base_url
 
     def _is_alone(self, serving, attempt, index):
         """Whether no later attempt with this model could be made now."""
@@ -3094,20 +5162,39 @@ class Failover:
         """Sends one attempt; its Reply, with the answer still open where it is to be relayed."""
         request = serving.request
         try:
-            wanted = self._build(serving, attempt)
+            wanted, answer = self._build(serving, attempt)
             first_byte_s = STREAM_FIRST_BYTE_S if request.body.seems_streamed else FIRST_BYTE_S
             upstream = self._upstream.open(wanted, serving.exchange, first_byte_s)
-            return self._read_reply(serving, attempt, upstream)
+            return self._read_reply(serving, attempt, upstream, answer)
         except TokenUnavailable as error:
+            self._tell_token_problem(attempt.key, str(error))
             return Reply(Outcome(NO_TOKEN, 0, str(error), None))
+        except Untranslatable as error:
+            return Reply(Outcome(UNTRANSLATABLE, error.status, str(error), None), [JSON_TYPE],
+                         error_json(error.type, str(error)))
         except UpstreamUnreachable as error:
             rule = RESET if error.connected else UNREACHABLE
             return Reply(Outcome(rule, 0, error.reason, None))
         except UpstreamTimeout:
             return Reply(Outcome(TIMED_OUT, 0, 'no answer in time', None))
 
+    def _tell_token_problem(self, key, problem):
+        """Logs why a key cannot be used: once, not with each request."""
+        told = re.sub(r'\d+', '', problem)        # "expired 5 min ago", then 6 min
+        if self._token_problems.get(key.ref) != told:
+            self._token_problems[key.ref] = told
+            self._journal.log.error('token_unavailable', key=key.id, message=problem)
+
     def _build(self, serving, attempt):
+        """(UpstreamRequest, the TranslatedStream that reads its answer or None).  Raises
+        TokenUnavailable, Untranslatable."""
         request, betas = serving.request, serving.request.betas
+        is_own = attempt.key.id == CLIENT_REF
+        token = '' if is_own else usable_token(attempt.key, self._now())
+        serving.secrets.add(token)
+        target = find_target(serving.config, attempt.key, token, attempt.model)
+        if target.wire != MESSAGES:
+            return self._translate(serving, target, token)
         data = request.body.data
         if request.is_message:
             data = drop_unsigned_thinking(data)
@@ -3115,43 +5202,59 @@ class Failover:
             repairs = self._repairs_for(serving, attempt.model)
             if repairs:
                 data, betas = apply_repairs(repairs, data, betas)
-        token = '' if attempt.key.id == CLIENT_REF else read_token(attempt.key.token)
-        serving.secrets.add(token)
-        return build_request(request, attempt.key, self._base_url(serving, attempt), token, data,
-                             betas)
+        return build_request(request, attempt.key, target.base_url, token, data, betas), None
 
-    def _repairs_for(self, serving, model):
-        """What this request needs on this model: what its 400s said, now and, for a fallback
-        model, earlier."""
-        if model not in serving.repairs:
-            learnt = self._repairs.get(model, ()) if model != serving.request.body.model else ()
-            serving.repairs[model] = list(learnt)
-        return serving.repairs[model]
+    def _translate(self, serving, target, token):
+        """The same for an OpenAI target."""
+        conversation = serving.conversation
+        repairs = self._repairs_for(serving, (target.base_url, target.model))
+        if any(name == 'use_responses' for name, _ in repairs):
+            target = target._replace(wire=RESPONSES)
+        body = WIRES[target.wire].translate(conversation, target)
+        body = edit_body(body, repairs, OPENAI_REPAIRS)
+        if conversation.notes.left_out and not serving.told_left_out:
+            serving.told_left_out = True
+            self._journal.log.warn('left_out', id=serving.request_id, model=target.model,
+                                   fields=list(conversation.notes.left_out))
+        wanted = build_openai_request(target, token, body, cache_key(conversation.body))
+        message_id = f'msg_{random.getrandbits(96):024x}'
+        return wanted, answer_stream(conversation, target, message_id)
+
+    def _repairs_for(self, serving, answerer):
+        """What this request needs: what 400s said, now and, but for the model that a client
+        asked for, earlier.  `answerer` is a Claude model, or (base URL, model)."""
+        if answerer not in serving.repairs:
+            is_asked = answerer == serving.request.body.model
+            learnt = () if is_asked else self._repairs.get(answerer, ())
+            serving.repairs[answerer] = list(learnt)
+        return serving.repairs[answerer]
 
     def _learn_repair(self, serving, attempt, outcome):
         """Notes what a 400 complains of; False when that was left out already."""
-        model, repair = attempt.model, find_repair(outcome.message)
         if not serving.request.is_message:
             return False
-        if repair in serving.repairs[model] or len(serving.repairs[model]) >= MAX_REPAIRS:
+        answerer, repair = attempt.model, find_repair(outcome.message)
+        if attempt.key.provider == OPENAI:
+            answerer = self._base_url(serving, attempt), attempt.model
+            repair = find_openai_repair(outcome.message)
+        needed = serving.repairs[answerer]
+        if repair in needed or len(needed) >= MAX_REPAIRS:
             return False
-        serving.repairs[model].append(repair)
-        # A signature is about this conversation, not about the model.
-        self._repairs[model] = tuple(r for r in serving.repairs[model] if r[0] != 'signature')
-        self._journal.log.info('repair', model=model, repair=repair[0], subject=repair[1])
+        needed.append(repair)
+        self._repairs[answerer] = tuple(r for r in needed if r[0] not in REPAIRS_OF_CONVERSATIONS)
+        self._journal.log.info('repair', model=attempt.model, repair=repair[0], subject=repair[1])
         return True
 
-    def _read_reply(self, serving, attempt, upstream):
+    def _read_reply(self, serving, attempt, upstream, answer):
         """Reads as much of an answer as it takes to know what it means."""
         reply = None
         try:
-            headers = upstream.headers
-            is_stream = (headers.get('content-type', '').lower().startswith('text/event-stream')
-                         and 'content-encoding' not in headers)
             if upstream.status >= 300:
                 reply = self._read_refusal(serving, attempt, upstream)
-            elif is_stream and serving.request.is_message:
-                reply = self._read_opening(serving, attempt, upstream)
+            elif answer:
+                reply = self._read_translated(serving, attempt, upstream, answer)
+            elif is_event_stream(upstream) and serving.request.is_message:
+                reply = self._read_opening(serving, attempt, upstream, MessageStream())
             else:
                 reply = self._read_beginning(serving, attempt, upstream)
             return reply
@@ -3159,11 +5262,13 @@ class Failover:
             if reply is None or reply.upstream is None:
                 upstream.close()
 
-    def _classify(self, serving, attempt, upstream, status=None, error=('', '')):
-        request, (type, message) = serving.request, error
-        return classify(Answer(
-            status or upstream.status, upstream.headers, type, serving.without_secrets(message),
-            self._now(), request.path, attempt.model, attempt.model != request.body.model))
+    def _classify(self, serving, attempt, upstream, status=None, error=NO_ERROR):
+        request, is_openai = serving.request, attempt.key.provider == OPENAI
+        answer = Answer(
+            status or upstream.status, upstream.headers, error.type,
+            serving.without_secrets(error.message), self._now(), request.path, attempt.model,
+            attempt.model != request.body.model, error.details)
+        return classify(answer, OPENAI_RULES if is_openai else RULES)
 
     def _read_refusal(self, serving, attempt, upstream):
         try:
@@ -3173,7 +5278,19 @@ class Failover:
             # Status and fields are often clear enough; what would be relayed is not there.
             return Reply(outcome) if outcome.rule.step is Step.NEXT_KEY else self._cut_reply(error)
         outcome = self._classify(serving, attempt, upstream, error=read_error(body))
+        if attempt.key.provider == OPENAI:
+            return self._refused_by_openai(serving, outcome)
         return Reply(outcome, upstream.fields, body)
+
+    def _refused_by_openai(self, serving, outcome):
+        """An OpenAI error in Anthropic's shape, in words by which a client knows what to do."""
+        status, message = outcome.status, outcome.message
+        if outcome.rule.name == 'context_too_long':
+            status, message = 400, f'prompt is too long: {message}'
+        elif outcome.rule.step in (Step.RELAY, Step.REPAIR):
+            status = 400
+        fields = [JSON_TYPE, ('request-id', serving.request_id)]
+        return Reply(outcome, fields, error_json(error_type(status), message), status=status)
 
     def _read_beginning(self, serving, attempt, upstream):
         """Waits for the first piece of a body: until then another key may still answer."""
@@ -3184,25 +5301,76 @@ class Failover:
         outcome = self._classify(serving, attempt, upstream)
         return Reply(outcome, upstream.fields, upstream=upstream, held=held)
 
-    def _read_opening(self, serving, attempt, upstream):
+    def _read_opening(self, serving, attempt, upstream, events, fields=None):
         """Holds a stream back until its first content: an error before that is no answer."""
-        events, held = MessageStream(), b''
+        held = b''
         while not events.opened_by and len(held) <= MAX_EVENT_BYTES:
             try:
-                piece = upstream.read()
+                piece = self._read_piece(serving, upstream, events)
             except UpstreamCut as error:
                 return self._cut_reply(error)
-            if not piece:
+            held += events.feed(piece) if piece else events.last()
+            if not piece and not events.opened_by:
                 return self._cut_reply('the stream ended before its first content')
-            held += events.feed(piece)
-        if events.opened_by != 'error':
-            outcome = self._classify(serving, attempt, upstream)
-            return Reply(outcome, upstream.fields, upstream=upstream, events=events, held=held)
-        type, message = read_error(dump_body({'error': events.error}))
-        status = STATUS_OF_ERROR.get(type, 500)
-        outcome = self._classify(serving, attempt, upstream, status, (type, message))
+        if events.opened_by == 'error':
+            return self._refused_in_stream(serving, attempt, upstream, events)
+        outcome = self._classify(serving, attempt, upstream)
+        fields = fields or upstream.fields
+        return Reply(outcome, fields, upstream=upstream, events=events, held=held)
+
+    def _read_piece(self, serving, upstream, events):
+        """The next piece of a stream.  Claude sends pings while it thinks; OpenAI does not, so
+        the client gets ours."""
+        while events.is_translated and not upstream.wait(PING_S):
+            self._hold_open(serving)
+        return upstream.read()
+
+    def _refused_in_stream(self, serving, attempt, upstream, events):
+        """A 200 whose stream begins with an error is what that error says."""
+        error = describe_error(events.failure)
+        if events.is_translated:
+            status = error_status(events.failure)
+            return self._refused_by_openai(
+                serving, self._classify(serving, attempt, upstream, status, error))
+        status = STATUS_OF_ERROR.get(error.type, 500)
+        outcome = self._classify(serving, attempt, upstream, status, error)
         fields = [(n, v) for n, v in upstream.fields if n.lower() != 'content-type']
-        return Reply(outcome, [*fields, JSON_TYPE], error_json(type, message))
+        return Reply(outcome, [*fields, JSON_TYPE], error_json(error.type, error.message))
+
+    def _read_translated(self, serving, attempt, upstream, answer):
+        """An OpenAI answer: the opening of a stream, or all of it for a client that wants it
+        whole."""
+        request_id = ('request-id', serving.request_id)
+        stream_fields = [*STREAM_FIELDS, request_id]
+        if serving.request.body.is_streamed and is_event_stream(upstream):
+            return self._read_opening(serving, attempt, upstream, answer, stream_fields)
+        try:
+            events = self._read_events(upstream, answer)
+        except UpstreamCut as error:
+            return self._cut_reply(error)
+        except ValueError:
+            error = ErrorText('', 'its answer could not be read')
+            return Reply(self._classify(serving, attempt, upstream, 502, error))
+        if answer.failure:
+            return self._refused_in_stream(serving, attempt, upstream, answer)
+        if not answer.stopped:
+            return self._cut_reply('the stream ended before the message did')
+        outcome = self._classify(serving, attempt, upstream)
+        if serving.request.body.is_streamed:
+            return Reply(outcome, stream_fields, upstream=upstream, events=answer,
+                         held=b''.join(map(event_bytes, events)))
+        body = dump_body(message_from_events(events))
+        return Reply(outcome, [JSON_TYPE, request_id], body, usage=answer.usage)
+
+    def _read_events(self, upstream, answer):
+        """[event, ...] of a whole answer.  Raises ValueError for one that cannot be read."""
+        if not is_event_stream(upstream):
+            return answer.read_whole(upstream.read_all(MAX_BODY_BYTES))
+        events, piece = [], upstream.read()
+        while piece and not answer.stopped:
+            events += answer.read(piece)
+            piece = upstream.read()
+        return events + answer.read_end()
 
     def _cut_reply(self, error):
         return Reply(Outcome(RESET, 0, f'the answer broke off: {error}', None))
@@ -3219,14 +5387,16 @@ class Failover:
             'outcome': 'answered' if reply.outcome.status < 400 else 'refused',
             'key': attempt.key.id, 'provider': attempt.key.provider,
             'upstream_model': attempt.model, 'ttfb_ms': self._elapsed_ms(serving)}
+        serving.record.update(usage_fields(reply.usage))
         if attempt.model != asked:
             serving.record['fallback'] = f'{asked} -> {attempt.model}'
         upstream = reply.upstream
-        headers = upstream.headers if upstream else join_fields(reply.fields)
+        is_whole = upstream is None or reply.events and reply.events.is_translated
+        headers = join_fields(reply.fields) if is_whole else upstream.headers
         serving.request_id = headers.get('request-id', serving.request_id)
         fields = end_to_end_fields(reply.fields, headers) + serving.proxy_fields(attempt)
         if upstream is None:
-            return self._send_whole(serving, reply.outcome.status, fields, reply.body)
+            return self._send_whole(serving, reply.client_status, fields, reply.body)
         try:
             relay = self._relay_stream if reply.events else self._relay_body
             relay(serving, reply, fields)
@@ -3237,8 +5407,8 @@ class Failover:
         """An answer that is at hand; to a stream that was held open it is an `error` event."""
         if not serving.response.started:
             return serving.response.send(status, fields, body)
-        type, message = read_error(body)
-        serving.response.write(error_event(type.split(' ')[0] or 'api_error', message))
+        error = read_error(body)
+        serving.response.write(error_event(error.type.split(' ')[0] or 'api_error', error.message))
         serving.response.finish()
 
     def _relay_body(self, serving, reply, fields):
@@ -3270,8 +5440,8 @@ class Failover:
         response.write(reply.held)
         problem = "the upstream's stream ended before the message did"
         try:
-            while True:
-                piece = upstream.read()
+            while not (events.is_translated and events.stopped):
+                piece = self._read_piece(serving, upstream, events)
                 if not piece:
                     break
                 response.write(events.feed(piece))
@@ -3280,16 +5450,18 @@ class Failover:
             problem = f"the upstream's stream broke off: {error}"
         except UpstreamTimeout:
             problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
-        serving.record.update({name: events.usage[name] for name in USAGE_FIELDS
-                               if name in events.usage})
+        serving.record.update(usage_fields(events.usage))
         self._end_stream(serving, events, problem)
+        if events.is_translated and upstream.wait(LAST_CHUNK_S):
+            with contextlib.suppress(UpstreamCut):
+                upstream.read()       # the body's end: then the connection can be used again
 
     def _end_stream(self, serving, events, problem):
         """The end of a stream after its commit; `problem` is what it is when the message is not
         whole.  A second answer is never spliced in."""
         response = serving.response
-        if events.error is not None:
-            message = serving.without_secrets(str(events.error.get('message')))
+        if events.failure is not None:
+            message = serving.without_secrets(str(events.failure.get('message')))
             serving.record.update(outcome='failed', error=redact(message[:300]))
         elif events.stop_reason and not events.stopped:
             response.write(event_bytes({'type': 'message_stop'}))
@@ -3323,8 +5495,8 @@ class Failover:
 
     def _all_rest(self, serving):
         """Whether every attempt cools, or did when its turn came: then it is worth waiting."""
-        rested = {failure.attempt for failure in serving.failures if failure.rested}
-        return all(attempt in rested or self._blocking(serving, attempt)
+        rested = {serving.slot(failure.attempt) for failure in serving.failures if failure.rested}
+        return all(serving.slot(attempt) in rested or self._blocking(serving, attempt)
                    for attempt in serving.plan)
 
     def _wait_in_queue(self, serving):
@@ -3352,9 +5524,7 @@ class Failover:
         if not serving.request.body.is_streamed:
             return
         if not response.started:
-            response.start(200, [('content-type', 'text/event-stream; charset=utf-8'),
-                                 ('cache-control', 'no-cache'),
-                                 ('request-id', serving.request_id),
+            response.start(200, [*STREAM_FIELDS, ('request-id', serving.request_id),
                                  *serving.proxy_fields()])
         response.write(PING_EVENT)
 
@@ -3369,7 +5539,7 @@ class Failover:
         final = final_failure(self._failed_attempts(serving), serving, self._now)
         serving.record.update(outcome='failed', error=final.message[:500])
         if final.key:
-            serving.record['key'] = final.key.id
+            serving.record.update(key=final.key.id, provider=final.key.provider)
         self._send_whole(serving, final.status, final.fields, final.body)
 
     def _failed_attempts(self, serving):
@@ -3379,6 +5549,25 @@ class Failover:
             cooling = self._blocking(serving, failure.attempt)
             failed.append((failure, self.cooldowns.remaining_s(cooling) if cooling else None))
         return failed
+
+    # -- what is answered here -------------------------------------------------
+
+    def _answer_here(self, serving):
+        """Answers what needs no upstream, where messages go to OpenAI because no Claude key is
+        left; whether it did."""
+        request, config = serving.request, serving.config
+        if request.is_message or request.profile_name not in config.profiles:
+            return False
+        if serving.plan and request.path != COUNT_TOKENS_PATH:
+            return False
+        if not any(key.provider == OPENAI and is_served(config, key)
+                   for key in config.keys.values()):
+            return False
+        status, answer = answer_without_claude(request, config)
+        fields = [JSON_TYPE, ('request-id', serving.request_id), ('x-proxy-provider', OPENAI)]
+        serving.record['outcome'] = 'answered' if status < 400 else 'refused'
+        serving.response.send(status, fields, answer)
+        return True
 
     # -- what is told ----------------------------------------------------------
 
@@ -3402,6 +5591,19 @@ USAGE_FIELDS = ('input_tokens', 'output_tokens', 'cache_read_input_tokens',
                 'cache_creation_input_tokens')
 USAGE_COUNT = re.compile(rb'"(%b)"\s*:\s*(\d{1,12})' % '|'.join(USAGE_FIELDS).encode())
 JSON_TYPE = ('content-type', 'application/json')
+STREAM_FIELDS = [('content-type', 'text/event-stream; charset=utf-8'),
+                 ('cache-control', 'no-cache')]
+
+
+def is_event_stream(upstream):
+    """Whether an answer is a stream that can be read: a compressed one cannot."""
+    headers = upstream.headers
+    return (headers.get('content-type', '').lower().startswith('text/event-stream')
+            and 'content-encoding' not in headers)
+
+
+def usage_fields(usage):
+    return {name: usage[name] for name in USAGE_FIELDS if name in usage}
 
 
 def read_usage(tail):
@@ -3410,6 +5612,32 @@ def read_usage(tail):
     if start < 0:
         return {}
     return {name.decode(): int(count) for name, count in USAGE_COUNT.findall(tail, start)}
+
+
+def answer_without_claude(request, config):
+    """(status, body) for what only Anthropic has: an estimate for count_tokens, the mapping's
+    names for /v1/models, and 404 for the rest."""
+    if request.path == COUNT_TOKENS_PATH and request.method == 'POST':
+        body = request.body.json
+        if not as_list(body.get('messages')):
+            return 400, error_json('invalid_request_error', 'messages: Field required')
+        return 200, dump_body({'input_tokens': estimate_tokens(body)})
+    mapping = config.openai_model_mapping
+    if request.path == MODELS_PATH and request.is_read:
+        models = [model_info(name) for name in mapping if not name.endswith('*')]
+        ids = [model['id'] for model in models]
+        return 200, dump_body({'data': models, 'has_more': False, 'first_id': (ids or [None])[0],
+                               'last_id': (ids or [None])[-1]})
+    name = urllib.parse.unquote(request.path[len(MODELS_PATH) + 1:])
+    if request.path.startswith(MODELS_PATH + '/') and request.is_read and map_model(mapping, name):
+        return 200, dump_body(model_info(name))
+    message = (f'{PROGRAM}: {request.path} needs an Anthropic key, and only OpenAI keys are '
+               f'there. See: {RUN} add-key')
+    return 404, error_json('not_found_error', message)
+
+
+COUNT_TOKENS_PATH = '/v1/messages/count_tokens'
+MODELS_PATH = '/v1/models'
 
 
 class FinalFailure(NamedTuple):
@@ -3471,7 +5699,7 @@ def verbatim_failure(failure, serving, is_clients_own):
     has_advice = any(name.lower() == 'x-should-retry' for name, _ in fields)
     if not (is_clients_own or has_advice or failure.outcome.status == 429):
         fields.append(('x-should-retry', 'false'))
-    return FinalFailure(failure.outcome.status, fields, failure.reply.body,
+    return FinalFailure(failure.reply.client_status, fields, failure.reply.body,
                         failure.outcome.message, failure.attempt.key)
 
 
@@ -3948,8 +6176,9 @@ class App:
         config = self.store.current
         if config is not before:
             self.log.configure(config.log_level, config.max_log_size)
+            has_moved = base_urls(config) != base_urls(before)
             for ref, key in before.keys.items():
-                if ref not in config.keys or config.keys[ref].token != key.token:
+                if has_moved or without_label(key) != without_label(config.keys.get(ref)):
                     self.cooldowns.clear(ref)
             self.cooldowns.wake_all()
             self.log.info('config_reloaded', profiles=len(config.profiles), keys=len(config.keys))
@@ -3997,29 +6226,38 @@ class App:
 
     def _key_health(self, key, cooling, metrics):
         mine = [c for c, _ in cooling if c.key.ref == key.ref]
+        problem = token_problem(key)
         return {
             'id': key.id, 'label': key.label, 'provider': key.provider,
             'token': mask_token(key.token), 'type': 'oauth' if key.oauth else 'api-key',
-            'state': key_state(key, mine),
+            'state': key_state(self.store.current, key, problem, mine), 'problem': problem,
             'needs_attention': any(c.outcome.rule.attention for c in mine),
-            'answers': metrics['by_key'].get(key.id, 0)}
+            'answers': metrics['by_key'].get(key.ref, 0)}
+
+
+def base_urls(config):
+    return config.anthropic_base_url, config.openai_base_url, config.codex_base_url
+
+
+def without_label(key):
+    return key and key._replace(label='')
 
 
 def token_problem(key):
-    """Why a key's token cannot be read where it is kept, or None."""
+    """Why a key's token cannot be used as it is, with what to do; None when it can."""
     try:
-        read_token(key.token)
+        usable_token(key, time.time())
     except TokenUnavailable as error:
         return str(error)
     return None
 
 
-def key_state(key, coolings):
-    """'unused' (its provider is not served), 'no token' (where it should be read), 'cooling'
-    (for every model), 'limited' (for some), 'ready'."""
-    if key.provider not in SERVED_PROVIDERS:
+def key_state(config, key, problem, coolings):
+    """'unused' (OpenAI's, while openaiModelFallback is off), 'no token' (where it should be
+    read, or its login is over), 'cooling' (for every model), 'limited' (for some), 'ready'."""
+    if not is_served(config, key):
         return 'unused'
-    if token_problem(key):
+    if problem:
         return 'no token'
     if any(cooling.model is None for cooling in coolings):
         return 'cooling'
@@ -4183,7 +6421,7 @@ def say_started(app):
     say(f'Log        {app.log.path}')
     for warning in start_warnings(app):
         complain(warning)
-    if not any(key.provider == ANTHROPIC for key in config.keys.values()):
+    if not any(is_served(config, key) for key in config.keys.values()):
         say(style.warn("There is no key yet: requests go out with the client's own credential."))
         say(f'Add one with: {RUN} add-key')
 
@@ -4205,7 +6443,8 @@ def describe_keys(config):
     count = collections.Counter(key.provider for key in config.keys.values())
     text = f'{count[ANTHROPIC]} Anthropic'
     if count[OPENAI]:
-        text += f', {count[OPENAI]} OpenAI (kept, but this version does not use them)'
+        is_off = not config.openai_model_fallback
+        text += f', {count[OPENAI]} OpenAI' + (' (openaiModelFallback is off)' if is_off else '')
     return text
 
 
@@ -4213,16 +6452,18 @@ def cmd_add_key(options):
     token, style = read_new_token(options), Style(sys.stdout)
     label = options.label_option or ' '.join(options.label)
     label = label.encode('utf-8', 'replace').decode()     # an argument may be no UTF-8
-    added = []
+    outcome = []
 
     def edit(config):
-        edited, key = add_key(config, token, label, utc_text(time.time()), options.base_url)
-        added[:] = [key]
-        return edited
-    config = ConfigStore(options.config).update(edit)
-    key = added[0]
+        outcome[:] = [config, *add_key(config, options.provider, token, label,
+                                       utc_text(time.time()), options.base_url)]
+        return outcome[1]
+    ConfigStore(options.config).update(edit)
+    before, config, key = outcome
     say(f'Added key {style.bold(key.id)} ({mask_token(key.token)}), '
         f'{describe_places(config, key)}.')
+    if config.openai_model_fallback and not before.openai_model_fallback:
+        say('openaiModelFallback is on now: OpenAI answers where Claude cannot.')
     problem = token_problem(key)
     if problem:
         complain(f'it cannot be used yet: {problem}.')
@@ -4234,7 +6475,7 @@ def cmd_add_key(options):
 
 
 def describe_places(config, key):
-    """'first in profile default, number 3 in profile work'."""
+    """'first in profile default, number 3 in profile work', or behind which keys it stands."""
     places = {p.name: p.order.index(key.ref) + 1 for p in config.profiles.values()}
     return ', '.join(f'{"first" if place == 1 else f"number {place}"} in profile {printable(name)}'
                      for name, place in places.items())
@@ -4247,14 +6488,14 @@ def read_new_token(options):
     if options.token:
         if not options.token.startswith(('env:', 'file:')):
             complain('a token on the command line stays in the shell\'s history; without it, '
-                     'add-key asks for it.')
+                     f'{options.command} asks for it.')
         return options.token
     if not sys.stdin.isatty():
         raise UsageError('There is no terminal to ask on: give the token, or - to read it from '
                          'standard input.')
     import getpass
     try:
-        return getpass.getpass('API key or OAuth token (not shown): ')
+        return getpass.getpass(f'{options.token_words} (not shown): ')
     except EOFError as error:
         raise UsageError('No token came: nothing was added.') from error
 
@@ -4273,16 +6514,21 @@ def cmd_list_keys(options):
     health = fetch_health(options.config, config)
     states = {(k['provider'], k['id']): k['state'] for k in health['keys']} if health else {}
     unknown = 'not loaded yet' if health else 'not running'
+    problems = {key.ref: token_problem(key) for key in config.keys.values()}
     keys = [{'id': key.id, 'label': printable(key.label)[:40], 'provider': key.provider,
              'token': mask_token(key.token), 'state': states.get((key.provider, key.id), unknown)}
             for key in config.keys.values()]
     if options.json:
+        keys = [{**key, 'problem': problem} for key, problem in zip(keys, problems.values())]
         say_json({'keys': keys, 'profiles': {p.name: p.order for p in config.profiles.values()}})
     elif not keys:
         say(f'No keys. Add one with: {RUN} add-key')
     else:
         heads = [name.upper() for name in keys[0]]
         say_table([heads, *(list(key.values()) for key in keys)], indent='')
+        for ref, problem in problems.items():
+            if problem:
+                complain(f'key {ref} cannot be used: {problem}.')
         for profile in config.profiles.values():
             say(f'Profile {printable(profile.name)} (port {profile.port}): '
                 + ' -> '.join(profile.order))
@@ -4367,6 +6613,9 @@ def say_keys(health, style):
     columns = ('id', 'provider', 'token', 'state')
     say_table([[*(key[column] for column in columns), count_of(key['answers'], 'answer')]
                for key in health['keys']])
+    for key in health['keys']:
+        if key['problem'] and key['state'] != 'unused':
+            say(style.bad(f'  {key["id"]} cannot be used: {printable(key["problem"])}'))
     for cooling in health['cooldowns']:
         model = f' with {printable(cooling["model"])}' if cooling['model'] else ''
         rest = format_duration(cooling['remaining_ms'] / 1000)
@@ -4477,9 +6726,20 @@ class Command(NamedTuple):
     help: str
     run: Callable
     arguments: tuple = ()     # ((names, options), ...) for argparse
+    defaults: dict = {}       # options that the command itself settles
 
 
 JSON_OPTION = (('--json',), {'action': 'store_true', 'help': 'as JSON, for scripts'})
+
+
+def key_arguments(base_url_help):
+    return (
+        (('token',), {'nargs': '?', 'help': 'the token, env:NAME, file:PATH, or - for standard '
+                                            'input; without it you are asked, unseen'}),
+        (('label',), {'nargs': '*', 'help': 'a name for it'}),
+        (('--label',), {'dest': 'label_option', 'metavar': 'LABEL', 'help': 'the same'}),
+        (('--base-url',), {'metavar': 'URL', 'help': base_url_help}))
+
 
 COMMANDS = (
     Command('start', 'run the proxy in the foreground, until Ctrl-C', cmd_start),
@@ -4487,12 +6747,12 @@ COMMANDS = (
             (JSON_OPTION,)),
     Command('health', "the running proxy's /health as JSON; exit status 0 when all is well",
             cmd_health),
-    Command('add-key', 'add an Anthropic API key or OAuth token', cmd_add_key, (
-        (('token',), {'nargs': '?', 'help': 'the token, env:NAME, file:PATH, or - for standard '
-                                            'input; without it you are asked, unseen'}),
-        (('label',), {'nargs': '*', 'help': 'a name for it'}),
-        (('--label',), {'dest': 'label_option', 'metavar': 'LABEL', 'help': 'the same'}),
-        (('--base-url',), {'metavar': 'URL', 'help': "another server with Anthropic's API"}))),
+    Command('add-key', 'add an Anthropic API key or OAuth token', cmd_add_key,
+            key_arguments("another server with Anthropic's API"),
+            {'provider': ANTHROPIC, 'token_words': 'API key or OAuth token'}),
+    Command('add-openai-key', 'add an OpenAI key or ChatGPT login, which answers where Claude '
+            'cannot', cmd_add_key, key_arguments("another server with OpenAI's API"),
+            {'provider': OPENAI, 'token_words': 'OpenAI API key or ChatGPT login'}),
     Command('remove-key', 'remove a key', cmd_remove_key, (
         (('id',), {'help': 'as list-keys shows it'}),)),
     Command('list-keys', "the keys and each profile's order", cmd_list_keys, (JSON_OPTION,)),
@@ -4518,7 +6778,7 @@ def argument_parser():
         sub.add_argument('--config', default=argparse.SUPPRESS, **config_option)
         for names, options in command.arguments:
             sub.add_argument(*names, **options)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(run=command.run, **command.defaults)
     return parser
 
 

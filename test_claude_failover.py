@@ -6,6 +6,7 @@ sleeps and nothing leaves this machine: clocks are moved by hand, servers listen
 HOME is a temporary folder.  Tests with real clients skip where those are not installed.
 """
 import ast
+import base64
 import contextlib
 import io
 import json
@@ -70,6 +71,24 @@ def token_of(key_id):
     return f'sk-ant-api03-{key_id}-0123456789abcdef0123456789abcdef'
 
 
+def openai_token_of(key_id):
+    return f'sk-proj-{key_id}-0123456789abcdef0123456789abcdef'
+
+
+def make_login(**claims):
+    """A ChatGPT login: a JSON Web Token whose signature nobody checks."""
+    def part(value):
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip('=')
+    account = {'https://api.openai.com/auth': {'chatgpt_account_id': 'acc-1'}, 'exp': START + 3600}
+    return '.'.join([part({'alg': 'none'}), part({**account, **claims}), 'c2lnbmF0dXJl'])
+
+
+def with_openai(*openai_ids, **changes):
+    """The fields of a document that add OpenAI keys, in use."""
+    keys = {id: {'token': openai_token_of(id), 'label': id, 'type': 'api_key'} for id in openai_ids}
+    return {'openaiKeys': keys, 'openaiModelFallback': True, **changes}
+
+
 def messages_body(**changes):
     return {'model': OPUS, 'max_tokens': 100, 'messages': [{'role': 'user', 'content': 'hi'}], **changes}
 
@@ -103,6 +122,58 @@ def stream_bytes(events=None, newline=b'\n'):
     return data.replace(b'\n', newline)
 
 
+CHAT_USAGE = {'prompt_tokens': 30, 'completion_tokens': 7, 'prompt_tokens_details': {'cached_tokens': 20},
+              'completion_tokens_details': {'reasoning_tokens': 2}}
+USAGE = {'input_tokens': 10, 'cache_creation_input_tokens': 0, 'cache_read_input_tokens': 20, 'output_tokens': 7,
+         'output_tokens_details': {'thinking_tokens': 2}}
+
+
+def chat_chunk(delta, finish=None, **fields):
+    return {'id': 'chatcmpl-1', 'object': 'chat.completion.chunk', 'model': 'gpt-5.4-2026-03-05',
+            'choices': [{'index': 0, 'delta': delta, 'finish_reason': finish}], **fields}
+
+
+def chat_stream(*deltas, finish='stop', usage=CHAT_USAGE, is_done=True):
+    """A Chat Completions stream of these deltas, as bytes."""
+    chunks = [chat_chunk({'role': 'assistant', 'content': ''}), *map(chat_chunk, deltas)]
+    chunks += [chat_chunk({}, finish)] if finish else []
+    chunks += [{'choices': [], 'usage': usage}] if usage else []
+    lines = [json.dumps(chunk) for chunk in chunks] + (['[DONE]'] if is_done else [])
+    return ''.join(f'data: {line}\n\n' for line in lines).encode()
+
+
+def call_delta(index, id=None, name=None, arguments=''):
+    function = {'name': name, 'arguments': arguments} if name else {'arguments': arguments}
+    return {'tool_calls': [{'index': index, **({'id': id, 'type': 'function'} if id else {}), 'function': function}]}
+
+
+def responses_stream(*events):
+    """A Responses stream of these events, as bytes."""
+    return ''.join(f'event: {event["type"]}\ndata: {json.dumps(event)}\n\n' for event in events).encode()
+
+
+RESPONSES_USAGE = {'input_tokens': 30, 'output_tokens': 7, 'input_tokens_details': {'cached_tokens': 20},
+                   'output_tokens_details': {'reasoning_tokens': 2}}
+
+
+def completed(*output, **fields):
+    return {'type': 'response.completed', 'response': {
+        'status': 'completed', 'output': list(output), 'usage': RESPONSES_USAGE, **fields}}
+
+
+def text_delta(text, index=0):
+    return {'type': 'response.output_text.delta', 'output_index': index, 'delta': text}
+
+
+CHAT_HELLO = {'id': 'chatcmpl-1', 'object': 'chat.completion', 'choices': [
+    {'index': 0, 'message': {'role': 'assistant', 'content': 'hello'}, 'finish_reason': 'stop'}], 'usage': CHAT_USAGE}
+
+
+def openai_refusal(status, code, message='no', **fields):
+    fields = {name.replace('_', '-'): value for name, value in fields.items()}
+    return Play(status, fields, {'error': {'message': message, 'type': 'x', 'code': code, 'param': None}})
+
+
 OVERLOADED_EVENT = {'type': 'error', 'error': {'type': 'overloaded_error', 'message': 'Overloaded'}}
 
 
@@ -129,6 +200,9 @@ def refusal(status, type, message, **fields):
     return Play(status, fields, api_error(type, message))
 
 
+SILENCE = object()            # among the pieces: nothing comes for a while
+
+
 class FakeUpstreamResponse:
     def __init__(self, play):
         self.status, self.headers = play.status, play.headers
@@ -140,7 +214,14 @@ class FakeUpstreamResponse:
     def close(self):
         self.is_closed = True
 
+    def wait(self, seconds):
+        is_silent = self._pieces[:1] == [SILENCE]
+        del self._pieces[:is_silent]
+        return not is_silent
+
     def read(self):
+        while not self.wait(0):
+            pass
         piece = self._pieces.pop(0) if self._pieces else b''
         if isinstance(piece, BaseException):
             raise piece
@@ -162,8 +243,8 @@ class FakeUpstream:
 
     def open(self, wanted, exchange, first_byte_s):
         head = wanted.head.decode()
-        token = re.search(r'sk-ant-\w+-(\w+)', head)
-        key = token.group(1) if token else 'client'
+        token = re.search(r'sk-(?:ant-\w+|proj)-(\w+)|Bearer (eyJ)', head)
+        key = token.group(1) or 'login' if token else 'client'
         body = json.loads(wanted.body) if wanted.body else {}
         self.seen.append((key, body.get('model')))
         self.sent.append(wanted)
@@ -353,6 +434,12 @@ class ConfigurationTest(unittest.TestCase):
                          (60000, {'claude-opus-4-6': 'claude-sonnet-4-6'}))
         self.assertEqual(json.loads(cf.dump_config(config)), NODE_DOCUMENT)
 
+    def test_claude_keys_that_no_order_names_still_come_before_openais(self):
+        document = make_document('a', 'b', **with_openai('oa', 'ob'))
+        document['profiles']['default'] = {'port': 0, 'keyOrder': ['b'], 'openaiKeyOrder': ['ob']}
+        self.assertEqual(cf.parse_config(document).profiles['default'].order,
+                         ('anthropic:b', 'anthropic:a', 'openai:ob', 'openai:oa'))
+
     def test_an_empty_document_gives_the_defaults(self):
         config = cf.parse_config({})
         self.assertEqual(config.profiles, {'default': cf.Profile('default', 4080, ())})
@@ -382,7 +469,12 @@ class ConfigurationTest(unittest.TestCase):
                 ({'keys': {'a': {}}}, 'keys.a has no token', 'out of the file'),
                 ({'keys': {'a': {'token': 'env:'}}}, 'keys.a.token', 'env:NAME'),
                 ({'keys': {'a': {'token': 'file:here'}}}, 'keys.a.token', 'file:~/path'),
-                ({'keys': {'a': {**key, 'type': 'OAuth'}}}, 'keys.a.type', '"oauth"'),
+                ({'keys': {'a': {**key, 'type': 'OAuth'}}}, 'keys.a.type', 'oauth'),
+                ({'keys': {'a': {**key, 'label': 5}}}, 'keys.a.label must be a text'),
+                ({'openaiKeys': {'a': {**key, 'api': 'chat'}}}, 'openaiKeys.a.api', 'responses'),
+                ({'openaiKeys': {'a': {**key, 'modelMapping': ['x']}}}, 'openaiKeys.a.modelMapping', 'model names'),
+                ({'profiles': {'x': {'port': 1, 'openaiModelMapping': {'a*b': 'x'}}}},
+                 'profiles.x.openaiModelMapping', 'only at the end'),
                 ({'keys': {'a': {'token': ' '}}}, 'keys.a has no token'),
                 ({'keys': {'a': {'token': 'sk-ant- x'}}}, 'keys.a.token', 'copy it again'),
                 ({'keys': {'a': 'sk-ant-api03-x'}}, 'keys.a must be an object'),
@@ -453,7 +545,7 @@ class ConfigurationTest(unittest.TestCase):
 
 class ConfigurationEditsTest(unittest.TestCase):
     def add(self, config, token=None, label='', **options):
-        return cf.add_key(config, token or token_of('new'), label, 'now', **options)
+        return cf.add_key(config, cf.ANTHROPIC, token or token_of('new'), label, 'now', **options)
 
     def test_a_new_key_follows_the_others_in_every_profile(self):
         config, key = self.add(cf.parse_config(NODE_DOCUMENT), label='My New Key!')
@@ -505,11 +597,37 @@ class ConfigurationEditsTest(unittest.TestCase):
         for token, word in (('', 'empty'), ('sk-proj-x', '--base-url'), (token_of('a'), 'already, as key a'),
                             ('sk-ant-a b', 'copy it again')):
             with self.subTest(token=token), self.assertRaisesRegex(cf.ConfigError, word):
-                self.add(make_config('a'), token) if token else cf.add_key(make_config(), ' ', '', 'now')
+                self.add(make_config('a'), token) if token else cf.add_key(make_config(), cf.ANTHROPIC, ' ', '', 'now')
 
     def test_another_server_takes_any_token(self):
         config, key = self.add(make_config(), 'local-secret', base_url='http://localhost:8000')
         self.assertEqual(key.base_url, 'http://localhost:8000')
+
+    def test_the_first_openai_key_switches_the_fallback_on_and_later_ones_leave_it(self):
+        config, key = cf.add_key(make_config('a'), cf.OPENAI, openai_token_of('x'), 'Mine', 'now')
+        self.assertEqual((config.openai_model_fallback, key.ref), (True, 'openai:mine'))
+        self.assertEqual(config.document['openaiKeys']['mine']['type'], 'api_key')
+        self.assertEqual(config.profiles['default'].order, ('anthropic:a', 'openai:mine'))
+        off = cf.parse_config({**config.document, 'openaiModelFallback': False})
+        config, key = cf.add_key(off, cf.OPENAI, make_login(), 'chatgpt', 'now')
+        self.assertEqual((config.openai_model_fallback, config.document['openaiKeys']['chatgpt']['type']),
+                         (False, 'oauth_token'))
+
+    def test_a_new_claude_key_comes_before_the_openai_keys_at_the_end(self):
+        document = make_document('a', **with_openai('oa'))
+        for order, expected in ((['anthropic:a', 'openai:oa'], ('anthropic:a', 'anthropic:key', 'openai:oa')),
+                                (['openai:oa', 'anthropic:a'], ('openai:oa', 'anthropic:a', 'anthropic:key')),
+                                (['openai:oa'], ('openai:oa', 'anthropic:a', 'anthropic:key'))):
+            document['profiles']['default'] = {'port': 0, 'priorityOrder': order}
+            config, _ = self.add(cf.parse_config(document))
+            self.assertEqual(config.profiles['default'].order, expected)
+
+    def test_a_token_of_the_other_provider_is_refused(self):
+        with self.assertRaisesRegex(cf.ConfigError, 'add it with add-key'):
+            cf.add_key(make_config(), cf.OPENAI, token_of('a'), '', 'now')
+        with self.assertRaisesRegex(cf.ConfigError, 'add-openai-key'):
+            self.add(make_config(), openai_token_of('x'))
+        cf.add_key(make_config(), cf.OPENAI, 'none', 'ollama', 'now', 'http://localhost:11434/v1')
 
     def test_a_removed_key_leaves_every_order(self):
         config = cf.remove_key(cf.parse_config(NODE_DOCUMENT), 'work')
@@ -534,7 +652,7 @@ class ConfigurationEditsTest(unittest.TestCase):
 class PlanningTest(unittest.TestCase):
     def plan(self, config, models=(OPUS,), client=None):
         plan = cf.plan_attempts(config, config.profiles['default'], list(models), client)
-        return [(attempt.key.id, attempt.model) for attempt in plan]
+        return [(attempt.key.id, attempt.model) for attempt in plan.attempts]
 
     def test_names_map_exactly_then_by_the_longest_pattern_then_by_the_star(self):
         mapping = {'claude-opus-4-6': 'exact', 'claude-*': 'any-*', 'claude-opus-*': 'claude-sonnet-*', '*': 'star'}
@@ -567,9 +685,42 @@ class PlanningTest(unittest.TestCase):
                              (make_config(openaiKeys={'o': {'token': 'sk-x'}}), True)):
             self.assertEqual(cf.uses_clients_own(config, config.profiles['default']), uses)
 
-    def test_keys_of_a_provider_that_is_not_served_are_not_planned(self):
-        config = make_config('a', openaiKeys={'o': {'token': 'sk-x'}}, openaiModelFallback=True)
-        self.assertEqual(self.plan(config), [('a', OPUS)])
+    def openai_plan(self, *keys, models=(OPUS, SONNET), order=None, **changes):
+        """(attempts, last resort) of a configuration with OpenAI keys 'oa' and 'ob'."""
+        document = make_document(*keys, **with_openai('oa', 'ob', **changes))
+        if order:
+            document['profiles']['default'] = {'port': 0, 'priorityOrder': order}
+        config = cf.parse_config(document)
+        plan = cf.plan_attempts(config, config.profiles['default'], list(models), None)
+        return [[(a.key.id, a.model) for a in attempts] for attempts in plan]
+
+    def test_openai_keys_behind_the_claude_keys_are_the_last_resort(self):
+        self.assertEqual(self.openai_plan('a', 'b'), [
+            [('a', OPUS), ('b', OPUS), ('a', SONNET), ('b', SONNET)], [('oa', 'gpt-5.4'), ('ob', 'gpt-5.4')]])
+
+    def test_an_openai_key_before_a_claude_key_is_tried_at_its_place_for_the_requested_model(self):
+        order = ['anthropic:a', 'openai:oa', 'anthropic:b']
+        self.assertEqual(self.openai_plan('a', 'b', order=order), [
+            [('a', OPUS), ('oa', 'gpt-5.4'), ('b', OPUS), ('a', SONNET), ('b', SONNET)], [('ob', 'gpt-5.4')]])
+
+    def test_without_a_claude_key_the_openai_keys_are_what_there_is(self):
+        self.assertEqual(self.openai_plan(), [[('oa', 'gpt-5.4'), ('ob', 'gpt-5.4')], []])
+
+    def test_openai_keys_are_left_out_while_their_fallback_is_off(self):
+        self.assertEqual(self.openai_plan('a', models=(OPUS,), openaiModelFallback=False), [[('a', OPUS)], []])
+        config = make_config(openaiModelFallback=False, openaiKeys={'o': {'token': 'sk-x'}})
+        self.assertEqual(cf.plan_attempts(config, config.profiles['default'], [OPUS], None), cf.Plan([], []))
+
+    def test_a_keys_mapping_wins_over_the_profiles_and_that_over_the_general_one(self):
+        document = make_document(**with_openai('oa', openaiModelMapping={'claude-opus-*': 'general', '*': 'rest'}))
+        document['profiles']['default']['openaiModelMapping'] = {'claude-opus-*': 'profile', 'claude-haiku-*': 'small'}
+        document['openaiKeys']['oa']['modelMapping'] = {OPUS: 'key'}
+        config = cf.parse_config(document)
+        for model, mapped in ((OPUS, 'key'), ('claude-opus-4-6', 'profile'), ('claude-haiku-5', 'small'),
+                              (SONNET, 'rest'), ('gpt-5.4-mini', 'gpt-5.4-mini'), ('o3', 'o3')):
+            self.assertEqual(cf.map_to_openai(config, config.profiles['default'], config.keys['openai:oa'], model), mapped)
+        bare = make_config(**with_openai('oa', openaiModelMapping={}))
+        self.assertEqual(cf.map_to_openai(bare, bare.profiles['default'], bare.keys['openai:oa'], OPUS), OPUS)
 
 
 # ==============================================================================
@@ -614,6 +765,72 @@ class RequestBodiesTest(unittest.TestCase):
         data = json.dumps(messages_body(messages=body['messages'][1:2])).encode()
         self.assertIs(cf.drop_unsigned_thinking(data), data)
 
+    def test_thinking_of_an_openai_answer_never_goes_to_claude(self):
+        ours = [{'type': 'thinking', 'thinking': 'x', 'signature': 'cfo0:'},
+                {'type': 'thinking', 'thinking': '', 'signature': 'cfo1:gAAA'},
+                {'type': 'redacted_thinking', 'data': 'cfo1:gAAA'}]
+        theirs = [{'type': 'thinking', 'thinking': 'a', 'signature': 'sig'}, {'type': 'redacted_thinking', 'data': 'op'}]
+        for separators in ((',', ':'), (', ', ': ')):
+            for block in ours:
+                body = messages_body(messages=[{'role': 'assistant', 'content': [*theirs, block]}])
+                left = json.loads(cf.drop_unsigned_thinking(json.dumps(body, separators=separators).encode()))
+                self.assertEqual(left['messages'][0]['content'], theirs)
+        quoted = json.dumps(messages_body(messages=[{'role': 'assistant', 'content': [
+            *theirs, {'type': 'text', 'text': 'the mark "cfo1:gAAA" in a text'}]}])).encode()
+        self.assertIs(cf.drop_unsigned_thinking(quoted), quoted)
+
+    def test_each_complaint_of_an_openai_server_has_its_repair(self):
+        body = {'model': 'm', 'messages': [{'role': 'user', 'content': 'x', 'extra': 'n'}], 'max_completion_tokens': 128000,
+                'reasoning_effort': 'xhigh', 'temperature': 1, 'stop': ['x'], 'parallel_tool_calls': False,
+                'tools': [{'type': 'function', 'function': {'name': 't', 'description': 'd' * 2000, 'strict': True}}]}
+        gone = object()
+        for message, field, value in (
+                ("Unsupported parameter: 'stop' is not supported with this model.", 'stop', gone),
+                ("Unsupported value: 'temperature' does not support 0.5 with this model.", 'temperature', gone),
+                ('Unrecognized request argument supplied: reasoning_effort', 'reasoning_effort', gone),
+                ("Unknown parameter: 'parallel_tool_calls'.", 'parallel_tool_calls', gone),
+                ('body.stop: Extra inputs are not permitted', 'stop', gone),
+                ("property 'stop' is unsupported", 'stop', gone),
+                ('Failed to deserialize the JSON body: unknown field `stop`, expected one of `model`', 'stop', gone),
+                ("Unknown parameter: 'messages[0].extra'.", 'messages', [{'role': 'user', 'content': 'x'}]),
+                ("Unknown parameter: 'tools[0].function.strict'.", 'tools',
+                 [{'type': 'function', 'function': {'name': 't', 'description': 'd' * 2000}}]),
+                ("Unsupported value: 'reasoning_effort' does not support 'xhigh' with this model. Supported values are: "
+                 "'none', 'low', 'medium', and 'high'.", 'reasoning_effort', 'high'),
+                ("Unsupported value: 'reasoning_effort' does not support 'xhigh'. Supported values are: 'none'.",
+                 'reasoning_effort', gone),
+                ('max_tokens is too large: 128000. This model supports at most 32768 completion tokens, whereas you '
+                 'provided 128000.', 'max_completion_tokens', 32768),
+                ("This model's maximum context length is 8192 tokens. However, you requested 128100 tokens (100 in the "
+                 'messages, 128000 in the completion).', 'max_completion_tokens', 8092),
+                ("'max_tokens' is too large: 128000. This model's maximum context length is 8192 tokens and your request "
+                 'has 100 input tokens', 'max_completion_tokens', 8092),
+                ("Invalid 'tools[0].function.description': string too long. Expected a string with maximum length 1024, "
+                 'but got a string with length 2000 instead.', 'tools',
+                 [{'type': 'function', 'function': {'name': 't', 'description': 'd' * 1024, 'strict': True}}])):
+            with self.subTest(message=message):
+                repair = cf.find_openai_repair(message)
+                self.assertIsNotNone(repair)
+                edited = cf.edit_body(body, [repair], cf.OPENAI_REPAIRS)
+                self.assertEqual(edited.get(field, gone), value)
+                self.assertEqual({k: v for k, v in edited.items() if k != field}, {k: v for k, v in body.items() if k != field})
+
+    def test_a_server_that_knows_only_the_old_name_of_max_tokens_gets_it(self):
+        repair = cf.find_openai_repair('Unrecognized request argument supplied: max_completion_tokens')
+        self.assertEqual(cf.edit_body({'max_completion_tokens': 5}, [repair], cf.OPENAI_REPAIRS), {'max_tokens': 5})
+
+    def test_an_effort_of_the_responses_format_is_lowered_in_its_place(self):
+        repair = cf.find_openai_repair("'reasoning.effort' does not support 'max'. Supported values are: 'low', 'medium'.")
+        body = {'reasoning': {'effort': 'max', 'summary': 'auto'}}
+        self.assertEqual(cf.edit_body(body, [repair], cf.OPENAI_REPAIRS), {'reasoning': {'effort': 'medium', 'summary': 'auto'}})
+
+    def test_what_a_request_is_about_is_never_left_out(self):
+        for message in ("Unknown parameter: 'tools'.", "Unsupported parameter: 'messages[0].content'", 'unknown field `model`',
+                        "Unknown parameter: 'response_format'.", 'Something else went wrong', '',
+                        "This model's maximum context length is 8192 tokens. However, you requested 9100 tokens (9000 in "
+                        'the messages, 100 in the completion).'):
+            self.assertIsNone(cf.find_openai_repair(message), message)
+
     def test_each_complaint_has_its_repair(self):
         thinking = {'type': 'thinking', 'thinking': 'a', 'signature': 's'}
         body = messages_body(
@@ -624,6 +841,8 @@ class RequestBodiesTest(unittest.TestCase):
         for message, name, gone, changed in (
                 ('messages.1.content.0: Invalid `signature` in `thinking` block', 'signature',
                  '"thinking": "a"', {}),
+                ('messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found `tool_use`.',
+                 'missing_thinking', 'adaptive', {'context_management': {'edits': [{'type': 'other'}]}}),
                 ('thinking.type: adaptive is not supported by this model', 'thinking', 'adaptive',
                  {'context_management': {'edits': [{'type': 'other'}]}}),
                 ('This model does not support the effort parameter.', 'effort', '"effort"',
@@ -677,9 +896,9 @@ class RequestBodiesTest(unittest.TestCase):
 # Classification
 # ==============================================================================
 
-def answer(status, message='', type='', model=OPUS, path=cf.MESSAGES_PATH, is_fallback=False, **headers):
+def answer(status, message='', type='', model=OPUS, path=cf.MESSAGES_PATH, is_fallback=False, details=None, **headers):
     headers = {name.replace('_', '-'): str(value) for name, value in headers.items()}
-    return cf.Answer(status, headers, type, message, START, path, model, is_fallback)
+    return cf.Answer(status, headers, type, message, START, path, model, is_fallback, details or {})
 
 
 def unified(window, status, reset_in_s):
@@ -704,7 +923,8 @@ POLICY = (
     ('usage_limit', answer(400, 'You have reached your specified API usage limits.'), None),
     ('disabled', answer(400, 'This organization has been disabled.'), None),
     ('disabled', answer(403, 'OAuth authentication is currently not allowed for this organization.'), None),
-    ('bad_signature', answer(400, 'messages.1.content.0: Invalid `signature` in `thinking` block'), None),
+    ('bad_thinking', answer(400, 'messages.1.content.0: Invalid `signature` in `thinking` block'), None),
+    ('bad_thinking', answer(400, 'messages.1: a final `assistant` message must start with a thinking block'), None),
     ('unsupported_field', answer(400, 'thinking.type: adaptive is not supported', is_fallback=True), None),
     ('unsupported_field', answer(400, 'tags: Extra inputs are not permitted', is_fallback=True), None),
     ('auth_failed', answer(401, 'invalid x-api-key', 'authentication_error'), None),
@@ -738,17 +958,63 @@ POLICY = (
 )
 
 
+#: The same for OpenAI and its likenesses.
+OPENAI_POLICY = (
+    ('answered', answer(200), None), ('unreadable', answer(302), None),
+    ('unsupported_parameter', answer(400, "Unsupported parameter: 'stop' is not supported with this model."), None),
+    ('unsupported_parameter', answer(400, 'To use function tools, use /v1/responses or set reasoning_effort'), None),
+    ('context_too_long', answer(400, 'too many tokens', 'invalid_request_error context_length_exceeded'), None),
+    ('context_too_long', answer(400, "This model's maximum context length is 8192 tokens."), None),
+    ('context_too_long', answer(400, 'Your input exceeds the context window of this model.'), None),
+    ('model_refused', answer(404, 'The model `x` does not exist', 'invalid_request_error model_not_found'), None),
+    ('model_refused', answer(404, 'Not Found'), None), ('model_refused', answer(404, 'model "x" not found, try pulling'), None),
+    ('model_refused', answer(400, "The 'x' model is not supported when using Codex with a ChatGPT account."), None),
+    ('auth_failed', answer(401, 'Incorrect API key', 'invalid_request_error invalid_api_key'), None),
+    ('auth_failed', answer(403, 'Country not supported'), None), ('billing', answer(402, 'pay'), None),
+    ('out_of_quota', answer(429, 'You exceeded your current quota', 'insufficient_quota insufficient_quota'), None),
+    ('out_of_quota', answer(429, 'x', 'billing_hard_limit_reached'), None),
+    ('out_of_quota', answer(429, 'x', 'project_spend_limit_exceeded'), None),
+    ('plan_limit', answer(429, 'x', 'usage_limit_reached', details={'resets_in_seconds': 500}), 500),
+    ('plan_limit', answer(429, 'x', 'usage_limit_reached', details={'resets_at': int(START) + 60}), 60),
+    ('plan_limit', answer(429, 'x', 'usage_limit_reached'), None),
+    ('rate_limited', answer(429), None), ('rate_limited', answer(429, retry_after=20), 20),
+    ('rate_limited', answer(429, retry_after=20, retry_after_ms='1500'), 1.5),
+    ('rate_limited', answer(429, 'Please try again in 41.7s.', x_ratelimit_reset_requests='6ms',
+                            x_ratelimit_remaining_requests=9999), 41.7),
+    ('rate_limited', answer(429, x_ratelimit_remaining_tokens=0, x_ratelimit_reset_tokens='6m0s',
+                            x_ratelimit_remaining_requests=0, x_ratelimit_reset_requests='350ms'), 360),
+    ('rate_limited', answer(429, 'Please try again in 1m2.5s'), 62.5), ('rate_limited', answer(429, 'try again in 20ms'), .02),
+    ('overloaded', answer(503, 'x', 'server_is_overloaded'), None), ('overloaded', answer(529, 'Codex is at capacity'), None),
+    *(('server_error', answer(status), None) for status in (408, 500, 502, 503, 504, 529)),
+    ('relayed', answer(400, 'Invalid schema for function'), None), ('relayed', answer(422), None), ('relayed', answer(413), None),
+)
+
+
 class ClassificationTest(unittest.TestCase):
     def test_every_answer_means_what_its_row_says(self):
-        for name, given, seconds in POLICY:
-            with self.subTest(rule=name, answer=given):
-                outcome = cf.classify(given)
-                self.assertEqual(outcome.rule.name, name)
-                if name != 'usage_limit':
-                    self.assertEqual(outcome.hint_s, seconds)
+        for policy, rules in ((POLICY, cf.RULES), (OPENAI_POLICY, cf.OPENAI_RULES)):
+            for name, given, seconds in policy:
+                with self.subTest(rule=name, answer=given):
+                    outcome = cf.classify(given, rules)
+                    self.assertEqual(outcome.rule.name, name)
+                    if name != 'usage_limit':
+                        self.assertEqual(outcome.hint_s, seconds)
 
     def test_every_rule_has_a_case(self):
         self.assertEqual({rule.name for rule in cf.RULES}, {name for name, _, _ in POLICY})
+        self.assertEqual({rule.name for rule in cf.OPENAI_RULES}, {name for name, _, _ in OPENAI_POLICY})
+
+    def test_durations_are_read_as_openai_writes_them(self):
+        for text, seconds in (('6m0s', 360), ('350ms', 0.35), ('1h2m3.5s', 3723.5), ('2d', 172_800), ('20', 20), ('1.5', 1.5),
+                              ('', None), (None, None), ('soon', None), ('1.2.3', None), ('-5s', None)):
+            self.assertEqual(cf.parse_duration(text), seconds, text)
+
+    def test_an_error_inside_an_openai_stream_stands_for_a_status(self):
+        for error, status in (({'code': 'rate_limit_exceeded'}, 429), ({'type': 'usage_limit_reached'}, 429),
+                              ({'code': 'server_is_overloaded'}, 529), ({'message': 'Codex is at capacity'}, 529),
+                              ({'code': 'context_length_exceeded'}, 400), ({'code': 'image_too_large'}, 400),
+                              ({'code': 402}, 402), ({'code': 9999}, 500), ({'code': 'novel'}, 500), ({'code': ['x']}, 500), ({}, 500)):
+            self.assertEqual(cf.error_status(error), status, error)
 
     def test_a_usage_limit_ends_at_the_date_it_names(self):
         message = 'You have reached your specified API usage limits. You will regain access on 2023-11-20 at 00:00 UTC.'
@@ -773,13 +1039,18 @@ class ClassificationTest(unittest.TestCase):
     def test_an_error_body_in_any_shape_is_read(self):
         for body, told in ((json.dumps(api_error('x', 'y')), ('x', 'y')),
                            ('{"error":{"type":"x","details":{"error_code":"c"},"message":"y"}}', ('x c', 'y')),
-                           ('<html>bad\x1b gateway', ('', '<html>bad\ufffd gateway')), ('{"error":"text"}', ('', '{"error":"text"}')),
-                           ('{"error":{}}', ('', '')), ('', ('', ''))):
-            self.assertEqual(cf.read_error(body.encode()), told)
+                           ('<html>bad\x1b gateway', ('', '<html>bad\ufffd gateway')), ('{"error":"text"}', ('', 'text')),
+                           ('{"error":{}}', ('', '{"error":{}}')), ('', ('', '')), ('[]', ('', '[]')),
+                           ('{"error":{"type":"x","code":"c","message":"y"}}', ('x c', 'y')),
+                           ('{"error":{"code":429,"message":"y"}}', ('429', 'y')), ('{"detail":"no"}', ('', 'no')),
+                           ('{"detail":[{"loc":["body","n"],"msg":"Extra"}]}', ('', 'body.n: Extra')),
+                           ('{"object":"error","message":"y","type":"BadRequestError","code":400}', ('BadRequestError 400', 'y')),
+                           ('{"error":5}', ('', '{"error":5}')), ('{"error":{"message":{"a":1}}}', ('', "{'a': 1}"))):
+            self.assertEqual(cf.read_error(body.encode())[:2], told)
 
     def test_only_the_beginning_of_an_endless_message_is_searched(self):
         message = 'organization ' * 10_000 + 'not ' * 10_000
-        _, read = cf.read_error(json.dumps(api_error('x', message)).encode())
+        _, read, _ = cf.read_error(json.dumps(api_error('x', message)).encode())
         self.assertEqual(read, message[:cf.MAX_MESSAGE_CHARS])
         self.assertEqual(cf.classify(answer(403, read)).rule.name, 'forbidden')
 
@@ -800,7 +1071,7 @@ class EventStreamsTest(unittest.TestCase):
                 with self.subTest(newline=newline, size=size):
                     stream, passed = self.read(data, size)
                     self.assertEqual(b''.join(passed), data)
-                    self.assertEqual((stream.opened_by, stream.stopped, stream.stop_reason, stream.error),
+                    self.assertEqual((stream.opened_by, stream.stopped, stream.stop_reason, stream.failure),
                                      ('content_block_start', True, 'end_turn', None))
                     self.assertEqual(stream.usage, {'input_tokens': 10, 'output_tokens': 5})
 
@@ -823,9 +1094,9 @@ class EventStreamsTest(unittest.TestCase):
 
     def test_an_error_opens_it_only_when_it_comes_first(self):
         stream, _ = self.read(stream_bytes([*stream_events()[:2], OVERLOADED_EVENT]))
-        self.assertEqual((stream.opened_by, stream.error['type']), ('error', 'overloaded_error'))
+        self.assertEqual((stream.opened_by, stream.failure['type']), ('error', 'overloaded_error'))
         stream, _ = self.read(stream_bytes([*stream_events()[:3], OVERLOADED_EVENT]))
-        self.assertEqual((stream.opened_by, stream.error['type']), ('content_block_start', 'overloaded_error'))
+        self.assertEqual((stream.opened_by, stream.failure['type']), ('content_block_start', 'overloaded_error'))
 
     def test_comments_and_odd_events_pass_unread(self):
         data = b': comment\n\ndata: not json\n\nevent: x\ndata: [1]\n\n\n\n' + stream_bytes()
@@ -844,7 +1115,7 @@ class EventStreamsTest(unittest.TestCase):
         events = [{'type': 'message_start', 'message': 5}, {'type': 'message_delta', 'delta': 'x', 'usage': [1]},
                   {'type': 'error', 'error': 'text'}, {'type': ['x']}]
         stream, passed = self.read(stream_bytes(events[:3]))
-        self.assertEqual((b''.join(passed), stream.error), (stream_bytes(events[:3]), {}))
+        self.assertEqual((b''.join(passed), stream.failure), (stream_bytes(events[:3]), {}))
 
     def test_a_stop_reason_counts_without_usage(self):
         stream, _ = self.read(stream_bytes([*stream_events()[:-2], {'type': 'message_delta', 'delta': {'stop_reason': 'end_turn'}}]))
@@ -855,6 +1126,627 @@ class EventStreamsTest(unittest.TestCase):
         with mock.patch.object(cf, 'MAX_EVENT_BYTES', 100):
             self.assertEqual(stream.feed(b'data: ' + b'x' * 90), b'')
             self.assertEqual(len(stream.feed(b'x' * 90)), 186)
+
+
+# ==============================================================================
+# Request translation
+# ==============================================================================
+
+CHAT = cf.Target(cf.CHAT_COMPLETIONS, 'https://api.openai.com', 'gpt-5.4')
+LOCAL = cf.Target(cf.CHAT_COMPLETIONS, 'http://localhost:1/v1', 'llama')
+PLATFORM = cf.Target(cf.RESPONSES, 'https://api.openai.com', 'gpt-5.4')
+CODEX = cf.Target(cf.RESPONSES, 'https://chatgpt.com/backend-api/codex', 'gpt-5.4', is_codex=True)
+
+PNG = {'type': 'base64', 'media_type': 'image/png', 'data': 'iVBOR'}
+PDF = {'type': 'base64', 'media_type': 'application/pdf', 'data': 'JVBER'}
+WEATHER = {'name': 'get_weather', 'description': 'The weather', 'input_schema': {
+    'type': 'object', 'properties': {'city': {'type': 'string'}}, 'required': ['city']}}
+
+
+def tool_use(id, name='get_weather', **input):
+    return {'type': 'tool_use', 'id': id, 'name': name, 'input': input}
+
+
+def tool_result(id, content='ok', **fields):
+    return {'type': 'tool_result', 'tool_use_id': id, 'content': content, **fields}
+
+
+def translated(target, **changes):
+    """(the body for a target, what was left out) of a Messages request."""
+    conversation = cf.read_conversation(messages_body(**changes))
+    return cf.WIRES[target.wire].translate(conversation, target), list(conversation.notes.left_out)
+
+
+def chat_messages(*messages, target=CHAT, **changes):
+    """The translated messages of a conversation given as (role, content), ..."""
+    turns = [{'role': role, 'content': content} for role, content in messages]
+    return translated(target, messages=turns, **changes)[0]['messages']
+
+
+def responses_input(*messages, target=PLATFORM, **changes):
+    turns = [{'role': role, 'content': content} for role, content in messages]
+    return translated(target, messages=turns, **changes)[0]['input']
+
+
+class RequestTranslationTest(unittest.TestCase):
+    maxDiff = None
+
+    def test_a_plain_request_in_each_wire_format(self):
+        self.assertEqual(translated(CHAT, system='Be brief.', stream=True)[0], {
+            'model': 'gpt-5.4', 'messages': [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'hi'}],
+            'max_completion_tokens': 100, 'stream': True, 'stream_options': {'include_usage': True}})
+        said = {'type': 'message', 'role': 'user', 'content': [{'type': 'input_text', 'text': 'hi'}]}
+        self.assertEqual(translated(PLATFORM, system='Be brief.')[0], {
+            'model': 'gpt-5.4', 'instructions': 'Be brief.', 'input': [said], 'parallel_tool_calls': True, 'store': False,
+            'stream': True, 'max_output_tokens': 100, 'include': ['reasoning.encrypted_content']})
+        self.assertEqual(translated(CODEX)[0], {
+            'model': 'gpt-5.4', 'instructions': cf.DEFAULT_INSTRUCTIONS, 'input': [said], 'parallel_tool_calls': True,
+            'store': False, 'stream': True, 'include': ['reasoning.encrypted_content']})
+
+    def test_what_only_anthropic_knows_is_not_sent(self):
+        changes = {name: {'x': 1} for name in (
+            'context_management', 'container', 'speed', 'inference_geo', 'service_tier', 'betas', 'diagnostics', 'top_k',
+            'cache_control', 'fallbacks', 'safeguards', 'novelty')}
+        for target in (CHAT, PLATFORM, CODEX):
+            self.assertEqual(translated(target, **changes), translated(target))
+
+    def test_the_system_prompt_is_one_text_without_the_billing_line(self):
+        system = [{'type': 'text', 'text': 'x-anthropic-billing-header: cc_version=2.1;'}, {'type': 'text', 'text': ''},
+                  {'type': 'text', 'text': 'One.', 'cache_control': {'type': 'ephemeral'}}, {'type': 'text', 'text': 'Two.'}]
+        self.assertEqual(chat_messages(('user', 'x'), system=system)[0], {'role': 'system', 'content': 'One.\n\nTwo.'})
+        self.assertEqual(translated(CODEX, system=system)[0]['instructions'], 'One.\n\nTwo.')
+        self.assertEqual(chat_messages(('user', 'x'), system=system[:2])[0]['role'], 'user')
+
+    def test_user_blocks_become_parts_or_one_text(self):
+        image = {'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,iVBOR'}}
+        text = {'type': 'text', 'text': 'a'}
+        for blocks, content in (
+                ([text, {'type': 'text', 'text': ''}, {'type': 'text', 'text': 'b', 'cache_control': {}}], 'a\nb'),
+                ([text, {'type': 'image', 'source': PNG}], [text, image]),
+                ([{'type': 'image', 'source': {'type': 'url', 'url': 'https://x/y.png'}}],
+                 [{'type': 'image_url', 'image_url': {'url': 'https://x/y.png'}}]),
+                ([{'type': 'document', 'source': PDF, 'title': 'My.pdf'}],
+                 [{'type': 'file', 'file': {'filename': 'My.pdf', 'file_data': 'data:application/pdf;base64,JVBER'}}]),
+                ([{'type': 'document', 'source': {'type': 'text', 'data': 'words'}, 'title': 'T'}], 'T\nwords'),
+                ([{'type': 'document', 'source': {'type': 'content', 'content': [text, text]}}], 'a\na'),
+                ([{'type': 'document', 'source': {'type': 'url', 'url': 'https://x/y.pdf'}}],
+                 [{'type': 'text', 'text': '[document: https://x/y.pdf]'}]),
+                ([{'type': 'search_result', 'title': 'T', 'source': 'https://x', 'content': [text]}], 'T (https://x)\na')):
+            self.assertEqual(chat_messages(('user', blocks)), [{'role': 'user', 'content': content}])
+
+    def test_media_in_the_responses_format(self):
+        blocks = [{'type': 'image', 'source': PNG}, {'type': 'document', 'source': PDF},
+                  {'type': 'document', 'source': {'type': 'url', 'url': 'https://x/y.pdf'}}]
+        self.assertEqual(responses_input(('user', blocks))[0]['content'], [
+            {'type': 'input_image', 'image_url': 'data:image/png;base64,iVBOR', 'detail': 'auto'},
+            {'type': 'input_file', 'filename': 'document.pdf', 'file_data': 'data:application/pdf;base64,JVBER'},
+            {'type': 'input_file', 'file_url': 'https://x/y.pdf'}])
+
+    def test_what_cannot_be_carried_is_named_and_replaced_by_a_note(self):
+        for target, block, text, left_out in (
+                (LOCAL, {'type': 'document', 'source': PDF}, '[document omitted: document.pdf]', 'document'),
+                (CHAT, {'type': 'image', 'source': {'type': 'file', 'file_id': 'f1'}}, '[image omitted: f1]', 'image file'),
+                (CHAT, {'type': 'document', 'source': {'type': 'file', 'file_id': 'f1'}}, '[document omitted: f1]', 'document file'),
+                (CHAT, {'type': 'container_upload', 'file_id': 'f1'}, '[container_upload omitted]', 'container_upload block'),
+                (CHAT, {'type': 'novel'}, '[novel omitted]', 'novel block')):
+            body, told = translated(target, messages=[{'role': 'user', 'content': [block]}])
+            self.assertIn(text, json.dumps(body))
+            self.assertEqual(told, [left_out])
+
+    def test_neighbours_of_one_role_are_one_turn_and_empty_turns_none(self):
+        self.assertEqual(chat_messages(('user', 'a'), ('user', 'b'), ('assistant', []), ('user', [])),
+                         [{'role': 'user', 'content': 'a\nb'}])
+
+    def test_thinking_is_no_text_and_goes_back_only_to_its_own_provider(self):
+        thinking = [{'type': 'thinking', 'thinking': 'secret', 'signature': 'EqAnthropic'}, {'type': 'redacted_thinking', 'data': 'op'},
+                    {'type': 'thinking', 'thinking': 'mine', 'signature': 'cfo1:gAAA'}, {'type': 'text', 'text': 'yes'}]
+        turns = ('user', 'x'), ('assistant', thinking), ('user', 'y')
+        self.assertEqual(chat_messages(*turns)[1], {'role': 'assistant', 'content': 'yes'})
+        self.assertEqual(responses_input(*turns)[1:3], [
+            {'type': 'reasoning', 'summary': [], 'encrypted_content': 'gAAA'},
+            {'type': 'message', 'role': 'assistant', 'content': [{'type': 'output_text', 'text': 'yes'}]}])
+
+    def test_calls_and_results_meet_in_the_order_of_the_calls(self):
+        turns = (('user', 'go'),
+                 ('assistant', [tool_use('t1', city='Rome'), {'type': 'text', 'text': 'both'}, tool_use('t2')]),
+                 ('user', [{'type': 'text', 'text': 'and now'}, tool_result('t2', [{'type': 'text', 'text': 'r2'}], is_error=True),
+                           tool_result('t1', []), tool_result('t1', 'again')]))
+        self.assertEqual(chat_messages(*turns)[1:], [
+            {'role': 'assistant', 'content': 'both', 'tool_calls': [
+                {'id': 't1', 'type': 'function', 'function': {'name': 'get_weather', 'arguments': '{"city":"Rome"}'}},
+                {'id': 't2', 'type': 'function', 'function': {'name': 'get_weather', 'arguments': '{}'}}]},
+            {'role': 'tool', 'tool_call_id': 't1', 'content': '(no output)'},
+            {'role': 'tool', 'tool_call_id': 't2', 'content': '[tool error]\nr2'}, {'role': 'user', 'content': 'and now'}])
+        items = responses_input(*turns)
+        self.assertEqual([item['type'] for item in items],
+                         ['message', 'function_call', 'message', 'function_call', *2 * ['function_call_output'], 'message'])
+        self.assertEqual(items[1], {'type': 'function_call', 'name': 'get_weather', 'call_id': 't1', 'arguments': '{"city":"Rome"}'})
+        self.assertEqual(items[5], {'type': 'function_call_output', 'call_id': 't2', 'output': '[tool error]\nr2'})
+
+    def test_a_missing_result_is_made_up_and_one_without_a_call_becomes_text(self):
+        messages = chat_messages(('assistant', [tool_use('t1')]), ('user', [tool_result('gone', 'old')]))
+        self.assertEqual(messages[1:], [{'role': 'tool', 'tool_call_id': 't1', 'content': cf.NO_RESULT},
+                                        {'role': 'user', 'content': '[result of an earlier tool call gone]\nold'}])
+        self.assertEqual(chat_messages(('assistant', [tool_use('t1')]))[1]['content'], cf.NO_RESULT)
+        self.assertEqual(chat_messages(('user', [tool_result('t', 'x')]))[0]['role'], 'user')
+
+    def test_a_system_message_never_comes_between_a_call_and_its_result(self):
+        turns = (('user', 'x'), ('assistant', [tool_use('t1')]), ('system', 'note'), ('user', [tool_result('t1'), {'type': 'text', 'text': 'y'}]))
+        self.assertEqual([m['role'] for m in chat_messages(*turns)], ['user', 'assistant', 'tool', 'system', 'user'])
+        self.assertEqual(responses_input(*turns)[3], {'type': 'message', 'role': 'developer',
+                                                      'content': [{'type': 'input_text', 'text': 'note'}]})
+        codex = translated(CODEX, system='first', messages=[{'role': r, 'content': c} for r, c in turns])[0]
+        self.assertEqual(codex['instructions'], 'first\n\nnote')
+        self.assertNotIn('note', json.dumps(codex['input']))
+        self.assertEqual([m['role'] for m in chat_messages(('user', 'x'), ('system', ''))], ['user'])
+
+    def test_media_of_a_result_follow_the_tool_messages(self):
+        turns = (('assistant', [tool_use('t1'), tool_use('t2')]),
+                 ('user', [tool_result('t1', [{'type': 'text', 'text': 'r'}, {'type': 'image', 'source': PNG}]), tool_result('t2')]))
+        messages = chat_messages(*turns)
+        self.assertEqual([m['role'] for m in messages], ['assistant', 'tool', 'tool', 'user'])
+        self.assertEqual(messages[1]['content'], 'r\n[see attached media]')
+        self.assertEqual([part['type'] for part in messages[3]['content']], ['text', 'image_url'])
+        self.assertEqual([part['type'] for part in responses_input(*turns)[2]['output']], ['input_text', 'input_image'])
+
+    def test_loaded_tools_are_named_and_server_tools_leave_their_findings(self):
+        reference = [{'type': 'tool_reference', 'tool_name': name} for name in ('A', 'B')]
+        found = {'type': 'web_search_tool_result', 'tool_use_id': 's', 'content': [{'title': 'T', 'url': 'https://x', 'encrypted_content': 'z'}]}
+        self.assertEqual(chat_messages(('assistant', [tool_use('t')]), ('user', [tool_result('t', reference)]))[1]['content'],
+                         'Tool loaded: A, B')
+        asked = {'type': 'server_tool_use', 'id': 's', 'name': 'web_search', 'input': {}}
+        self.assertEqual(chat_messages(('assistant', [asked, found, {'type': 'text', 'text': 'so'}])),
+                         [{'role': 'assistant', 'content': 'T https://x\nso'}])
+
+    def test_long_or_odd_names_and_ids_are_shortened_alike_wherever_they_stand(self):
+        name, id = 'mcp__server__' + 'x' * 80, 'toolu:' + 'a' * 70
+        changes = {'tools': [{**WEATHER, 'name': name}], 'tool_choice': {'type': 'tool', 'name': name}, 'messages': [
+            {'role': 'assistant', 'content': [tool_use(id, name)]}, {'role': 'user', 'content': [tool_result(id)]}]}
+        for target, limit in ((CHAT, 40), (PLATFORM, 64)):
+            text = json.dumps(translated(target, **changes)[0])
+            short = re.search(r'mcp__server__x*_[0-9a-f]{8}"', text).group()[:-1]
+            self.assertEqual((len(short), text.count(short)), (64, 3))
+            ids = set(re.findall(r'toolu_a+_[0-9a-f]{16}', text))
+            self.assertEqual([len(found) for found in ids], [limit])
+        names = cf.read_conversation(messages_body(**changes)).names
+        self.assertEqual(names.original(short), name)
+        self.assertNotEqual(names.short(name), names.short(name + 'y'))
+
+    def test_tools_in_each_wire_format(self):
+        tools = [{**WEATHER, 'cache_control': {}, 'type': 'custom', 'defer_loading': True}, {'name': 'bare', 'input_schema': {'type': 'object'}}]
+        parameters = {'type': 'object', 'properties': {'city': {'type': 'string'}}, 'required': ['city']}
+        bare = {'name': 'bare', 'parameters': {'type': 'object', 'properties': {}}}
+        self.assertEqual(translated(CHAT, tools=tools)[0]['tools'], [
+            {'type': 'function', 'function': {'name': 'get_weather', 'description': 'The weather', 'parameters': parameters}},
+            {'type': 'function', 'function': bare}])
+        self.assertEqual(translated(CODEX, tools=tools)[0]['tools'], [
+            {'type': 'function', 'name': 'get_weather', 'description': 'The weather', 'parameters': parameters, 'strict': False},
+            {'type': 'function', **bare, 'strict': False}])
+
+    def test_tools_that_have_no_equivalent(self):
+        placeholder = {'name': 'DeferredToolPlaceholder', 'description': 'never', 'input_schema': {}, 'defer_loading': True}
+        search = {'type': 'web_search_20250305', 'name': 'web_search', 'max_uses': 8, 'allowed_domains': ['x.org']}
+        self.assertEqual(translated(CHAT, tools=[placeholder, search], tool_choice={'type': 'auto'}),
+                         (translated(CHAT)[0], ['tool web_search']))
+        sent = translated(CODEX, tools=[search], tool_choice={'type': 'tool', 'name': 'web_search'})[0]
+        self.assertEqual((sent['tools'], sent['tool_choice']), (
+            [{'type': 'web_search', 'filters': {'allowed_domains': ['x.org']}}], {'type': 'web_search'}))
+        body, told = translated(CHAT, tools=[WEATHER, {'type': 'computer_20250124', 'name': 'computer'}])
+        self.assertEqual((len(body['tools']), told), (1, ['tool computer_20250124']))
+        names = [t['function']['name'] for t in translated(CHAT, tools=[
+            {'type': 'bash_20250124', 'name': 'bash'}, {'type': 'text_editor_20250728', 'name': 'editor'}])[0]['tools']]
+        self.assertEqual(names, ['bash', 'editor'])
+        body, told = translated(CHAT, tools=[{**WEATHER, 'name': f't{n}'} for n in range(130)])
+        self.assertEqual((len(body['tools']), told), (128, ['tools beyond 128']))
+        self.assertEqual(translated(CHAT, tools=[], tool_choice={'type': 'auto', 'disable_parallel_tool_use': True}), translated(CHAT))
+
+    def test_every_tool_choice(self):
+        for choice, chat, responses in (
+                ({'type': 'auto'}, 'auto', 'auto'), ({'type': 'any'}, 'required', 'required'), ({'type': 'none'}, 'none', 'none'),
+                ({'type': 'tool', 'name': 'get_weather'}, {'type': 'function', 'function': {'name': 'get_weather'}},
+                 {'type': 'function', 'name': 'get_weather'}), (None, None, None)):
+            self.assertEqual(translated(CHAT, tools=[WEATHER], tool_choice=choice)[0].get('tool_choice'), chat)
+            self.assertEqual(translated(PLATFORM, tools=[WEATHER], tool_choice=choice)[0].get('tool_choice'), responses)
+        one = {'tools': [WEATHER], 'tool_choice': {'type': 'auto', 'disable_parallel_tool_use': True}}
+        for target in (CHAT, PLATFORM, CODEX):
+            self.assertIs(translated(target, **one)[0]['parallel_tool_calls'], False)
+            with self.assertRaisesRegex(cf.Untranslatable, "no tool 'nope'"):
+                translated(target, tools=[WEATHER], tool_choice={'type': 'tool', 'name': 'nope'})
+
+    def test_schemas_that_openai_refuses_are_mended_without_another_meaning(self):
+        for schema, cleaned in (
+                ({'type': 'object'}, {'type': 'object', 'properties': {}}), (None, {'type': 'object', 'properties': {}}),
+                ({'$schema': 'x', 'type': 'object', 'properties': {
+                    'format': {'type': 'string', 'format': 'uri'}, 'type': {'type': 'array'}, 'enum': {'enum': [{'type': 'array'}]},
+                    'o': {'type': 'object'}, 'free': {'type': 'object', 'additionalProperties': {'type': 'array'}}},
+                  '$defs': {'d': {'type': ['array', 'null']}}},
+                 {'type': 'object', 'properties': {
+                    'format': {'type': 'string'}, 'type': {'type': 'array', 'items': {}}, 'enum': {'enum': [{'type': 'array'}]},
+                    'o': {'type': 'object', 'properties': {}},
+                    'free': {'type': 'object', 'additionalProperties': {'type': 'array', 'items': {}}}},
+                  '$defs': {'d': {'type': ['array', 'null'], 'items': {}}}})):
+            notes = cf.Notes()
+            self.assertEqual(cf.clean_root_schema(schema, notes), cleaned)
+            self.assertEqual(notes.left_out, {})
+
+    def test_alternatives_at_the_top_of_a_schema_are_merged_and_told(self):
+        schema = {'anyOf': [{'properties': {'a': {'type': 'string'}}, 'required': ['a']}, {'$ref': '#/$defs/B'}],
+                  'allOf': [{'properties': {'c': {}}, 'required': ['c']}], '$defs': {'B': {'properties': {'b': {}}}}}
+        notes = cf.Notes()
+        merged = cf.clean_root_schema(schema, notes)
+        self.assertEqual((merged['type'], set(merged['properties']), merged['required']), ('object', {'a', 'b', 'c'}, ['c']))
+        self.assertNotIn('anyOf', merged)
+        self.assertEqual(len(notes.left_out), 1)
+
+    def test_a_structured_output_is_strict_only_where_its_schema_is(self):
+        strict = {'type': 'object', 'properties': {'t': {'type': 'string'}}, 'required': ['t'], 'additionalProperties': False}
+        for schema, is_strict in ((strict, True), ({**strict, 'required': []}, False), ({'type': 'object'}, False),
+                                  ({**strict, 'properties': {'t': {'type': 'object', 'properties': {}}}}, False)):
+            wanted = {'type': 'json_schema', 'schema': schema}
+            for changes in ({'output_config': {'format': wanted}}, {'output_format': wanted}):
+                told = {'name': 'answer', 'schema': schema, 'strict': is_strict}
+                self.assertEqual(translated(CHAT, **changes)[0]['response_format'], {'type': 'json_schema', 'json_schema': told})
+                self.assertEqual(translated(CODEX, **changes)[0]['text'], {'format': {'type': 'json_schema', **told}})
+
+    def test_the_effort_is_what_each_model_takes(self):
+        tools, high = {'tools': [WEATHER]}, {'output_config': {'effort': 'high'}}
+        for model, changes, effort in (
+                ('gpt-5.4', high, 'high'), ('gpt-5.4', {**high, **tools}, None), ('gpt-5.5', {**high, **tools}, 'none'),
+                ('gpt-5.5', tools, 'none'), ('gpt-5.6-mini', high, 'high'), ('gpt-5.10', tools, 'none'), ('gpt-5', {**high, **tools}, 'high'),
+                ('gpt-5-mini', {'output_config': {'effort': 'xhigh'}}, 'high'), ('o3', {'output_config': {'effort': 'max'}}, 'high'),
+                ('gpt-5.5', {'output_config': {'effort': 'max'}}, 'max'), ('gpt-5.2', {'output_config': {'effort': 'max'}}, 'xhigh'),
+                ('gpt-4.1', high, None), ('llama', high, None), ('openai/gpt-5', high, 'high'), ('gpt-5-chat-latest', high, None),
+                ('gpt-5', {'thinking': {'type': 'enabled', 'budget_tokens': 2048}}, 'low'),
+                ('gpt-5', {'thinking': {'type': 'enabled', 'budget_tokens': 10000}}, 'medium'),
+                ('gpt-5', {'thinking': {'type': 'enabled', 'budget_tokens': 31999}}, 'high'),
+                ('gpt-5', {'thinking': {'type': 'adaptive'}}, 'medium'), ('gpt-5', {'thinking': {'type': 'disabled'}, **high}, None),
+                ('gpt-5', {}, None), ('gpt-5', {'output_config': {'effort': 'novel'}}, None)):
+            with self.subTest(model=model, changes=changes):
+                body = translated(CHAT._replace(model=model), **changes)[0]
+                self.assertEqual(body.get('reasoning_effort'), effort)
+
+    def test_tools_and_reasoning_go_together_in_the_responses_format(self):
+        changes = {'tools': [WEATHER], 'output_config': {'effort': 'high'}}
+        for thinking, reasoning in (({'type': 'adaptive'}, {'effort': 'high', 'summary': 'auto'}),
+                                    ({'type': 'adaptive', 'display': 'omitted'}, {'effort': 'high'}), ({'type': 'disabled'}, None)):
+            for target in (PLATFORM, CODEX):
+                self.assertEqual(translated(target, thinking=thinking, **changes)[0].get('reasoning'), reasoning)
+
+    def test_sampling_stops_and_limits_are_what_each_model_takes(self):
+        given = {'temperature': 0.5, 'top_p': 0.9, 'stop_sequences': ['x'], 'max_tokens': 200_000}
+        sampling, stop = {'temperature': 0.5, 'top_p': 0.9}, {'stop': ['x']}
+        for model, changes, sent in (
+                ('o3', {}, {'max_completion_tokens': 100_000}), ('gpt-5', {}, {'max_completion_tokens': 128_000}),
+                ('gpt-5.4', {}, {**sampling, 'max_completion_tokens': 128_000}),
+                ('gpt-5.4', {'output_config': {'effort': 'low'}}, {'max_completion_tokens': 128_000, 'reasoning_effort': 'low'}),
+                ('gpt-5.5', {}, {**stop, 'max_completion_tokens': 128_000}), ('gpt-4.1', {}, {**sampling, **stop, 'max_completion_tokens': 32_768}),
+                ('gpt-4o-mini', {}, {**sampling, **stop, 'max_completion_tokens': 16_384}),
+                ('llama', {}, {**sampling, **stop, 'max_completion_tokens': 200_000})):
+            with self.subTest(model=model):
+                body = translated(CHAT._replace(model=model), **given, **changes)[0]
+                del body['messages'], body['model']
+                self.assertEqual(body, sent)
+        self.assertEqual(translated(CHAT, max_tokens=0)[0]['max_completion_tokens'], 1)
+        self.assertEqual(translated(PLATFORM, max_tokens=5)[0]['max_output_tokens'], 16)
+        self.assertNotIn('stop', translated(LOCAL, stop_sequences=list('abcde'))[0])
+
+    def test_the_user_is_told_to_openai_alone_and_only_as_a_hash(self):
+        claude_code = {'user_id': json.dumps({'device_id': 'd', 'session_id': '0000-4000'})}
+        for target in (CHAT._replace(is_openai=True), PLATFORM._replace(is_openai=True), CODEX):
+            body = translated(target, metadata=claude_code)[0]
+            self.assertEqual(body['prompt_cache_key'], '0000-4000')
+            self.assertNotIn('device_id', json.dumps(body))
+            self.assertEqual(len(translated(target, metadata={'user_id': 'me@example.org'})[0]['prompt_cache_key']), 64)
+        self.assertEqual(translated(LOCAL, metadata=claude_code), translated(LOCAL))
+
+    def test_a_request_without_anything_to_say_is_refused(self):
+        for messages in ([], None, 'x', [{'role': 'user', 'content': ''}], [{'role': 'system', 'content': 'x'}],
+                         [{'role': 'tool', 'content': 'x'}], [5]):
+            with self.assertRaisesRegex(cf.Untranslatable, 'messages'):
+                translated(CHAT, messages=messages)
+
+    def test_odd_shapes_break_nothing(self):
+        odd = [None, 5, 'x', [], {}, [[]], {'type': ['x']}, [{'type': {}}], True]
+        for name in ('system', 'tools', 'tool_choice', 'thinking', 'output_config', 'metadata', 'stop_sequences', 'mcp_servers',
+                     'max_tokens', 'temperature', 'output_format'):
+            for value in (*odd, [{'name': []}], [{'name': 'x', 'input_schema': {'properties': [], 'anyOf': 5, '$ref': {}}}]):
+                for target in (CHAT, PLATFORM, CODEX):
+                    with contextlib.suppress(cf.Untranslatable):
+                        translated(target, **{name: value})
+        for block in ('text', 'image', 'document', 'tool_use', 'tool_result', 'thinking', 'search_result', 'web_search_tool_result'):
+            for value in odd:
+                fields = {name: value for name in ('text', 'source', 'id', 'name', 'input', 'tool_use_id', 'content', 'signature', 'title')}
+                for role in ('user', 'assistant', 'system'):
+                    messages = [{'role': role, 'content': [{**fields, 'type': block}]}, {'role': 'user', 'content': 'x'}]
+                    for target in (CHAT, PLATFORM, CODEX, LOCAL):
+                        translated(target, messages=messages)
+
+    def test_tokens_are_estimated_from_text_tools_and_media_not_from_their_bytes(self):
+        text = cf.estimate_tokens(messages_body(messages=[{'role': 'user', 'content': 'word ' * 1000}]))
+        self.assertTrue(1250 <= text <= 1500, text)
+        wide = cf.estimate_tokens(messages_body(messages=[{'role': 'user', 'content': '\u4e16' * 1000}]))
+        self.assertTrue(1000 <= wide <= 1200, wide)
+        image = {'type': 'image', 'source': {**PNG, 'data': 'A' * 1_000_000}}
+        self.assertTrue(1600 <= cf.estimate_tokens({'messages': [{'role': 'user', 'content': [image]}]}) <= 1900)
+        document = {'type': 'document', 'source': {**PDF, 'data': 'A' * 131_072}}
+        self.assertTrue(4000 <= cf.estimate_tokens({'messages': [{'role': 'user', 'content': [document]}]}) <= 4500)
+        self.assertGreater(cf.estimate_tokens({'messages': [], 'tools': [WEATHER] * 10}), 200)
+
+
+# ==============================================================================
+# Response translation
+# ==============================================================================
+
+SEARCH = {'type': 'object', 'properties': {}}
+
+
+def answer_of(data, target=CHAT, size=None, **changes):
+    """The TranslatedStream that has read these bytes, and the events that it gave."""
+    conversation = cf.read_conversation(messages_body(tools=[WEATHER], **changes))
+    answer = cf.answer_stream(conversation, target, 'msg_1')
+    events = [event for piece in pieces(data, size or len(data)) for event in answer.read(piece)]
+    return answer, events + answer.read_end()
+
+
+def content_of(data, target=CHAT, **changes):
+    """(content, stop reason) of the message that a translated answer adds up to."""
+    answer, events = answer_of(data, target, **changes)
+    message = cf.message_from_events(events)
+    return message['content'], message['stop_reason']
+
+
+def text_block(text):
+    return {'type': 'text', 'text': text}
+
+
+def thinking_block(text, seal='cfo0:'):
+    return {'type': 'thinking', 'thinking': text, 'signature': seal}
+
+
+def item_done(index, item):
+    return {'type': 'response.output_item.done', 'output_index': index, 'item': item}
+
+
+def function_call(id, arguments='{}', name='get_weather'):
+    return {'type': 'function_call', 'call_id': id, 'name': name, 'arguments': arguments}
+
+
+SHOWN = {'thinking': {'type': 'adaptive'}}
+
+
+class ResponseTranslationTest(unittest.TestCase):
+    maxDiff = None
+
+    def test_events_are_cut_out_of_bytes_however_they_come(self):
+        data = (b': comment\n\ndata: {"a":1}\n\nevent: x\ndata:one\ndata: two\n\n\n\nid: 5\n\ndata: \xe4\xb8\x96\n\ndata: last')
+        for newline in (b'\n', b'\r\n', b'\r'):
+            for size in (1, 2, 3, 7, 1000):
+                parser = cf.SseParser()
+                found = [text for piece in pieces(data.replace(b'\n', newline), size) for text in parser.feed(piece)]
+                self.assertEqual(found + parser.end(), ['{"a":1}', 'one\ntwo', '\u4e16', 'last'])
+
+    def test_an_event_without_an_end_is_not_kept_for_ever(self):
+        parser = cf.SseParser()
+        with mock.patch.object(cf, 'MAX_BODY_BYTES', 1000), self.assertRaises(cf.UpstreamCut):
+            for _ in range(3):
+                parser.feed(b'x' * 600)
+
+    def test_the_events_of_a_text(self):
+        answer, events = answer_of(chat_stream({'content': 'hel'}, {'content': 'lo'}))
+        start = {'id': 'msg_1', 'type': 'message', 'role': 'assistant', 'model': OPUS, 'content': [], 'stop_reason': None,
+                 'stop_sequence': None, 'usage': cf.NO_USAGE}
+        delta = {'type': 'content_block_delta', 'index': 0}
+        self.assertEqual(events, [
+            {'type': 'message_start', 'message': start},
+            {'type': 'content_block_start', 'index': 0, 'content_block': {'type': 'text', 'text': ''}},
+            {**delta, 'delta': {'type': 'text_delta', 'text': 'hel'}}, {**delta, 'delta': {'type': 'text_delta', 'text': 'lo'}},
+            {'type': 'content_block_stop', 'index': 0},
+            {'type': 'message_delta', 'delta': {'stop_reason': 'end_turn', 'stop_sequence': None}, 'usage': USAGE},
+            {'type': 'message_stop'}])
+        self.assertEqual((answer.opened_by, answer.stopped, answer.failure), ('content_block_start', True, None))
+        self.assertEqual(answer.feed(b'data: {"choices":[{"delta":{"content":"more"}}]}\n\n'), b'')
+
+    def test_nothing_is_told_before_the_first_content(self):
+        answer, events = answer_of(chat_stream(finish=None, usage=None, is_done=False))
+        self.assertEqual((events, answer.opened_by, answer.stopped), ([], None, False))
+
+    def test_chat_streams_of_every_vendor(self):
+        call = tool_use('call_1', city='Rome')
+        header = call_delta(0, 'call_1', 'get_weather')
+        two = [tool_use('call_1', a=1), tool_use('call_2', a=2)]
+        for name, data, expected in (
+                ('text then tool', chat_stream({'content': 'a'}, header, call_delta(0, arguments='{"city":'), call_delta(0, arguments='"Rome"}'),
+                                               finish='tool_calls'), ([text_block('a'), call], 'tool_use')),
+                ('tool then text', chat_stream(header, call_delta(0, arguments='{"city":"Rome"}'), {'content': 'b'}, finish='tool_calls'),
+                 ([call, text_block('b')], 'tool_use')),
+                ('text among arguments', chat_stream(header, call_delta(0, arguments='{"city":'), {'content': 'b'},
+                                                     call_delta(0, arguments='"Rome"}')), ([call, text_block('b')], 'tool_use')),
+                ('interleaved', chat_stream(call_delta(0, 'call_1', 'get_weather'), call_delta(1, 'call_2', 'get_weather'),
+                                            call_delta(1, arguments='{"a"'), call_delta(0, arguments='{"a":1'), call_delta(1, arguments=':2}'),
+                                            call_delta(0, arguments='}')), (two, 'tool_use')),
+                ('one index for all', chat_stream(call_delta(0, 'call_1', 'get_weather', '{"a":1}'), call_delta(0, 'call_2', 'get_weather', '{"a":2}')),
+                 (two, 'tool_use')),
+                ('no index', chat_stream({'tool_calls': [{'id': 'call_1', 'function': {'name': 'get_weather', 'arguments': '{"a":1}'}}]},
+                                         {'tool_calls': [{'id': 'call_2', 'function': {'name': 'get_weather', 'arguments': {'a': 2}}}]}),
+                 (two, 'tool_use')),
+                ('header repeated', chat_stream(*(call_delta(0, 'call_1', 'get_weather', part) for part in ('{"city":', '"Rome"}'))),
+                 ([call], 'tool_use')),
+                ('arguments first', chat_stream(call_delta(0, arguments='{"city":'), call_delta(0, 'call_1', 'get_weather', '"Rome"}')),
+                 ([call], 'tool_use')),
+                ('older form', chat_stream({'function_call': {'name': 'get_weather', 'arguments': '{"city":'}},
+                                           {'function_call': {'arguments': '"Rome"}'}}, finish='function_call'),
+                 ([{**call, 'id': 'toolu_11'}], 'tool_use')),
+                ('no arguments', chat_stream(header, finish='tool_calls'), ([tool_use('call_1')], 'tool_use')),
+                ('no name', chat_stream(call_delta(0, 'call_1', arguments='{}'), {'content': 'a'}, finish='tool_calls'), ([text_block('a')], 'end_turn')),
+                ('odd id', chat_stream(call_delta(0, 'functions.x:0', 'get_weather', '{}')), ([tool_use('functions_x_0')], 'tool_use')),
+                ('no finish but done', chat_stream({'content': 'a'}, finish=None), ([text_block('a')], 'end_turn')),
+                ('finish but no done', chat_stream({'content': 'a'}, is_done=False), ([text_block('a')], 'end_turn')),
+                ('length', chat_stream({'content': 'a'}, finish='length'), ([text_block('a')], 'max_tokens')),
+                ('filter', chat_stream({'content': 'a'}, finish='content_filter'), ([text_block('a')], 'refusal')),
+                ('refusal', chat_stream({'refusal': 'I will'}, {'refusal': ' not'}), ([text_block('I will not')], 'refusal')),
+                ('tool_calls without one', chat_stream({'content': 'a'}, finish='tool_calls'), ([text_block('a')], 'end_turn')),
+                ('unknown finish', chat_stream({'content': 'a'}, finish='eos'), ([text_block('a')], 'end_turn')),
+                ('nothing', chat_stream(), ([], 'end_turn')),
+                ('parts', chat_stream({'content': [{'type': 'text', 'text': 'a'}, {'type': 'text', 'text': 'b'}]}), ([text_block('ab')], 'end_turn')),
+                ('content after the finish', chat_stream({'content': 'a'}) + b'data: {"choices":[{"delta":{"content":"b"}}]}\n\n',
+                 ([text_block('a')], 'end_turn')),
+                ('second choice', b'data: {"choices":[{"index":1,"delta":{"content":"b"}}]}\n\n' + chat_stream({'content': 'a'}),
+                 ([text_block('a')], 'end_turn'))):
+            with self.subTest(name):
+                self.assertEqual(content_of(data), expected)
+
+    def test_reasoning_is_shown_where_it_was_asked_for_and_is_never_text(self):
+        for field, value in (('reasoning_content', 'hm'), ('reasoning', 'hm'), ('reasoning_details', [{'type': 'reasoning.text', 'text': 'hm'}])):
+            data = chat_stream({field: value}, {'content': 'a'})
+            self.assertEqual(content_of(data, **SHOWN)[0], [thinking_block('hm'), text_block('a')])
+            for changes in ({}, {'thinking': {'type': 'disabled'}}, {'thinking': {'type': 'adaptive', 'display': 'omitted'}}):
+                self.assertEqual(content_of(data, **changes)[0], [text_block('a')])
+
+    def test_long_tool_names_come_back_whole(self):
+        name = 'mcp__' + 'x' * 80
+        data = chat_stream(call_delta(0, 'call_1', cf.ToolNames([]).short(name), '{}'))
+        conversation = cf.read_conversation(messages_body(tools=[{**WEATHER, 'name': name}]))
+        answer = cf.answer_stream(conversation, CHAT, 'msg_1')
+        self.assertEqual(cf.message_from_events(answer.read(data))['content'], [tool_use('call_1', name)])
+
+    def test_half_a_call_at_the_limit_is_told_as_such(self):
+        data = chat_stream(call_delta(0, 'call_1', 'get_weather', '{"city": "Ro'), finish='length')
+        answer, events = answer_of(data)
+        self.assertEqual([e['delta']['partial_json'] for e in events if e['type'] == 'content_block_delta'], ['{"city": "Ro'])
+        self.assertEqual(content_of(data), ([tool_use('call_1')], 'max_tokens'))
+
+    def test_a_stream_that_ends_early_has_no_end(self):
+        for data, target in ((chat_stream({'content': 'a'}, finish=None, is_done=False), CHAT),
+                             (chat_stream(call_delta(0, 'c', 'get_weather', '{"a"'), finish=None, is_done=False), CHAT),
+                             (responses_stream(text_delta('a')), PLATFORM)):
+            answer, events = answer_of(data, target)
+            self.assertEqual((answer.stopped, answer.failure), (False, None))
+            self.assertNotIn('message_delta', [event['type'] for event in events])
+
+    def test_an_error_inside_a_stream_is_its_end(self):
+        error = {'message': 'Rate limit reached', 'code': 'rate_limit_exceeded'}
+        chat = chat_stream({'content': 'a'}, finish=None, is_done=False)
+        for data, target in ((chat + f'data: {json.dumps({"error": error})}\n\ndata: [DONE]\n\n'.encode(), CHAT),
+                             (responses_stream(text_delta('a'), {'type': 'response.failed', 'response': {'error': error}}, completed()), PLATFORM),
+                             (responses_stream(text_delta('a'), {'type': 'error', **error}), PLATFORM),
+                             (responses_stream(text_delta('a'), {'type': 'response.error', 'error': error}), PLATFORM)):
+            answer, events = answer_of(data, target)
+            self.assertEqual(events[-1], {'type': 'error', 'error': {'type': 'rate_limit_error', 'message': 'Rate limit reached'}})
+            self.assertEqual((answer.failure['code'], answer.stopped), ('rate_limit_exceeded', False))
+        self.assertEqual(answer_of(b'data: {"error":"text"}\n\n')[1][-1]['error'], {'type': 'api_error', 'message': 'text'})
+
+    def test_the_latest_usage_counts_wherever_it_stands(self):
+        every = b''.join(b'data: %b\n\n' % json.dumps(chat_chunk({'content': 'a'}, usage=usage)).encode()
+                         for usage in (None, {'prompt_tokens': 1, 'completion_tokens': 1}, CHAT_USAGE))
+        for data, usage in ((every + b'data: [DONE]\n\n', USAGE), (chat_stream(usage=None), {**cf.NO_USAGE}),
+                            (b'data: %b\n\ndata: [DONE]\n\n' % json.dumps(chat_chunk({}, 'stop', usage=CHAT_USAGE)).encode(), USAGE)):
+            self.assertEqual(answer_of(data)[1][-2]['usage'], usage)
+
+    def test_responses_streams(self):
+        added = {'type': 'response.output_item.added', 'output_index': 1, 'item': function_call('call_1', '')}
+        arguments = [{'type': 'response.function_call_arguments.delta', 'output_index': 1, 'delta': part} for part in ('{"city":', '"Rome"}')]
+        whole = {'type': 'response.function_call_arguments.done', 'output_index': 1, 'arguments': '{"city":"Rome"}'}
+        rome = function_call('call_1', '{"city":"Rome"}')
+        call, said = tool_use('call_1', city='Rome'), {'type': 'message', 'content': [{'type': 'output_text', 'text': 'a'}]}
+        for name, events, expected in (
+                ('text', [text_delta('a'), completed()], ([text_block('a')], 'end_turn')),
+                ('text and call', [text_delta('a'), added, *arguments, whole, item_done(1, rome), completed()], ([text_block('a'), call], 'tool_use')),
+                ('half in deltas', [added, arguments[0], whole, completed()], ([call], 'tool_use')),
+                ('only done', [item_done(0, said), item_done(1, rome), completed()], ([text_block('a'), call], 'tool_use')),
+                ('only the end', [completed(said, rome)], ([text_block('a'), call], 'tool_use')),
+                ('said twice', [text_delta('a'), item_done(0, said), added, *arguments, item_done(1, rome), item_done(1, rome), completed(said, rome)],
+                 ([text_block('a'), call], 'tool_use')),
+                ('interleaved', [added, {**added, 'output_index': 2, 'item': function_call('call_2', '')}, {**arguments[0], 'output_index': 2},
+                                 *arguments, {**arguments[1], 'output_index': 2}, item_done(2, function_call('call_2', '{"city":"Rome"}')),
+                                 item_done(1, rome), completed()], ([call, {**call, 'id': 'call_2'}], 'tool_use')),
+                ('refusal', [{'type': 'response.refusal.delta', 'output_index': 0, 'delta': 'no'}, completed()], ([text_block('no')], 'refusal')),
+                ('refusal at the end', [completed({'type': 'message', 'content': [{'type': 'refusal', 'refusal': 'no'}]})],
+                 ([text_block('no')], 'refusal')),
+                ('too long', [text_delta('a'), {'type': 'response.incomplete', 'response': {'incomplete_details': {'reason': 'max_output_tokens'}}}],
+                 ([text_block('a')], 'max_tokens')),
+                ('filtered', [text_delta('a'), {'type': 'response.incomplete', 'response': {'incomplete_details': {'reason': 'content_filter'}}}],
+                 ([text_block('a')], 'refusal')),
+                ('unknown events', [{'type': 'keepalive'}, {'type': 'codex.rate_limits', 'rate_limits': {'limit_reached': False}}, text_delta('a'),
+                                    {'type': 'response.web_search_call.completed', 'output_index': 3}, completed()], ([text_block('a')], 'end_turn'))):
+            with self.subTest(name):
+                self.assertEqual(content_of(responses_stream(*events), PLATFORM), expected)
+        self.assertEqual(answer_of(responses_stream(text_delta('a'), completed()), PLATFORM)[1][-2]['usage'], USAGE)
+
+    def test_reasoning_items_are_one_block_each_sealed_with_what_may_go_back(self):
+        part = {'type': 'response.reasoning_summary_part.added', 'output_index': 0}
+        summary = {'type': 'response.reasoning_summary_text.delta', 'output_index': 0}
+        item = {'type': 'reasoning', 'summary': [{'type': 'summary_text', 'text': 'one'}, {'type': 'summary_text', 'text': 'two'}],
+                'encrypted_content': 'gAAA'}
+        parts = [part, {**summary, 'delta': 'on'}, {**summary, 'delta': 'e'}, part, {**summary, 'delta': 'two'}]
+        sealed = thinking_block('one\n\ntwo', 'cfo1:gAAA')
+        for events in ([*parts, item_done(0, item)], [item_done(0, item)]):
+            data = responses_stream(*events, text_delta('a', 1), completed())
+            self.assertEqual(content_of(data, CODEX, **SHOWN)[0], [sealed, text_block('a')])
+            omitted = {'thinking': {'type': 'adaptive', 'display': 'omitted'}}
+            self.assertEqual(content_of(data, CODEX, **omitted)[0], [thinking_block('', 'cfo1:gAAA'), text_block('a')])
+            self.assertEqual(content_of(data, CODEX)[0], [text_block('a')])
+        early = responses_stream({'type': 'response.output_item.added', 'output_index': 0, 'item': {**item, 'encrypted_content': 'early'}},
+                                 item_done(0, {**item, 'encrypted_content': None}), text_delta('a', 1), completed())
+        self.assertEqual(content_of(early, CODEX, **SHOWN)[0][0]['signature'], 'cfo0:')
+
+    def test_a_limit_that_codex_tells_is_an_error(self):
+        answer, _ = answer_of(responses_stream({'type': 'codex.rate_limits', 'rate_limits': {
+            'limit_reached': True, 'primary': {'reset_after_seconds': 60}}}), CODEX)
+        self.assertEqual((answer.failure['code'], answer.failure['resets_in_seconds']), ('usage_limit_reached', 60))
+
+    def test_plain_answers_are_read_by_the_same_rules(self):
+        call = {'id': 'call_1', 'function': {'name': 'get_weather', 'arguments': ''}}
+        message = {'content': [{'type': 'text', 'text': 'a'}], 'reasoning_content': 'hm', 'tool_calls': [call, {**call, 'id': 'call_2'}]}
+        whole = {'choices': [{'message': message, 'finish_reason': 'tool_calls'}], 'usage': CHAT_USAGE}
+        response = {'object': 'response', **completed(
+            {'type': 'reasoning', 'summary': [{'text': 'hm'}]}, {'type': 'message', 'content': [{'type': 'output_text', 'text': 'a'}]},
+            function_call('call_1', ''), function_call('call_2', 'broken {'))['response']}
+        for target, body in ((CHAT, whole), (PLATFORM, response)):
+            conversation = cf.read_conversation(messages_body(**SHOWN))
+            answer = cf.answer_stream(conversation, target, 'msg_1')
+            message = cf.message_from_events(answer.read_whole(json.dumps(body).encode()))
+            self.assertEqual(message, {
+                'id': 'msg_1', 'type': 'message', 'role': 'assistant', 'model': OPUS, 'stop_reason': 'tool_use', 'stop_sequence': None,
+                'usage': USAGE, 'content': [thinking_block('hm'), text_block('a'), tool_use('call_1'), tool_use('call_2')]})
+        for target, data in ((CHAT, b'<html>'), (CHAT, b'{"choices":[]}'), (CHAT, b'{}'), (PLATFORM, b'{}'), (PLATFORM, b'[]')):
+            answer = cf.answer_stream(cf.read_conversation(messages_body()), target, 'msg_1')
+            with self.assertRaises(ValueError):
+                answer.read_whole(data)
+
+    def test_stop_sequences_that_a_model_does_not_take_are_watched_for_here(self):
+        for size in (1, 2, 5):
+            for text, stops, content, stop in (
+                    ('one STOP two', ['STOP'], 'one ', 'STOP'), ('one STO two', ['STOP'], 'one STO two', None),
+                    ('ab', ['b', 'ab'], '', 'ab'), ('xxSTSTOPyy', ['STOP'], 'xxST', 'STOP'), ('ends STO', ['STOP'], 'ends STO', None)):
+                data = chat_stream(*({'content': part} for part in pieces(text, size)))
+                answer, events = answer_of(data, stop_sequences=stops)
+                message = cf.message_from_events(events)
+                self.assertEqual(''.join(block['text'] for block in message['content']), content)
+                self.assertEqual((message['stop_reason'], message['stop_sequence']),
+                                 ('stop_sequence', stop) if stop else ('end_turn', None))
+        watched = {target.model: cf.stops_to_watch(cf.read_conversation(messages_body(stop_sequences=['x'])), target)
+                   for target in (CHAT, LOCAL)}
+        self.assertEqual(watched, {'gpt-5.4': ('x',), 'llama': ()})
+
+    def test_odd_chunks_and_events_break_nothing(self):
+        odd = [None, 5, 'x', [], {}, [[]], {'a': 1}, [{}], True, ['x'], -1]
+        for value in odd:
+            for field in ('choices', 'usage', 'error', 'delta', 'finish_reason', 'index', 'tool_calls', 'function', 'id', 'name', 'arguments',
+                          'content', 'refusal', 'function_call', 'reasoning_content', 'reasoning_details'):
+                call = {'index': 0, 'id': 'c', 'function': {'name': 'n', 'arguments': '{}', field: value}, field: value}
+                chunk = {'choices': [{'index': 0, 'delta': {'tool_calls': [call], field: value}, field: value}], field: value}
+                answer_of(f'data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n'.encode(), **SHOWN)
+                with contextlib.suppress(ValueError):
+                    cf.answer_stream(cf.read_conversation(messages_body()), CHAT, 'msg_1').read_whole(
+                        json.dumps({**chunk, 'choices': [{'message': {'tool_calls': [call], field: value}, field: value}]}).encode())
+            for type in (*cf.RESPONSES_EVENTS, None, [], {}):
+                for item in ('reasoning', 'function_call', 'message', value):
+                    fields = {name: value for name in ('output_index', 'item_id', 'delta', 'arguments', 'call_id', 'name', 'error', 'text',
+                                                       'summary', 'encrypted_content', 'content', 'code', 'message', 'rate_limits')}
+                    event = {**fields, 'type': type, 'item': {**fields, 'type': item},
+                             'response': {'output': [{**fields, 'type': item}, value], 'usage': value, 'incomplete_details': value, 'error': value}}
+                    answer_of(f'data: {json.dumps(event)}\n\n'.encode(), CODEX, **SHOWN)
+        answer_of(b'data: [1]\n\ndata: nonsense\n\ndata: \xff\n\n')
 
 
 # ==============================================================================
@@ -1077,14 +1969,15 @@ class JournalTest(ScratchTest):
 
     def test_finished_requests_are_counted(self):
         metrics = cf.Metrics()
-        attempts = [{'key': 'a', 'status': 429}, {'key': 'b', 'status': 200}]
-        for record in ({'outcome': 'answered', 'key': 'b', 'attempts': attempts, 'input_tokens': 7,
+        attempts = [{'key': id, 'provider': 'anthropic', 'status': status} for id, status in (('a', 429), ('b', 200))]
+        for record in ({'outcome': 'answered', 'key': 'b', 'provider': 'anthropic', 'attempts': attempts, 'input_tokens': 7,
                         'fallback': 'x -> y', 'queued_ms': 5}, {'outcome': 'failed', 'attempts': []}):
             metrics.finished(record)
         counts, recent = metrics.snapshot()
         self.assertEqual(counts, {
             'requests': 2, 'answered': 1, 'failed': 1, 'refused': 0, 'client_gone': 0, 'rotations': 1,
-            'fallbacks': 1, 'queued': 1, 'input_tokens': 7, 'output_tokens': 0, 'by_key': {'b': 1}})
+            'fallbacks': 1, 'queued': 1, 'input_tokens': 7, 'output_tokens': 0,
+            'by_key': {'anthropic:b': 1}})
         self.assertEqual(recent[0]['outcome'], 'failed')
 
 
@@ -1101,7 +1994,7 @@ class ConfigStoreTest(ScratchTest):
         return store
 
     def add(self, config, id='new'):
-        return cf.add_key(config, token_of(id), id, 'now')[0]
+        return cf.add_key(config, cf.ANTHROPIC, token_of(id), id, 'now')[0]
 
     def touch(self, document):
         """Writes the file with a time of its own, as an edit a moment later would."""
@@ -1581,6 +2474,69 @@ class UpstreamTest(SocketTest):
         response = cf.UpstreamResponse(sock, self.exchange)
         response.read_head(method)
         return response
+
+    def test_each_openai_token_has_its_target(self):
+        config = make_config('a', **with_openai('oa', 'ob', 'oc', openaiApi='responses'))
+        document = config.document
+        document['openaiKeys']['ob'].update(baseUrl='http://localhost:1/v1', api='chat_completions')
+        config = cf.parse_config(document)
+        for ref, token, target in (
+                ('anthropic:a', 'sk-ant-x', cf.Target('messages', 'https://api.anthropic.com', 'm')),
+                ('openai:oa', 'sk-x', cf.Target('responses', 'https://api.openai.com', 'm', is_openai=True)),
+                ('openai:ob', 'sk-x', cf.Target('chat_completions', 'http://localhost:1/v1', 'm')),
+                ('openai:ob', make_login(), cf.Target('chat_completions', 'http://localhost:1/v1', 'm')),
+                ('openai:oc', make_login(), cf.Target('responses', 'https://chatgpt.com/backend-api/codex', 'm', is_codex=True))):
+            self.assertEqual(cf.find_target(config, config.keys[ref], token, 'm'), target)
+
+    def test_a_base_url_keeps_its_path_and_query(self):
+        for base_url, path in (
+                ('https://api.openai.com', '/v1/chat/completions'), ('https://api.openai.com/', '/v1/chat/completions'),
+                ('https://api.openai.com/v1', '/v1/chat/completions'), ('https://x/openai/v1/', '/openai/v1/chat/completions'),
+                ('https://x/deployments/d?api-version=1', '/deployments/d/chat/completions?api-version=1')):
+            self.assertEqual(cf.openai_path(cf.Target(cf.CHAT_COMPLETIONS, base_url)), path)
+        self.assertEqual(cf.openai_path(CODEX), '/backend-api/codex/responses')
+
+    def test_openai_gets_its_own_header_fields_alone(self):
+        wanted = cf.build_openai_request(CHAT, 'sk-proj-x', {'stream': True, 'text': '\u4e16'}, 'session')
+        head = dict(line.split(': ', 1) for line in wanted.head.decode().split('\r\n')[1:-2])
+        self.assertEqual(head, {
+            'host': 'api.openai.com', 'authorization': 'Bearer sk-proj-x', 'content-type': 'application/json',
+            'content-length': str(len(wanted.body)), 'accept': 'text/event-stream', 'accept-encoding': 'identity',
+            'user-agent': f'claude-failover/{cf.VERSION}'})
+        head = cf.build_openai_request(CODEX, make_login(), {}, 'session').head.decode()
+        for line in ('chatgpt-account-id: acc-1', 'openai-beta: responses=experimental', 'originator: claude-failover', 'session_id: session'):
+            self.assertIn(f'\r\n{line}\r\n', head)
+
+    def test_a_login_says_when_it_is_over_and_what_to_do(self):
+        key = cf.Key('openai:l', 'l', cf.OPENAI, make_login(), 'l')
+        self.assertEqual(cf.usable_token(key, START), key.token)
+        for token, words in ((make_login(exp=START - 7200), 'expired 2 h ago: .*codex login.*add-openai-key file:~/.codex/auth.json'),
+                             (make_login(**{'https://api.openai.com/auth': {}}), 'names no account'),
+                             (make_login(**{'https://api.openai.com/auth': {'chatgpt_account_id': 'a\r\nx-evil: 1'}}), 'names no account'),
+                             ('eyJx.e30.c', 'names no account'), ('eyJx.!.c', 'names no account')):
+            with self.assertRaisesRegex(cf.TokenUnavailable, words) as caught:
+                cf.usable_token(key._replace(token=token), START)
+            self.assertNotIn(token, str(caught.exception))
+        local = key._replace(base_url='http://localhost:1', token=make_login(exp=1))
+        self.assertEqual(cf.usable_token(local, START), local.token)       # that server's own business
+        os.environ['LOGIN'] = make_login(exp=1)
+        with self.assertRaisesRegex(cf.TokenUnavailable, 'codex login') as caught:
+            cf.usable_token(key._replace(token='env:LOGIN'), START)
+        self.assertNotIn('auth.json', str(caught.exception))
+
+    def test_waiting_for_more_of_a_body_does_not_read_it(self):
+        near, far = socket.socketpair()
+        self.addCleanup(near.close)
+        with far:
+            far.sendall(b'HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n')
+            response = cf.UpstreamResponse(near, self.exchange)
+            response.read_head('POST')
+            self.assertFalse(response.wait(0))
+            far.sendall(b'a')
+            self.assertTrue(response.wait(PATIENCE_S))
+            self.assertEqual(response.read(), b'a')
+            far.sendall(b'b')
+            self.assertEqual((response.read(), response.wait(0)), (b'b', True))
 
     def test_answers_may_arrive_in_any_pieces(self):
         for data, body in (
@@ -2536,6 +3492,233 @@ class FailoverTest(unittest.TestCase):
         self.assertEqual(answered.status, 502)
         self.assertNotIn('Secret', answered.error['message'] + json.dumps(self.record()) + repr(self.log.mock_calls))
 
+    def openai_one(self, script, keys='a', openai=('oa',), body=None, **changes):
+        """One request over Claude keys and OpenAI keys; (Answered, [(key id, model), ...])."""
+        changes.setdefault('queueWaitMs', 0)
+        changes.setdefault('modelFallback', {})
+        config = make_config(*keys, **with_openai(*openai, **changes))
+        answered = self.serve(self.failover(FakeUpstream(**script), config), body)
+        return answered, self.upstream.seen
+
+    def test_openai_answers_when_claude_is_exhausted_and_the_client_sees_claude(self):
+        answered, seen = self.openai_one({'a': RATE_LIMITED, 'oa': Play(body=CHAT_HELLO)})
+        self.assertEqual(seen, [('a', OPUS), ('oa', 'gpt-5.4')])
+        self.assertEqual({k: v for k, v in answered.json.items() if k != 'id'}, {
+            'type': 'message', 'role': 'assistant', 'model': OPUS, 'content': [{'type': 'text', 'text': 'hello'}],
+            'stop_reason': 'end_turn', 'stop_sequence': None, 'usage': USAGE})
+        self.assertRegex(answered.json['id'], r'^msg_[0-9a-f]{24}$')
+        fields = {name: answered.headers[name] for name in answered.headers if name.startswith('x-proxy-')}
+        self.assertEqual(fields, {'x-proxy-key': 'oa', 'x-proxy-provider': 'openai', 'x-proxy-model': 'gpt-5.4',
+                                  'x-proxy-fallback': f'{OPUS} -> gpt-5.4', 'x-proxy-attempts': 'a=429,oa=200'})
+        record = self.record()
+        self.assertEqual((record['provider'], record['upstream_model'], record['output_tokens'], record['status']),
+                         ('openai', 'gpt-5.4', 7, 200))
+
+    def test_nothing_of_openais_answer_but_its_meaning_reaches_the_client(self):
+        fields = {'openai-organization': 'org', 'set-cookie': 'x=1', 'x-request-id': 'req_theirs', 'content-type': 'application/json'}
+        for body, play in ((messages_body(), Play(200, fields, CHAT_HELLO)), (messages_body(stream=True), Play(stream=chat_stream({'content': 'a'}))),
+                           (messages_body(), openai_refusal(400, 'x', set_cookie='x=1', openai_organization='org'))):
+            answered, _ = self.openai_one({'oa': play}, keys='', body=body)
+            names = {name for name in answered.headers if not name.startswith('x-proxy-')}
+            self.assertLessEqual(names, {'content-type', 'content-length', 'request-id', 'transfer-encoding', 'cache-control'})
+            self.assertRegex(answered.headers['request-id'], '^req_proxy_')
+
+    def test_nothing_of_the_clients_credentials_reaches_openai(self):
+        fields = [('x-api-key', 'mine'), ('authorization', 'Bearer mine'), ('anthropic-beta', 'b'), ('anthropic-version', 'v'), ('x-app', 'cli')]
+        self.serve(self.failover(FakeUpstream(oa=Play(body=CHAT_HELLO)), make_config(**with_openai('oa'))), fields=fields)
+        head = self.upstream.sent[0].head.decode().lower()
+        for word in ('mine', 'anthropic', 'x-app', 'x-api-key'):
+            self.assertNotIn(word, head)
+
+    def test_a_stream_of_openais_comes_as_claudes_event_by_event(self):
+        data = chat_stream({'content': 'hel'}, {'content': 'lo'})
+        for stream in (data, pieces(data, 7), [data[:-20], SILENCE, SILENCE, data[-20:]]):
+            answered, _ = self.openai_one({'a': RATE_LIMITED, 'oa': Play(stream=stream)}, body=messages_body(stream=True))
+            events = [event for event in answered.events if event['type'] != 'ping']
+            self.assertEqual([event['type'] for event in events], [
+                'message_start', 'content_block_start', 'content_block_delta', 'content_block_delta', 'content_block_stop',
+                'message_delta', 'message_stop'])
+            self.assertEqual((events[0]['message']['model'], events[-2]['usage'], answered.is_complete), (OPUS, USAGE, True))
+            self.assertEqual(self.record()['input_tokens'], 10)
+
+    def test_a_model_that_thinks_in_silence_is_covered_by_pings(self):
+        stream = [chat_stream(finish=None, usage=None, is_done=False), SILENCE, SILENCE, chat_stream({'content': 'a'})]
+        answered, _ = self.openai_one({'oa': Play(stream=stream)}, keys='', body=messages_body(stream=True))
+        self.assertEqual([event['type'] for event in answered.events][:3], ['ping', 'ping', 'message_start'])
+        answered, _ = self.openai_one({'oa': Play(stream=[SILENCE, chat_stream({'content': 'a'})])}, keys='')
+        self.assertEqual(answered.json['content'][0]['text'], 'a')        # a plain request just waits
+        stream = [SILENCE, f'data: {json.dumps({"error": {"code": "server_error", "message": "no"}})}\n\n'.encode()]
+        answered, _ = self.openai_one({'oa': Play(stream=stream)}, keys='', body=messages_body(stream=True))
+        self.assertEqual((answered.status, answered.events[-1]['error']['type']), (200, 'api_error'))
+
+    def test_a_json_answer_to_a_streamed_request_and_a_stream_to_a_plain_one_are_understood(self):
+        answered, _ = self.openai_one({'oa': Play(body=CHAT_HELLO)}, keys='', body=messages_body(stream=True))
+        self.assertEqual((answered.events[0]['type'], answered.events[-1]['type']), ('message_start', 'message_stop'))
+        answered, _ = self.openai_one({'oa': Play(stream=chat_stream({'content': 'a'}))}, keys='')
+        self.assertEqual(answered.json['content'], [{'type': 'text', 'text': 'a'}])
+
+    def test_a_chatgpt_login_is_asked_in_the_responses_format_also_for_a_plain_answer(self):
+        play = Play(stream=responses_stream(text_delta('a'), completed()))
+        document = make_document(**with_openai('oa', queueWaitMs=0))
+        document['openaiKeys']['oa']['token'] = make_login()
+        answered = self.serve(self.failover(FakeUpstream(login=play), cf.parse_config(document)))
+        self.assertEqual(answered.json['content'], [{'type': 'text', 'text': 'a'}])
+        self.assertIn(b'POST /backend-api/codex/responses HTTP/1.1\r\nhost: chatgpt.com', self.upstream.sent[0].head)
+        self.assertIs(json.loads(self.upstream.sent[0].body)['stream'], True)
+
+    def test_each_answer_of_openai_has_its_consequence(self):
+        """Two OpenAI keys: (answer of oa, keys tried, what cools, client's status)."""
+        pair, key = ('oa', 'gpt-5.4'), ('oa', None)
+        both = ['oa', 'ob']
+        for play, tried, cooled, status in (
+                (Play(body=CHAT_HELLO), ['oa'], {}, 200), (openai_refusal(400, 'invalid_value', 'no'), ['oa'], {}, 400),
+                (openai_refusal(422, 'x'), ['oa'], {}, 400), (openai_refusal(429, 'rate_limit_exceeded', retry_after='20'), both, {pair: 20}, 200),
+                (openai_refusal(429, 'rate_limit_exceeded', 'try again in 42s'), both, {pair: 42}, 200),
+                (openai_refusal(429, 'insufficient_quota'), both, {key: 3600}, 200), (openai_refusal(401, 'invalid_api_key'), both, {key: 300}, 200),
+                (openai_refusal(403, 'unsupported_country_region_territory'), both, {key: 300}, 200),
+                (openai_refusal(404, 'model_not_found'), both, {pair: 3600}, 200), (openai_refusal(500, 'server_error'), ['oa', *both], {}, 200),
+                (openai_refusal(503, 'server_is_overloaded'), both, {pair: 10}, 200), (Play(200, body=b'<html>'), ['oa', *both], {}, 200),
+                (Play(302, {'location': 'https://x'}), both, {}, 200), (cf.UpstreamUnreachable('x: refused', False), ['oa'], {}, 502),
+                (Play(stream=responses_stream({'type': 'error', 'error': {'code': 'rate_limit_exceeded'}})), both, {pair: 30}, 200),
+                (Play(stream=b'data: {"error":{"code":"server_error"}}\n\n'), ['oa', *both], {}, 200),
+                (Play(stream=chat_stream({'content': 'a'}, finish=None, is_done=False)), both, {}, 200),
+                (Play(body=CHAT_HELLO, stream=[cf.UpstreamCut('x')]), both, {}, 200)):
+            with self.subTest(answer=(play.status, play.pieces) if isinstance(play, Play) else play):
+                self.cooldowns.clear()
+                answered, seen = self.openai_one({'oa': play, 'ob': Play(body=CHAT_HELLO)}, keys='', openai=('oa', 'ob'))
+                self.assertEqual(([id for id, _ in seen], self.cooling(), answered.status), (tried, cooled, status))
+                if status == 400:
+                    self.assertEqual(answered.error, {'type': 'invalid_request_error', 'message': 'no'})
+
+    def test_a_prompt_that_is_too_long_is_told_so_that_the_client_compacts(self):
+        for play in (openai_refusal(400, 'context_length_exceeded', 'This has 300000 tokens.'),
+                     Play(stream=b'data: {"error":{"code":"context_length_exceeded","message":"This has 300000 tokens."}}\n\n')):
+            for stream in (False, True):
+                answered, _ = self.openai_one({'oa': play}, keys='', body=messages_body(stream=stream))
+                self.assertEqual((answered.status, answered.error), (400, {
+                    'type': 'invalid_request_error', 'message': 'prompt is too long: This has 300000 tokens.'}))
+
+    def test_an_unsupported_parameter_is_left_out_and_remembered_for_this_server_and_model(self):
+        def refuse_temperature(body):
+            if 'temperature' in body:
+                return openai_refusal(400, 'unsupported_parameter', "Unsupported parameter: 'temperature' is not supported with this model.")
+            return Play(body=CHAT_HELLO)
+        failover = self.failover(FakeUpstream(oa=[refuse_temperature]), make_config(**with_openai('oa')))
+        for expected in (2, 3):
+            self.assertEqual(self.serve(failover, messages_body(temperature=0.5)).status, 200)
+            self.assertEqual(len(self.upstream.seen), expected)
+        self.log.info.assert_called_once_with('repair', model='gpt-5.4', repair='parameter', subject='temperature')
+
+    def test_a_complaint_that_stays_is_the_clients(self):
+        stubborn = openai_refusal(400, 'unsupported_parameter', "Unsupported parameter: 'top_p' is not supported.")
+        answered, seen = self.openai_one({'oa': stubborn}, keys='')
+        self.assertEqual((answered.status, len(seen), answered.error['type']), (400, 2, 'invalid_request_error'))
+
+    def test_a_server_that_asks_for_the_responses_format_gets_it_until_restart(self):
+        def play(body):
+            if 'messages' in body:
+                return openai_refusal(400, None, 'Function tools are not supported here. To use them, use /v1/responses')
+            return Play(stream=responses_stream(text_delta('a'), completed()))
+        failover = self.failover(FakeUpstream(oa=[play]), make_config(**with_openai('oa')))
+        for stream in (False, True):
+            self.assertEqual(self.serve(failover, messages_body(stream=stream, tools=[WEATHER])).status, 200)
+        self.assertEqual([re.search(rb'POST (\S+)', sent.head).group(1) for sent in self.upstream.sent],
+                         [b'/v1/chat/completions', b'/v1/responses', b'/v1/responses'])
+
+    def test_the_queue_comes_before_the_last_resort_and_waits_for_both_after_it(self):
+        slow, fast = (refusal(429, 'rate_limit_error', 'x', retry_after=seconds) for seconds in ('20', '3000'))
+        limited = openai_refusal(429, 'rate_limit_exceeded', retry_after='15')
+        hello = Play(body=CHAT_HELLO)
+        for script, tried in (
+                ({'a': [slow, Play()], 'oa': hello}, ['a', 'a']),           # Claude is back in 20 s: waits for it
+                ({'a': fast, 'oa': hello}, ['a', 'oa']),                    # in 50 min: does not
+                ({'a': fast, 'oa': [limited, hello]}, ['a', 'oa', 'oa']),   # but for OpenAI it does
+                ({'a': slow, 'oa': hello}, ['a', 'a', 'a', 'a', 'a', 'oa'])):      # time is up
+            with self.subTest(tried=tried):
+                self.cooldowns.clear()
+                answered, seen = self.openai_one(script, queueWaitMs=90_000)
+                self.assertEqual(([id for id, _ in seen], answered.status), (tried, 200))
+
+    def test_a_held_stream_goes_on_with_openais_answer(self):
+        slow = refusal(429, 'rate_limit_error', 'x', retry_after='40')
+        answered, _ = self.openai_one({'a': slow, 'oa': Play(stream=chat_stream({'content': 'a'}))},
+                                      body=messages_body(stream=True), queueWaitMs=60_000)
+        types = [event['type'] for event in answered.events]
+        self.assertEqual((types[0], types[-1], types.count('message_start')), ('ping', 'message_stop', 1))
+
+    def test_a_claude_model_that_nobody_knows_is_told_and_not_replaced(self):
+        answered, seen = self.openai_one({'a': NO_MODEL, 'oa': Play(body=CHAT_HELLO)})
+        self.assertEqual((answered.status, answered.error['type'], len(seen)), (404, 'not_found_error', 1))
+        self.cooldowns.clear()
+        missing = refusal(404, 'not_found_error', 'model: gpt-5.4-mini')
+        answered, seen = self.openai_one({'a': missing, 'oa': Play(body=CHAT_HELLO)}, body=messages_body(model='gpt-5.4-mini'))
+        self.assertEqual((answered.status, seen[-1]), (200, ('oa', 'gpt-5.4-mini')))
+
+    def test_what_cannot_be_translated_is_refused_or_told_as_exhausted(self):
+        body = messages_body(tool_choice={'type': 'tool', 'name': 'nope'})
+        answered, seen = self.openai_one({'oa': Play(body=CHAT_HELLO)}, keys='', body=body)
+        self.assertEqual((answered.status, answered.error['type'], seen), (400, 'invalid_request_error', []))
+        self.assertIn("no tool 'nope'", answered.error['message'])
+        answered, _ = self.openai_one({'a': RATE_LIMITED, 'oa': Play(body=CHAT_HELLO)}, body=body)
+        self.assertEqual((answered.status, answered.error['type']), (429, 'rate_limit_error'))
+
+    def test_what_was_left_out_is_one_line_in_the_log(self):
+        body = messages_body(tools=[WEATHER, {'type': 'computer_20250124', 'name': 'c'}], mcp_servers=[{'name': 'x'}])
+        self.openai_one({'oa': [openai_refusal(500, 'x'), Play(body=CHAT_HELLO)]}, keys='', body=body)
+        told = [call for call in self.log.warn.mock_calls if call.args == ('left_out',)]
+        self.assertEqual([call.kwargs['fields'] for call in told], [['tool computer_20250124', 'mcp_servers']])
+
+    def test_a_login_that_is_over_is_told_once_and_costs_no_request(self):
+        document = make_document('a', **with_openai('oa', queueWaitMs=0))
+        document['openaiKeys']['oa']['token'] = make_login(exp=START - 60)
+        failover = self.failover(FakeUpstream(a=RATE_LIMITED), cf.parse_config(document))
+        for _ in range(2):
+            answered = self.serve(failover)
+            self.assertEqual(answered.status, 429)
+            self.assertIn('the ChatGPT login expired 60 s ago', answered.error['message'])
+        self.assertEqual([call.args for call in self.log.error.mock_calls], [('token_unavailable',)])
+        self.assertNotIn('eyJ', repr(self.log.mock_calls) + answered.body.decode())
+
+    def test_a_token_that_openai_quotes_is_hidden(self):
+        quoting = openai_refusal(401, 'invalid_api_key', f'Incorrect API key provided: {openai_token_of("oa")}')
+        answered, _ = self.openai_one({'oa': quoting}, keys='')
+        self.assertEqual(answered.status, 401)
+        self.assertNotIn('0123456789', answered.body.decode() + json.dumps(self.record()) + repr(self.log.mock_calls))
+
+    def test_without_a_claude_key_counting_and_listing_are_answered_here(self):
+        config = make_config(**with_openai('oa', openaiModelMapping={OPUS: 'gpt-5.4', 'claude-haiku-*': 'x', '*': 'gpt-5.4'}))
+        failover = self.failover(FakeUpstream(), config)
+        counted = self.serve(failover, target='/v1/messages/count_tokens?beta=true')
+        self.assertEqual((counted.status, list(counted.json)), (200, ['input_tokens']))
+        self.assertEqual(self.serve(failover, {'messages': []}, target='/v1/messages/count_tokens').status, 400)
+        listed = self.serve(failover, method='GET', target='/v1/models?limit=1000')
+        self.assertEqual(([model['id'] for model in listed.json['data']], listed.json['has_more']), ([OPUS], False))
+        one = self.serve(failover, method='GET', target=f'/v1/models/{OPUS}')
+        self.assertEqual((one.status, one.json['id'], one.json['type']), (200, OPUS, 'model'))
+        for method, target in (('POST', '/v1/messages/batches'), ('GET', '/v1/files'), ('DELETE', f'/v1/models/{OPUS}')):
+            refused = self.serve(failover, method=method, target=target)
+            self.assertEqual((refused.status, refused.error['type']), (404, 'not_found_error'))
+            self.assertIn('needs an Anthropic key', refused.error['message'])
+        self.assertEqual(self.upstream.seen, [])
+
+    def test_counting_is_estimated_when_every_claude_key_is_limited(self):
+        config = make_config('a', **with_openai('oa'))
+        counted = self.serve(self.failover(FakeUpstream(a=RATE_LIMITED), config), target='/v1/messages/count_tokens')
+        self.assertEqual((counted.status, list(counted.json)), (200, ['input_tokens']))
+        listed = self.serve(self.failover(FakeUpstream(a=RATE_LIMITED), config), method='GET', target='/v1/models')
+        self.assertEqual(listed.status, 429)
+
+    def test_thinking_that_claude_misses_after_an_openai_turn_is_switched_off_for_this_request(self):
+        def play(body):
+            if 'thinking' in body:
+                return refusal(400, 'invalid_request_error', 'messages.1.content.0.type: Expected `thinking` or '
+                               '`redacted_thinking`, but found `tool_use`.')
+            return Play()
+        failover = self.failover(FakeUpstream(a=[play]), make_config('a'))
+        for expected in (2, 4):               # it is about the conversation: nothing is learnt for the model
+            self.assertEqual(self.serve(failover, messages_body(thinking={'type': 'adaptive'})).status, 200)
+            self.assertEqual(len(self.upstream.seen), expected)
+
     def test_the_record_of_a_request_tells_its_chain(self):
         self.one({'a': RATE_LIMITED, 'b': Play()})
         record = self.record()
@@ -2555,6 +3738,7 @@ class PretendAnthropic:
 
     def __init__(self, test):
         self.limited = set()
+        self.limits = lambda body: False      # requests that any key answers with 429
         self.seen = []                # [(key id, method, path, body), ...]
         self.gone = threading.Event() # a client of ours left in the middle of an answer
         self.hold = None              # an Event: answers wait for it
@@ -2589,7 +3773,7 @@ class PretendAnthropic:
 
     def _answer(self, key, path, body):
         fields = 'request-id: req_upstream\r\ncontent-type: application/json\r\n'
-        if key in self.limited:
+        if key in self.limited or body and self.limits(body):
             error = json.dumps(api_error('rate_limit_error', 'slow down')).encode()
             return plain_answer(error, '429 Too Many Requests', fields + 'retry-after: 3000\r\n')
         if path.startswith('/v1/models'):
@@ -2606,15 +3790,28 @@ class PretendAnthropic:
         return plain_answer(json.dumps({**MESSAGE, 'model': (body or {}).get('model')}).encode(), fields=fields)
 
 
+def next_write(told, results):
+    """(path to write or None, text) that a pretend model answers: one Write call for each `write
+    PATH` of the prompt, then a last word."""
+    wanted = list(dict.fromkeys(re.findall(r'write (/[\w./-]+)', told)))
+    if results < len(wanted):
+        return wanted[results], 'Writing.'
+    return None, 'Done: file written.' if wanted else 'hello'
+
+
+def write_arguments(path):
+    return json.dumps({'file_path': path, 'content': 'written through the proxy\n'})
+
+
 def message_events(body):
     """The events that answer a request: a Write call when the prompt asks for one."""
     told = json.dumps(body['messages'])
-    wanted = re.search(r'write (/[\w./-]+)', told)
-    if not wanted or 'tool_result' in told:
-        return stream_events('Done: file written.' if wanted else 'hello')
-    events = stream_events('Writing.')
-    call = {'type': 'tool_use', 'id': 'toolu_1', 'name': 'Write', 'input': {}}
-    arguments = json.dumps({'file_path': wanted.group(1), 'content': 'written through the proxy\n'})
+    path, text = next_write(told, told.count('"tool_result"'))
+    events = stream_events(text)
+    if path is None:
+        return events
+    call = {'type': 'tool_use', 'id': f'toolu_{told.count("tool_result")}', 'name': 'Write', 'input': {}}
+    arguments = write_arguments(path)
     events[-2:-2] = [
         {'type': 'content_block_start', 'index': 1, 'content_block': call},
         *({'type': 'content_block_delta', 'index': 1, 'delta': {'type': 'input_json_delta', 'partial_json': part}}
@@ -2622,6 +3819,43 @@ def message_events(body):
         {'type': 'content_block_stop', 'index': 1}]
     events[-2]['delta']['stop_reason'] = 'tool_use'
     return events
+
+
+class PretendOpenAI:
+    """Chat Completions and Responses on a port of its own, streamed, with the same task."""
+
+    def __init__(self, test):
+        self.seen = []                # [(path, body), ...]
+        self.answered = lambda: None
+        self.server = RawServer(test, self._play)
+        self.url = self.server.url
+
+    def _play(self, sock, number):
+        while True:
+            request = read_request(sock)
+            if request is None:
+                return
+            head, body = request
+            path, body = head.split(b' ')[1].decode(), json.loads(body)
+            self.seen.append((path, body))
+            answer = self._chat(body) if path.endswith('/chat/completions') else self._responses(body)
+            self.answered()
+            sock.sendall(plain_answer(answer, fields='content-type: text/event-stream\r\n'))
+
+    def _chat(self, body):
+        results = sum(message['role'] == 'tool' for message in body['messages'])
+        path, text = next_write(json.dumps(body['messages']), results)
+        if path is None:
+            return chat_stream({'reasoning_content': 'hm'}, {'content': text})
+        arguments = map(lambda part: call_delta(0, arguments=part), re.findall('.{1,9}', write_arguments(path)))
+        return chat_stream({'content': text}, call_delta(0, f'call_{results}', 'Write'), *arguments, finish='tool_calls')
+
+    def _responses(self, body):
+        results = sum(item['type'] == 'function_call_output' for item in body['input'])
+        path, text = next_write(json.dumps(body['input']), results)
+        reasoning = {'type': 'reasoning', 'summary': [], 'encrypted_content': 'gAAAsealed'}
+        call = [] if path is None else [item_done(2, function_call(f'call_{results}', write_arguments(path), 'Write'))]
+        return responses_stream(item_done(0, reasoning), text_delta(text, 1), *call, completed())
 
 
 class ProgramTest(ScratchTest):
@@ -2975,6 +4209,17 @@ class ServiceTest(ProgramTest):
         self.send()
         self.assertEqual(self.anthropic.seen[-1][0], 'fresh')
 
+    def test_a_changed_base_url_ends_cooldowns_and_a_changed_label_does_not(self):
+        self.anthropic.limited.add('a')
+        self.send()
+        document = make_document('a', 'b', anthropicBaseUrl=self.anthropic.url)
+        document['keys']['a']['label'] = 'renamed'
+        self.reload(document)
+        self.assertEqual(len(self.app.cooldowns.snapshot()), 1)
+        document['keys']['a']['baseUrl'] = self.anthropic.url
+        self.reload(document)
+        self.assertEqual(self.app.cooldowns.snapshot(), [])
+
     def test_a_stop_lets_a_running_answer_finish_and_takes_no_new_one(self):
         self.anthropic.hold = threading.Event()
         answers = queue.Queue()
@@ -3047,9 +4292,37 @@ class CommandLineTest(ScratchTest):
         self.assertEqual(self.run_command('remove-key', 'my-key').stdout, 'Removed key my-key.\n')
         self.assertEqual([k['id'] for k in json.loads(self.run_command('list-keys', '--json').stdout)['keys']], ['two', 'three'])
 
+    def test_openai_keys_are_added_and_switch_their_fallback_on(self):
+        added = self.run_command('add-openai-key', '-', 'my openai', stdin=openai_token_of('x') + '\n')
+        self.assertEqual((added.returncode, added.stdout.splitlines()[:2], added.stderr), (0, [
+            'Added key my-openai (sk-proj...cdef), first in profile default.',
+            'openaiModelFallback is on now: OpenAI answers where Claude cannot.'], ''))
+        added = self.run_command('add-openai-key', 'none', '--label', 'local', '--base-url', 'http://localhost:11434/v1')
+        self.assertEqual((added.returncode, added.stdout.count('\n')), (0, 1))
+        entry = self.read_config()['openaiKeys']['local']
+        self.assertEqual((entry['token'], entry['baseUrl']), ('none', 'http://localhost:11434/v1'))
+        self.assertIn('openai:my-openai -> openai:local', self.run_command('list-keys').stdout)
+
+    def test_a_login_that_is_over_is_told_wherever_keys_are(self):
+        login = make_login(exp=int(START))
+        added = self.run_command('add-openai-key', '-', 'chatgpt', stdin=login)
+        self.assertIn('the ChatGPT login expired', added.stderr)
+        self.write_config({**self.read_config(), 'profiles': self.free_port_document()['profiles']})
+        process, _, printed = self.start()
+        for output in (self.run_command('list-keys').stderr, self.run_command('status').stdout,
+                       self.run_command('list-keys', '--json').stdout, self.run_command('health').stdout):
+            self.assertIn('codex login', output)
+            self.assertNotIn(login[:30], output)
+        self.assertIn('1 OpenAI', printed)
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE_S)
+        self.assertIn('key chatgpt cannot be used: the ChatGPT login expired', process.stderr.read())
+
     def test_wrong_input_is_one_line_on_stderr_and_status_2(self):
         self.write_config(make_document('a'))
         for arguments, words in (
+                (('add-openai-key', token_of('b')), 'add it with add-key'), (('add-openai-key', '-'), 'empty'),
+                (('add-openai-key', 'sk-x', '--base-url', 'localhost'), 'baseUrl must be a URL'),
                 (('add-key', 'sk-proj-x'), 'begins with "sk-ant-"'), (('add-key', token_of('a')), 'already'),
                 (('add-key',), 'no terminal'), (('add-key', '-'), 'empty'), (('remove-key', 'nope'), "no key 'nope'")):
             with self.subTest(arguments=arguments):
@@ -3290,7 +4563,7 @@ class PromisesTest(unittest.TestCase):
                 self.assertIn(f'`{default}`' if setting.default is not None else 'none', row)
         for command in cf.COMMANDS:
             self.assertRegex(readme, rf'\| `{command.name}\b[^|]*\| {re.escape(command.help)} \|')
-        for rule in cf.RULES:
+        for rule in (*cf.RULES, *cf.OPENAI_RULES, cf.UNREACHABLE, cf.RESET, cf.TIMED_OUT, cf.NO_TOKEN, cf.UNTRANSLATABLE):
             if rule.name not in ('answered', 'relayed'):
                 self.assertIn(f'`{rule.name}`', readme)
         self.assertIn('python3 test_claude_failover.py', readme)
@@ -3383,17 +4656,53 @@ class RealClientsTest(ProgramTest):
     def test_the_official_node_sdk_streams_and_not(self):
         self.check_sdk(self.run_client(['node', '--input-type=module'], NODE_CLIENT))
 
-    @needs(CLAUDE)
-    def test_claude_code_finishes_a_task_that_uses_tools(self):
-        path = os.path.join(self.folder, 'written.txt')
+    def run_claude_code(self, *names):
+        """Has Claude Code write some files, and looks whether it did."""
+        paths = [os.path.join(self.folder, name) for name in names]
         printed = self.run_client(
-            [CLAUDE, '-p', f'write {path}', '--output-format', 'json', '--allowedTools', 'Write'],
+            [CLAUDE, '-p', ' and '.join(f'write {path}' for path in paths), '--output-format', 'json', '--allowedTools', 'Write'],
             ANTHROPIC_BASE_URL=f'http://localhost:{self.port}', ANTHROPIC_AUTH_TOKEN='any', DISABLE_AUTOUPDATER='1',
             DISABLE_TELEMETRY='1', DISABLE_ERROR_REPORTING='1', CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC='1')
         result = json.loads(printed)
         self.assertEqual((result['is_error'], result['result']), (False, 'Done: file written.'))
-        with open(path) as file:
-            self.assertEqual(file.read(), 'written through the proxy\n')
+        for path in paths:
+            with open(path) as file:
+                self.assertEqual(file.read(), 'written through the proxy\n')
+        return result
+
+    def add_openai(self, **changes):
+        """Adds a pretend OpenAI as the last resort."""
+        self.openai = PretendOpenAI(self)
+        self.reload(make_document(*self.KEYS, anthropicBaseUrl=self.anthropic.url, queueWaitMs=0,
+                                  **with_openai('oa', openaiBaseUrl=self.openai.url, **changes)))
+
+    @needs(CLAUDE)
+    def test_claude_code_finishes_its_task_on_openai_when_every_claude_key_is_limited(self):
+        self.anthropic.limited = {'a', 'b'}
+        for changes, path in (({}, '/v1/chat/completions'), ({'openaiApi': 'responses'}, '/v1/responses')):
+            self.add_openai(**changes)
+            result = self.run_claude_code(f'{len(path)}.txt')
+            self.assertEqual({seen for seen, _ in self.openai.seen}, {path})
+            self.assertEqual(result['usage']['cache_read_input_tokens'], 20 * len(self.openai.seen))
+            os.unlink(os.path.join(self.folder, f'{len(path)}.txt'))
+
+    @needs(CLAUDE)
+    def test_a_conversation_goes_from_claude_to_openai_and_back(self):
+        self.add_openai(openaiApi='responses')
+        self.anthropic.limited = set()
+        self.anthropic.limits = lambda body: json.dumps(body['messages']).count('"tool_result"') == 1
+        self.openai.answered = self.app.cooldowns.clear
+        self.run_claude_code('one.txt', 'two.txt')
+        self.assertEqual(len(self.openai.seen), 1)
+        answered = [body for key, method, path, body in self.anthropic.seen if not self.anthropic.limits(body)]
+        self.assertEqual(len(answered), 2)
+        history = json.dumps(answered[-1]['messages'])
+        self.assertIn('"call_1"', history)            # OpenAI's call is in what Claude sees
+        self.assertNotIn('gAAAsealed', history)       # its sealed reasoning is not
+
+    @needs(CLAUDE)
+    def test_claude_code_finishes_a_task_that_uses_tools(self):
+        self.run_claude_code('written.txt')
         self.assertIn('a', {key for key, *_ in self.anthropic.seen})
         self.assertNotIn('any', {key for key, *_ in self.anthropic.seen})
 
