@@ -162,8 +162,8 @@ CLIENT_PATIENCE_S = 60
 ABSURD_HINT_S = 31 * 86400
 #: Models in one chain of fallbacks.
 MAX_CHAIN = 5
-#: Different repairs of one request for one fallback model.
-MAX_REPAIRS = 4
+#: Different repairs of one request for one model.
+MAX_REPAIRS = 6
 #: Cooldowns that are remembered: far more than keys times models, but not without end.
 MAX_COOLDOWNS = 10_000
 #: Attempts that x-proxy-attempts lists.
@@ -300,7 +300,9 @@ def jwt_claims(token):
         return {}
 
 
-SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
+#: OpenAI's, Anthropic's, OpenRouter's, DeepSeek's (sk-), logins, Groq's, xAI's and others.
+SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|(?:gsk_|xai-|hf_|pplx-|nvapi-|AIza)[A-Za-z0-9_-]{16,}'
+                    r'|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
 
 
 def redact(text):
@@ -984,6 +986,10 @@ def as_list(value):
     return value if isinstance(value, list) else []
 
 
+def text_or_none(value):
+    return value if isinstance(value, str) and value else None
+
+
 def without_thinking(body, unwanted=lambda block: True):
     """The body without the unwanted thinking blocks of assistant turns; a turn that held
     nothing else goes too, since the API refuses an empty one."""
@@ -1080,6 +1086,12 @@ REPAIRS = (
 
 #: Repairs of one conversation: they say nothing about the model.
 REPAIRS_OF_CONVERSATIONS = ('signature', 'missing_thinking', 'room')
+
+
+def is_about_model(name, subject):
+    """Whether a repair helps with any conversation on the same model."""
+    return name not in REPAIRS_OF_CONVERSATIONS and not subject.startswith(('messages', 'input'))
+
 
 #: What a request to OpenAI is about: without it, it would ask for something else.
 ESSENTIAL = frozenset((
@@ -1826,7 +1838,9 @@ class ToolNames:
 
 def read_conversation(body):
     """The Conversation in a Messages request.  Raises Untranslatable."""
-    if not isinstance(body.get('messages'), list) or not body['messages']:
+    if not text_or_none(body.get('model')):
+        raise Untranslatable('model: Field required')
+    if not as_list(body.get('messages')):
         raise Untranslatable('messages: at least one message is required')
     notes = Notes()
     tools, web_search = read_tools(body, notes)
@@ -2665,8 +2679,8 @@ class Block:
         """Whether it may be closed, now that another block follows."""
         if self.kind != 'tool_use' or self.is_done:
             return True
-        arguments = self.value
-        return arguments.rstrip().endswith('}') and is_object(arguments)
+        last = self.received[-1] if self.received else ''
+        return last.rstrip().endswith('}') and is_object(self.value)
 
 
 def is_object(text):
@@ -2690,9 +2704,11 @@ class MessageEvents:
     block of the queue is open; the others wait for it to be whole.
     """
 
-    def __init__(self, model, message_id, names, shows_thinking=(False, False), stops=()):
+    def __init__(self, model, message_id, names, shows_thinking=(False, False), stops=(),
+                 clean=redact):
         self._model, self._message_id, self._names = model, message_id, names
         self._shows_thinking, self._keeps_thinking = shows_thinking
+        self._clean = clean           # takes secrets out of an upstream's text
         self._stops = StopWatch(stops) if stops else None
         self._events = []             # written, not yet taken
         self._queue = []              # [Block, ...]
@@ -2704,6 +2720,7 @@ class MessageEvents:
         self.usage = {}
         self.stop_reason = None
         self.failure = None           # OpenAI's error object
+        self.dropped_calls = 0        # for want of a name
 
     @property
     def is_over(self):
@@ -2769,8 +2786,9 @@ class MessageEvents:
     def rest_of_arguments(self, key, whole):
         """All of a call's arguments; what came of them so far is not repeated."""
         block = self._find(key)
-        if block or key not in self._closed:
-            self.arguments(key, (whole or '')[len(block.value if block else ''):])
+        so_far = block.value if block else ''
+        if whole and whole.startswith(so_far):
+            self.arguments(key, whole[len(so_far):])
 
     def tool_done(self, key):
         block = self._find(key)
@@ -2799,10 +2817,11 @@ class MessageEvents:
             block.is_done = True
             if block.kind == 'tool_use' and not block.id:
                 block.id = f'toolu_{self._message_id[4:]}{self._count + len(self._queue)}'
-        self._queue = [block for block in self._queue if block.is_open or block.can_open]
+        nameless = [block for block in self._queue if not (block.is_open or block.can_open)]
+        self.dropped_calls = len(nameless)
+        self._queue = [block for block in self._queue if block not in nameless]
         self._advance()
         self._start()
-        # A call that was dropped for want of a name is none.
         if self.stop_reason == 'tool_use' and not self._called:
             self.stop_reason = 'end_turn'
         delta = {'stop_reason': self.stop_reason,
@@ -2819,7 +2838,7 @@ class MessageEvents:
         self.failure = error
         message = str(error.get('message') or 'the upstream failed')[:MAX_MESSAGE_CHARS]
         self._events.append({'type': 'error', 'error': {
-            'type': error_type(error_status(error)), 'message': redact(message)}})
+            'type': error_type(error_status(error)), 'message': self._clean(message)}})
 
     # -- the grammar -----------------------------------------------------------
 
@@ -3069,11 +3088,6 @@ class ChatDecoder:
         self.out.arguments(key, text_or_none(arguments))
 
 
-def text_or_none(value):
-    """Foreign JSON where a text should be."""
-    return value if isinstance(value, str) and value else None
-
-
 def reasoning_text(delta):
     """The thinking in a delta, under the names that vendors have for it."""
     for name in ('reasoning_content', 'reasoning'):
@@ -3253,6 +3267,10 @@ class TranslatedStream:
     def usage(self):
         return self._out.usage
 
+    @property
+    def dropped_calls(self):
+        return self._out.dropped_calls
+
     def read(self, data):
         """[event, ...] that these bytes of the upstream's stream give."""
         for text in self._parser.feed(data):
@@ -3308,10 +3326,11 @@ def stops_to_watch(conversation, target):
     return () if is_told else stops
 
 
-def answer_stream(conversation, target, message_id):
+def answer_stream(conversation, target, message_id, clean=redact):
     """The TranslatedStream for the answer to a translated request."""
     out = MessageEvents(conversation.body.get('model'), message_id, conversation.names,
-                        wants_thinking(conversation.body), stops_to_watch(conversation, target))
+                        wants_thinking(conversation.body), stops_to_watch(conversation, target),
+                        clean)
     return TranslatedStream(WIRES[target.wire].decoder(out))
 
 
@@ -4910,6 +4929,7 @@ class Serving:
         self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
         self.uses_last_resort = False
         self.told_left_out = False    # what a translation leaves out is told once
+        self.translated = None        # the TranslatedStream of the last OpenAI attempt
         self.begin_round(Plan([], []))
 
     def begin_round(self, plan):
@@ -5009,6 +5029,8 @@ class Failover:
             serving.record['outcome'] = 'client_gone'
         finally:
             self._leave_queue(serving)
+            if serving.translated and serving.translated.dropped_calls:
+                self._journal.log.warn('call_without_name', id=serving.request_id)
             self._journal.finished(self._finished_record(serving))
 
     def _replan(self, serving):
@@ -5206,19 +5228,24 @@ class Failover:
 
     def _translate(self, serving, target, token):
         """The same for an OpenAI target."""
-        conversation = serving.conversation
         repairs = self._repairs_for(serving, (target.base_url, target.model))
         if any(name == 'use_responses' for name, _ in repairs):
             target = target._replace(wire=RESPONSES)
-        body = WIRES[target.wire].translate(conversation, target)
-        body = edit_body(body, repairs, OPENAI_REPAIRS)
+        try:
+            conversation = serving.conversation
+            body = WIRES[target.wire].translate(conversation, target)
+            body = edit_body(body, repairs, OPENAI_REPAIRS)
+        except RecursionError as error:
+            raise Untranslatable('The request is nested too deeply to be translated.') from error
         if conversation.notes.left_out and not serving.told_left_out:
             serving.told_left_out = True
             self._journal.log.warn('left_out', id=serving.request_id, model=target.model,
                                    fields=list(conversation.notes.left_out))
         wanted = build_openai_request(target, token, body, cache_key(conversation.body))
         message_id = f'msg_{random.getrandbits(96):024x}'
-        return wanted, answer_stream(conversation, target, message_id)
+        serving.translated = answer_stream(conversation, target, message_id,
+                                           lambda text: redact(serving.without_secrets(text)))
+        return wanted, serving.translated
 
     def _repairs_for(self, serving, answerer):
         """What this request needs: what 400s said, now and, but for the model that a client
@@ -5237,13 +5264,20 @@ class Failover:
         if attempt.key.provider == OPENAI:
             answerer = self._base_url(serving, attempt), attempt.model
             repair = find_openai_repair(outcome.message)
-        needed = serving.repairs[answerer]
+        needed = self._repairs_for(serving, answerer)
         if repair in needed or len(needed) >= MAX_REPAIRS:
             return False
         needed.append(repair)
-        self._repairs[answerer] = tuple(r for r in needed if r[0] not in REPAIRS_OF_CONVERSATIONS)
         self._journal.log.info('repair', model=attempt.model, repair=repair[0], subject=repair[1])
         return True
+
+    def _remember_repairs(self, serving):
+        """What helped is done at once next time, where it is about the model and not about this
+        conversation."""
+        for answerer, needed in serving.repairs.items():
+            lasting = tuple(repair for repair in needed if is_about_model(*repair))
+            if lasting and self._repairs.get(answerer) != lasting:
+                self._repairs[answerer] = lasting
 
     def _read_reply(self, serving, attempt, upstream, answer):
         """Reads as much of an answer as it takes to know what it means."""
@@ -5381,6 +5415,7 @@ class Failover:
         """Gives the client an upstream's answer: the commit."""
         if 200 <= reply.outcome.status < 300:
             self.cooldowns.succeeded(*serving.slot(attempt))
+            self._remember_repairs(serving)
         self._leave_queue(serving)
         asked = serving.request.body.model
         serving.record = {
@@ -5452,8 +5487,8 @@ class Failover:
             problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
         serving.record.update(usage_fields(events.usage))
         self._end_stream(serving, events, problem)
-        if events.is_translated and upstream.wait(LAST_CHUNK_S):
-            with contextlib.suppress(UpstreamCut):
+        if events.is_translated and events.stopped and upstream.wait(LAST_CHUNK_S):
+            with contextlib.suppress(UpstreamCut, UpstreamTimeout):
                 upstream.read()       # the body's end: then the connection can be used again
 
     def _end_stream(self, serving, events, problem):
@@ -5621,7 +5656,10 @@ def answer_without_claude(request, config):
         body = request.body.json
         if not as_list(body.get('messages')):
             return 400, error_json('invalid_request_error', 'messages: Field required')
-        return 200, dump_body({'input_tokens': estimate_tokens(body)})
+        try:
+            return 200, dump_body({'input_tokens': estimate_tokens(body)})
+        except RecursionError:
+            return 400, error_json('invalid_request_error', 'The request is nested too deeply.')
     mapping = config.openai_model_mapping
     if request.path == MODELS_PATH and request.is_read:
         models = [model_info(name) for name in mapping if not name.endswith('*')]

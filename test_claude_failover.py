@@ -3609,6 +3609,16 @@ class FailoverTest(unittest.TestCase):
             self.assertEqual(len(self.upstream.seen), expected)
         self.log.info.assert_called_once_with('repair', model='gpt-5.4', repair='parameter', subject='temperature')
 
+    def test_a_repair_that_did_not_help_is_not_remembered(self):
+        def play(body):
+            complaint = "Unknown parameter: 'stop'." if 'stop' in body else 'Something else.'
+            return Play(body=CHAT_HELLO) if 'fine' in json.dumps(body) else openai_refusal(400, 'x', complaint)
+        config = make_config(**with_openai('oa', openaiModelMapping={'*': 'llama'}))
+        failover = self.failover(FakeUpstream(oa=[play]), config)
+        self.assertEqual(self.serve(failover, messages_body(stop_sequences=['x'])).status, 400)
+        self.serve(failover, messages_body(stop_sequences=['x'], system='fine'))
+        self.assertIn('stop', json.loads(self.upstream.sent[-1].body))
+
     def test_a_complaint_that_stays_is_the_clients(self):
         stubborn = openai_refusal(400, 'unsupported_parameter', "Unsupported parameter: 'top_p' is not supported.")
         answered, seen = self.openai_one({'oa': stubborn}, keys='')
@@ -3661,6 +3671,34 @@ class FailoverTest(unittest.TestCase):
         self.assertIn("no tool 'nope'", answered.error['message'])
         answered, _ = self.openai_one({'a': RATE_LIMITED, 'oa': Play(body=CHAT_HELLO)}, body=body)
         self.assertEqual((answered.status, answered.error['type']), (429, 'rate_limit_error'))
+
+    def test_what_is_no_messages_request_at_all_is_refused_before_it_is_sent(self):
+        for body in ({'messages': [{'role': 'user', 'content': 'x'}]}, {'model': OPUS}):
+            answered, seen = self.openai_one({'oa': Play(body=CHAT_HELLO)}, keys='', body=body)
+            self.assertEqual((answered.status, answered.error['type'], seen), (400, 'invalid_request_error', []))
+        with mock.patch.object(cf, 'clean_schema', side_effect=RecursionError):
+            answered, seen = self.openai_one({'oa': Play(body=CHAT_HELLO)}, keys='', body=messages_body(tools=[WEATHER]))
+        self.assertEqual((answered.status, seen), (400, []))
+        self.assertIn('nested too deeply', answered.error['message'])
+
+    def test_a_stream_that_falls_silent_after_its_beginning_ends_with_an_error(self):
+        for problem in (cf.UpstreamTimeout(), cf.UpstreamCut('reset')):
+            stream = [chat_stream({'content': 'a'}, finish=None, is_done=False), problem, problem]
+            answered, _ = self.openai_one({'oa': Play(stream=stream)}, keys='', body=messages_body(stream=True))
+            self.assertEqual((answered.events[-1]['error']['type'], answered.is_complete, self.record()['outcome']),
+                             ('api_error', False, 'failed'))
+
+    def test_a_token_that_a_stream_quotes_is_hidden(self):
+        document = make_document(**with_openai('oa', queueWaitMs=0))
+        document['openaiKeys']['oa']['token'] = 'my-own-secret'
+        stream = chat_stream({'content': 'a'}, finish=None, is_done=False) + b'data: {"error":{"message":"bad my-own-secret"}}\n\n'
+        answered = self.serve(self.failover(FakeUpstream(client=Play(stream=stream)), cf.parse_config(document)), messages_body(stream=True))
+        self.assertEqual(answered.events[-1]['error']['message'], 'bad ...')
+        self.assertNotIn('my-own-secret', json.dumps(self.record()))
+
+    def test_a_call_without_a_name_is_dropped_and_told(self):
+        self.openai_one({'oa': Play(stream=chat_stream(call_delta(0, 'c', arguments='{}')))}, keys='', body=messages_body(stream=True))
+        self.assertEqual([call.args for call in self.log.warn.mock_calls], [('call_without_name',)])
 
     def test_what_was_left_out_is_one_line_in_the_log(self):
         body = messages_body(tools=[WEATHER, {'type': 'computer_20250124', 'name': 'c'}], mcp_servers=[{'name': 'x'}])
