@@ -2988,6 +2988,8 @@ def fold_block(block):
 
 def read_openai_usage(usage):
     """OpenAI's usage, of either wire format, in Anthropic's words; {} when there is none."""
+    if not usage:                     # the usual chunk
+        return {}
     usage = as_dict(usage)
 
     def count(*names):
