@@ -187,6 +187,8 @@ OWN_RESPONSE_FIELDS = HOP_BY_HOP | {'content-length'}
 
 OAUTH_BETA = 'oauth-2025-04-20'
 MESSAGES_PATH = '/v1/messages'
+COUNT_TOKENS_PATH = '/v1/messages/count_tokens'
+MODELS_PATH = '/v1/models'
 
 
 # ==============================================================================
@@ -828,6 +830,11 @@ class Attempt(NamedTuple):
     key: Key
     model: str | None      # as the key's provider calls it; None: the request names no model
 
+    @property
+    def kind(self):
+        """What is the same for all keys of a provider: the provider and the model."""
+        return self.key.provider, self.model
+
 
 class Plan(NamedTuple):
     attempts: list            # [Attempt, ...] what is tried, and what the queue waits for
@@ -923,7 +930,8 @@ NO_PAYLOAD, PAYLOAD = 'cfo0:', 'cfo1:'
 OWN_MARKS = (NO_PAYLOAD, PAYLOAD)
 #: A thinking block that no Anthropic server signed: its signature is empty, as compact and as
 #: spaced JSON has it, or our mark.  Plain searches cost a tenth of a pattern's.
-UNSIGNED = (b'"signature":""', b'"signature": ""', b'"cfo0:', b'"cfo1:')
+UNSIGNED = (b'"signature":""', b'"signature": ""', b'"signature":null', b'"signature": null',
+            b'"cfo0:', b'"cfo1:')
 
 
 class RequestBody:
@@ -1132,8 +1140,11 @@ def with_accepted_effort(body, subject):
     """With the nearest of the efforts that a 400 lists."""
     reasoning = as_dict(body.get('reasoning'))
     effort = body.get('reasoning_effort') or reasoning.get('effort')
-    nearest = nearest_effort(effort, re.findall(r'\w+', subject)) if effort in EFFORTS else None
-    if nearest is None or nearest == effort:
+    accepted = re.findall(r'\w+', subject)
+    if effort not in EFFORTS or effort in accepted:
+        return body
+    nearest = nearest_effort(effort, accepted)
+    if nearest is None:
         return without_path(without_path(body, ['reasoning_effort']), ['reasoning'])
     if reasoning:
         return {**body, 'reasoning': {**reasoning, 'effort': nearest}}
@@ -1157,18 +1168,21 @@ OPENAI_REPAIRS = (
     Repair('use_responses', r'use (?:the )?/?v1/responses'),
     Repair('output_limit', r'at most (\d{1,9}) (?:completion|output) tokens', with_output_limit),
     Repair('room', r'maximum context length is (\d{1,9}) tokens.{0,60}requested \d+ tokens '
-                   r'\((\d{1,9}) in the messages', with_output_limit),
+                   r'\((\d{1,9}) in the messages(?:, (\d{1,9}) in the functions)?',
+           with_output_limit),
     Repair('room', r'maximum context length is (\d{1,9}) tokens and your request has (\d{1,9}) '
                    r'input tokens', with_output_limit),
-    Repair('effort', r'effort.{0,120}supported values are:? (.{0,120})', with_accepted_effort),
+    Repair('effort', r'^(?=.*effort).*supported values are:? (.{0,120})', with_accepted_effort),
     Repair('descriptions', r'description.{0,80}maximum length (?:of )?(\d{1,6})',
            with_short_descriptions),
+    Repair('parameter', r'(?:unsupported|unknown|not supported|not permitted).*'
+                        r'\(parameter ([\w.\[\]-]+)\)$', without_parameter),
     Repair('parameter', r'(?:unsupported|unknown|unrecognized|unexpected) (?:request )?'
                         r'(?:parameter|argument|keyword argument|field|property|value)s?'
                         r'(?: supplied)?:? *[`\'"]?([A-Za-z_][\w.\[\]-]*)', without_parameter),
     Repair('parameter', r'(?:^|[\s.])([A-Za-z_][\w.]*): extra (?:inputs|fields) (?:are )?not '
                         r'permitted', without_parameter),
-    Repair('parameter', r'[`\'"]([A-Za-z_][\w.\[\]-]*)[`\'"] (?:\w+ )?(?:is|are) (?:not '
+    Repair('parameter', r'[`\'"]([A-Za-z_][\w.\[\]-]*)[`\'"] (?:parameter )?is (?:not '
                         r'(?:supported|allowed|permitted)|unsupported)', without_parameter),
 )
 
@@ -1187,8 +1201,8 @@ def find_openai_repair(message):
     """The same for OpenAI's 400s; None also where a repair would leave nothing to ask for."""
     repair = find_repair(message, OPENAI_REPAIRS)
     if repair and repair[0] == 'room':
-        size, taken = (int(number) for number in repair[1].split())
-        return repair if taken < size else None
+        size, *taken = (int(number) for number in repair[1].split())
+        return repair if sum(taken) < size else None
     if repair and repair[0] == 'parameter':
         return None if re.findall(r'[A-Za-z_]\w*', repair[1])[-1] in ESSENTIAL else repair
     return repair
@@ -1494,7 +1508,7 @@ def seconds_to_openai_reset(answer):
     "try again in 41.7s" in the message."""
     headers = answer.headers
     milliseconds = parse_duration(headers.get('retry-after-ms'))
-    if milliseconds is not None:
+    if milliseconds is not None and milliseconds <= ABSURD_HINT_S * 1000:
         return milliseconds / 1000
     seconds = parse_retry_after(headers.get('retry-after'), answer.now)
     if seconds is not None:
@@ -1516,8 +1530,8 @@ def seconds_to_plan_reset(answer):
     return parse_reset(str(details.get('resets_at')), answer.now)
 
 
-TOO_LONG = says(r'context_length_exceeded|maximum context length|context window|prompt is too '
-                r'long|exceeds? the (available|maximum) context')
+TOO_LONG = (r'context_length_exceeded|maximum context length|context window|prompt is too long|'
+            r'exceeds? the (available|maximum) context')
 
 #: The policy for OpenAI and compatible servers, first match first.
 OPENAI_RULES = (
@@ -1528,7 +1542,7 @@ OPENAI_RULES = (
              r'not found)')(answer), waits=False),
     Rule('unsupported_parameter', (400, 422), Step.REPAIR,
          when=lambda answer: find_openai_repair(answer.message) is not None),
-    Rule('context_too_long', (400, 413, 422), Step.RELAY, when=TOO_LONG),
+    Rule('context_too_long', (400, 413, 422), Step.RELAY, when=says(TOO_LONG)),
     Rule('auth_failed', (401, 403), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
          cooldown_s=300, doubles_to_s=3600, waits=False, attention=True),
     Rule('billing', (402,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600, waits=False,
@@ -1564,7 +1578,8 @@ STATUS_OF_ERROR = {
     'rate_limit_error': 429, 'timeout_error': 504, 'overloaded_error': 529}
 #: The status behind OpenAI's error codes and types, which stand in the events of a stream.
 STATUS_OF_OPENAI_ERROR = {
-    'rate_limit_exceeded': 429, 'insufficient_quota': 429, 'usage_limit_reached': 429,
+    'rate_limit_exceeded': 429, 'rate_limit_error': 429, 'tokens': 429, 'requests': 429,
+    'insufficient_quota': 429, 'usage_limit_reached': 429,
     'usage_not_included': 429, 'billing_hard_limit_reached': 429, 'context_length_exceeded': 400,
     'invalid_prompt': 400, 'cyber_policy': 400, 'bio_policy': 400, 'invalid_request_error': 400,
     'invalid_value': 400, 'authentication_error': 401, 'invalid_api_key': 401,
@@ -1575,11 +1590,14 @@ STATUS_OF_OPENAI_ERROR = {
 def error_status(details):
     """The HTTP status that an OpenAI error inside a stream stands for."""
     for name in (details.get('code'), details.get('type')):
-        if is_whole(name) and 400 <= name < 600:      # OpenRouter puts the status there
-            return name
-        if isinstance(name, str) and name in STATUS_OF_OPENAI_ERROR:
+        name = str(name)
+        if re.fullmatch('[45][0-9][0-9]', name):      # OpenRouter puts the status there
+            return int(name)
+        if name in STATUS_OF_OPENAI_ERROR:
             return STATUS_OF_OPENAI_ERROR[name]
-        if isinstance(name, str) and name.startswith('image_'):
+        if name.endswith('spend_limit_exceeded'):
+            return 429
+        if name.startswith('image_'):
             return 400
     return 529 if 'at capacity' in str(details.get('message')) else 500
 
@@ -1633,7 +1651,11 @@ def describe_error(error, body=b''):
     message = error.get('message')
     if message is None:
         message = printable(bytes(body[:200]).decode('utf-8', 'replace'))
-    return ErrorText(type[:MAX_MESSAGE_CHARS], str(message)[:MAX_MESSAGE_CHARS], error)
+    message = str(message)[:MAX_MESSAGE_CHARS]
+    parameter = text_or_none(error.get('param'))
+    if parameter and parameter not in message:        # OpenAI's; its message is vague without
+        message += f' (parameter {parameter[:100]})'
+    return ErrorText(type[:MAX_MESSAGE_CHARS], message, error)
 
 
 def describe_complaint(entry):
@@ -1913,7 +1935,10 @@ def merge_roles(messages):
         if role not in tuple(PARTS_OF_ROLE):
             raise Untranslatable(f'messages: the role {printable(role)[:40]!r} is unknown')
         blocks = as_blocks(message.get('content'))
-        if merged and merged[-1][0] == role:
+        if role == 'user' and [role for role, _ in merged[-2:]] == ['user', 'system'] and any(
+                block.get('type') == 'tool_result' for block in blocks):
+            merged[-2][1].extend(blocks)      # results that a system message parted
+        elif merged and merged[-1][0] == role:
             merged[-1][1].extend(blocks)
         else:
             merged.append((role, blocks))
@@ -2138,9 +2163,11 @@ def clean_root_schema(schema, notes):
         branch = resolve_schema(branch, schema)
         properties = {**as_dict(branch.get('properties')), **as_dict(merged['properties'])}
         merged['properties'] = properties
-    required = set(as_list(schema.get('required'))).union(
-        *(as_list(as_dict(branch).get('required')) for branch in as_list(schema.get('allOf'))))
-    return {**merged, 'type': 'object', 'required': sorted(required & set(merged['properties']))}
+    required = [schema, *map(as_dict, as_list(schema.get('allOf')))]
+    names = [name for part in required for name in as_list(part.get('required'))]
+    merged['properties'] = as_dict(merged['properties'])
+    merged['required'] = [name for name in merged['properties'] if name in names]
+    return {**merged, 'type': 'object'}
 
 
 def resolve_schema(schema, root):
@@ -2348,7 +2375,7 @@ def chat_tool_fields(conversation):
     if not tools:
         return {}
     functions = []
-    for tool in tools[:MAX_TOOLS]:
+    for tool in sorted(tools, key=lambda tool: tool.name != name)[:MAX_TOOLS]:
         function = {'name': conversation.names.short(tool.name), 'parameters': tool.schema}
         if tool.description:
             function['description'] = tool.description
@@ -2613,34 +2640,39 @@ def model_info(model):
 # what they found; it alone knows the grammar of the events that a client sees.  A plain answer
 # is the same events, folded.
 
+def with_lf(data):
+    """Bytes with LF for the other two line ends of event streams."""
+    return data.replace(b'\r\n', b'\n').replace(b'\r', b'\n') if b'\r' in data else data
+
+
 class SseParser:
     """Cuts bytes into the data of server-sent events, however they were split."""
 
     def __init__(self):
-        self._rest = b''
+        self._rest = bytearray()      # the beginning of an event, with LF as line ends
+        self._held = b''              # a CR that may be half of a CR LF
 
     def feed(self, data):
         """[data of an event as text, ...]; comments and events without data are skipped.
         Raises UpstreamCut when an event has no end."""
-        data = self._rest + data
-        end = len(data)
-        if b'\r' in data:             # a CR at the very end may be half of a CR LF
-            end -= data.endswith(b'\r')
-            lines = data[:end].replace(b'\r\n', b'\n').replace(b'\r', b'\n')
-            data, end = lines + data[end:], len(lines)
-        last = data.rfind(b'\n\n', 0, end)
+        data, self._held = self._held + data, b''
+        if data.endswith(b'\r'):
+            data, self._held = data[:-1], b'\r'
+        searched = max(0, len(self._rest) - 1)
+        self._rest += with_lf(data)
+        last = self._rest.rfind(b'\n\n', searched)
         if last < 0:
-            if len(data) > MAX_BODY_BYTES:
+            if len(self._rest) > MAX_BODY_BYTES:
                 raise UpstreamCut('an event has no end')
-            self._rest = data
             return []
-        self._rest = data[last + 2:]
-        return self._read(data[:last])
+        whole = bytes(self._rest[:last])
+        del self._rest[:last + 2]
+        return self._read(whole)
 
     def end(self):
         """The same for an event that the end of the stream ended."""
-        rest, self._rest = self._rest, b''
-        return self._read(rest.replace(b'\r\n', b'\n').replace(b'\r', b'\n'))
+        rest, self._rest = bytes(self._rest) + with_lf(self._held), bytearray()
+        return self._read(rest)
 
     @staticmethod
     def _read(data):
@@ -2691,9 +2723,8 @@ def is_object(text):
     return True
 
 
-#: OpenAI's finish reasons, and Responses' reasons for an incomplete answer.
-STOP_REASONS = {'length': 'max_tokens', 'max_output_tokens': 'max_tokens',
-                'max_messages': 'max_tokens', 'content_filter': 'refusal'}
+#: OpenAI's finish reasons that are not its way to say that all is well.
+STOP_REASONS = {'length': 'max_tokens', 'content_filter': 'refusal'}
 
 
 class MessageEvents:
@@ -2742,6 +2773,12 @@ class MessageEvents:
         if self._stops and self._stops.hit:
             self.finish('stop_sequence')
 
+    def _release_held_text(self):
+        """What looked like the beginning of a stop sequence, and was none."""
+        held = self._stops.rest() if self._stops and not self._stops.hit else ''
+        if held:
+            self._append('text', 'text', held)
+
     def refusal(self, delta, key='text'):
         self._refused = True
         self.text(delta, key)
@@ -2763,6 +2800,8 @@ class MessageEvents:
 
     def tool(self, key, id=None, name=None):
         """A call's header, or a part of it.  Another id under a known key is another call."""
+        if self.is_over:
+            return
         block = self._find(key)
         if id and block and block.id and id != block.id:
             block.is_done, block = True, None
@@ -2770,7 +2809,9 @@ class MessageEvents:
             if not id or id == self._closed[key]:
                 return                # said once more after its end
             del self._closed[key]
-        block = block or self._add(Block('tool_use', key))
+        if block is None:
+            self._release_held_text()
+            block = self._add(Block('tool_use', key))
         block.id = block.id or id or None
         block.name = block.name or name or None
         self._advance()
@@ -2792,12 +2833,9 @@ class MessageEvents:
 
     def tool_done(self, key):
         block = self._find(key)
-        if block:
+        if block and not self.is_over:
             block.is_done = True
             self._advance()
-
-    def has_seen(self, key):
-        return key in self._closed or self._find(key) is not None
 
     def note_usage(self, usage):
         """The latest usage; {'input_tokens': 10, ...} in Anthropic's words."""
@@ -2808,15 +2846,12 @@ class MessageEvents:
         """Ends the message: `reason` is OpenAI's word for why, or 'stop_sequence'."""
         if self.is_over:
             return
-        if self._stops and not self._stops.hit:
-            held = self._stops.rest()
-            if held:
-                self._append('text', 'text', held)
+        self._release_held_text()
         self.stop_reason = self._stop_reason(reason)
-        for block in self._queue:
+        for place, block in enumerate(self._queue):
             block.is_done = True
             if block.kind == 'tool_use' and not block.id:
-                block.id = f'toolu_{self._message_id[4:]}{self._count + len(self._queue)}'
+                block.id = f'toolu_{self._message_id[4:]}{self._count + place}'
         nameless = [block for block in self._queue if not (block.is_open or block.can_open)]
         self.dropped_calls = len(nameless)
         self._queue = [block for block in self._queue if block not in nameless]
@@ -2981,7 +3016,9 @@ def fold_block(block):
     if block['type'] != 'tool_use':
         return {**block, block['type']: text}
     try:
-        return {**block, 'input': loads_object(text) if text.strip() else {}}
+        arguments = loads_object(text) if text.strip() else {}
+        json.dumps(arguments, allow_nan=False)        # 1e999 would be no JSON on the way out
+        return {**block, 'input': arguments}
     except ValueError:                # cut short, or never JSON: the client's own check tells
         return block
 
@@ -3109,8 +3146,9 @@ class ResponsesDecoder:
 
     def __init__(self, out):
         self.out = out
-        self._has_text = set()        # output_index of messages whose text came in deltas
-        self._parts = {}              # output_index of a reasoning item -> summary parts so far
+        self._has_text = set()        # keys of messages whose text came
+        self._parts = {}              # key of a reasoning item -> summary parts so far
+        self._call_ids = set()        # of the calls that came
 
     def feed(self, event):
         try:
@@ -3157,7 +3195,9 @@ class ResponsesDecoder:
             self._header(self._key(event), item)
 
     def _header(self, key, item):
-        self.out.tool(key, text_or_none(item.get('call_id')), text_or_none(item.get('name')))
+        call_id = text_or_none(item.get('call_id'))
+        self._call_ids.add(call_id)
+        self.out.tool(key, call_id, text_or_none(item.get('name')))
 
     def _item_done(self, event):
         item, key = as_dict(event.get('item')), self._key(event)
@@ -3197,14 +3237,18 @@ class ResponsesDecoder:
     def _end_response(self, event):
         """The terminal event; it may hold items that never came as events of their own."""
         response = as_dict(event.get('response'))
-        for place, item in enumerate(as_list(response.get('output'))):
-            item = as_dict(item)
-            if not (self.out.has_seen(place) or place in self._has_text or place in self._parts):
-                self._item_done({'output_index': place, 'item': item})
+        items = [as_dict(item) for item in as_list(response.get('output'))]
+        known = {'message': bool(self._has_text), 'reasoning': bool(self._parts)}
+        for place, item in enumerate(items):
+            has_come = known.get(text_or_none(item.get('type')))
+            if not has_come and text_or_none(item.get('call_id')) not in self._call_ids - {None}:
+                self._item_done({'item': item, 'item_id': f'output {place}'})
         self.out.note_usage(read_openai_usage(response.get('usage')))
         reason = text_or_none(as_dict(response.get('incomplete_details')).get('reason'))
         is_incomplete = response.get('status') == 'incomplete' or reason
-        self.out.finish((reason or 'length') if is_incomplete else 'stop')
+        if is_incomplete:             # a call in it may be half a call, whatever the reason
+            reason = 'content_filter' if reason == 'content_filter' else 'length'
+        self.out.finish(reason or 'stop')
 
     def _incomplete(self, event):
         response = as_dict(event.get('response'))
@@ -3270,21 +3314,29 @@ class TranslatedStream:
         return self._out.usage
 
     @property
+    def is_over(self):
+        return self._out.is_over
+
+    @property
     def dropped_calls(self):
         return self._out.dropped_calls
 
     def read(self, data):
         """[event, ...] that these bytes of the upstream's stream give."""
-        for text in self._parser.feed(data):
-            self._decoder.feed(text)
+        self._feed(self._parser.feed(data))
         return self._take()
 
     def read_end(self):
         """[event, ...] that the end of the upstream's stream gives."""
-        for text in self._parser.end():
-            self._decoder.feed(text)
+        self._feed(self._parser.end())
         self._decoder.end()
         return self._take()
+
+    def _feed(self, texts):
+        for text in texts:
+            if self.is_over:          # what follows the end is no part of the message
+                return
+            self._decoder.feed(text)
 
     def read_whole(self, data):
         """[event, ...] of an answer that is no stream.  Raises ValueError when it is none."""
@@ -3326,6 +3378,13 @@ def stops_to_watch(conversation, target):
     is_told = target.wire == CHAT_COMPLETIONS and stop_fields(
         conversation, find_limits(target.model))
     return () if is_told else stops
+
+
+def changes_request(repair, target, body):
+    """Whether a repair of OPENAI_REPAIRS would send another request than this."""
+    if repair[0] == 'use_responses':
+        return target.wire == CHAT_COMPLETIONS
+    return edit_body(body, [repair], OPENAI_REPAIRS) != body
 
 
 def answer_stream(conversation, target, message_id, clean=redact):
@@ -4307,7 +4366,7 @@ class ClientRequest:
 
     @property
     def is_message(self):
-        return self.path == MESSAGES_PATH
+        return self.path == MESSAGES_PATH and self.method == 'POST'
 
     @property
     def is_read(self):
@@ -4444,7 +4503,7 @@ def usable_token(key, now):
         follows += f' and add it as {RUN} add-openai-key file:~/.codex/auth.json'
     expires = claims.get('exp')
     if isinstance(expires, (int, float)) and expires <= now:
-        ago = format_duration(now - expires)
+        ago = format_duration(now - max(expires, 0))
         raise TokenUnavailable(f'the ChatGPT login expired {ago} ago: {follows}')
     if not account_id(claims):
         raise TokenUnavailable(f'the ChatGPT login names no account: {follows}')
@@ -4716,8 +4775,9 @@ class Upstream:
         self._context = None
         self._context_lock = threading.Lock()
 
-    def open(self, wanted, exchange, first_byte_s):
+    def open(self, wanted, exchange, first_byte_s, wait=None):
         """The UpstreamResponse to an UpstreamRequest, its head read; `close` ends it.
+        `wait(response)`, when given, returns when something has come.
 
         A reused connection that dies before any byte of the answer is replaced silently.
         Raises UpstreamUnreachable, UpstreamTimeout, ClientGone.
@@ -4733,6 +4793,8 @@ class Upstream:
             try:
                 exchange.attach(sock, first_byte_s)
                 was_sent = send_request(sock, wanted)
+                if wait:
+                    wait(response)
                 response.read_head(wanted.method)
                 response.keep_alive = response.keep_alive and was_sent
                 response.when_closed = functools.partial(self._put_back, wanted.base)
@@ -4926,8 +4988,10 @@ class Serving:
         self.attempts = []            # [{'key': 'work', 'model': ..., 'status': 429, ...}, ...]
         self.queued_s = 0.0
         self.repairs = {}             # what answers -> [(name, subject), ...] that it needs
+        self.repaired = 0             # repairs that this request brought
+        self.sent = (None, {})        # (Target, body) of the last translated attempt
         self.secrets = {value.split(' ')[-1] for _, value in request.credentials}
-        self.next_ping = None         # when a held stream is told that it is not forgotten
+        self.next_ping = self.started + PING_S        # when a held stream hears of us
         self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
         self.uses_last_resort = False
         self.told_left_out = False    # what a translation leaves out is told once
@@ -4937,8 +5001,8 @@ class Serving:
     def begin_round(self, plan):
         self.plan, self.last_resort = plan
         self.failures = []            # [Failure, ...]
-        self.counts = {}              # (model, rule name) -> answers
-        self.given_up = set()         # models
+        self.counts = {}              # (an Attempt's kind, rule name) -> answers
+        self.given_up = set()         # kinds
         self.resets = {}              # base URL -> connections lost before an answer
         self.dead_ends = set()        # base URLs that another key would not reach either
         self.stopped = False
@@ -5078,7 +5142,7 @@ class Failover:
         """Goes through the plan once, from `start` on; whether the client was answered."""
         for index in range(start, len(serving.plan)):
             attempt = serving.plan[index]
-            if serving.stopped or attempt.model in serving.given_up:
+            if serving.stopped or attempt.kind in serving.given_up:
                 continue
             if serving.dead_ends and self._base_url(serving, attempt) in serving.dead_ends:
                 continue
@@ -5132,10 +5196,10 @@ class Failover:
 
     def _tries_again(self, serving, attempt, rule, is_alone):
         """Counts this answer, and says whether the same key is tried once more."""
-        counted = (attempt.model, rule.name)
+        counted = (attempt.kind, rule.name)
         serving.counts[counted] = serving.counts.get(counted, 0) + 1
         if serving.counts[counted] >= rule.tries:
-            serving.given_up.add(attempt.model)
+            serving.given_up.add(attempt.kind)
             return False
         return rule.again is Again.FIRST or rule.again is Again.ALONE and is_alone
 
@@ -5143,7 +5207,9 @@ class Failover:
         outcome, rule = reply.outcome, reply.outcome.rule
         serving.stopped = serving.stopped or rule.step is Step.STOP
         if not rule.other_models:
-            serving.given_up.update(a.model for a in serving.plan if a.model != attempt.model)
+            serving.given_up.update(other.kind for other in serving.plan
+                                    if other.key.provider == attempt.key.provider
+                                    and other.kind != attempt.kind)
         self._note_dead_end(serving, attempt, rule)
         rested = self._cool(serving, attempt, outcome) > 0
         serving.failures.append(Failure(attempt, outcome, reply, rested))
@@ -5188,7 +5254,8 @@ class Failover:
         try:
             wanted, answer = self._build(serving, attempt)
             first_byte_s = STREAM_FIRST_BYTE_S if request.body.seems_streamed else FIRST_BYTE_S
-            upstream = self._upstream.open(wanted, serving.exchange, first_byte_s)
+            wait = functools.partial(self._wait_with_pings, serving) if answer else None
+            upstream = self._upstream.open(wanted, serving.exchange, first_byte_s, wait)
             return self._read_reply(serving, attempt, upstream, answer)
         except TokenUnavailable as error:
             self._tell_token_problem(attempt.key, str(error))
@@ -5220,8 +5287,9 @@ class Failover:
         if target.wire != MESSAGES:
             return self._translate(serving, target, token)
         data = request.body.data
-        if request.is_message:
+        if request.is_message or request.path == COUNT_TOKENS_PATH:
             data = drop_unsigned_thinking(data)
+        if request.is_message:
             data = RequestBody(data).for_model(attempt.model)
             repairs = self._repairs_for(serving, attempt.model)
             if repairs:
@@ -5230,7 +5298,7 @@ class Failover:
 
     def _translate(self, serving, target, token):
         """The same for an OpenAI target."""
-        repairs = self._repairs_for(serving, (target.base_url, target.model))
+        repairs = self._repairs_for(serving, target[1:3])
         if any(name == 'use_responses' for name, _ in repairs):
             target = target._replace(wire=RESPONSES)
         try:
@@ -5239,6 +5307,7 @@ class Failover:
             body = edit_body(body, repairs, OPENAI_REPAIRS)
         except RecursionError as error:
             raise Untranslatable('The request is nested too deeply to be translated.') from error
+        serving.sent = target, body
         if conversation.notes.left_out and not serving.told_left_out:
             serving.told_left_out = True
             self._journal.log.warn('left_out', id=serving.request_id, model=target.model,
@@ -5264,12 +5333,15 @@ class Failover:
             return False
         answerer, repair = attempt.model, find_repair(outcome.message)
         if attempt.key.provider == OPENAI:
-            answerer = self._base_url(serving, attempt), attempt.model
-            repair = find_openai_repair(outcome.message)
+            target, body = serving.sent
+            answerer, repair = target[1:3], find_openai_repair(outcome.message)
+            if not changes_request(repair, target, body):
+                return False
         needed = self._repairs_for(serving, answerer)
-        if repair in needed or len(needed) >= MAX_REPAIRS:
+        if repair in needed or serving.repaired >= MAX_REPAIRS:
             return False
         needed.append(repair)
+        serving.repaired += 1
         self._journal.log.info('repair', model=attempt.model, repair=repair[0], subject=repair[1])
         return True
 
@@ -5321,9 +5393,11 @@ class Failover:
     def _refused_by_openai(self, serving, outcome):
         """An OpenAI error in Anthropic's shape, in words by which a client knows what to do."""
         status, message = outcome.status, outcome.message
-        if outcome.rule.name == 'context_too_long':
+        is_clients = outcome.rule.step in (Step.RELAY, Step.REPAIR)
+        if outcome.rule.name == 'context_too_long' or is_clients and re.search(
+                TOO_LONG, message, re.IGNORECASE):
             status, message = 400, f'prompt is too long: {message}'
-        elif outcome.rule.step in (Step.RELAY, Step.REPAIR):
+        elif is_clients:
             status = 400
         fields = [JSON_TYPE, ('request-id', serving.request_id)]
         return Reply(outcome, fields, error_json(error_type(status), message), status=status)
@@ -5355,11 +5429,26 @@ class Failover:
         return Reply(outcome, fields, upstream=upstream, events=events, held=held)
 
     def _read_piece(self, serving, upstream, events):
-        """The next piece of a stream.  Claude sends pings while it thinks; OpenAI does not, so
-        the client gets ours."""
-        while events.is_translated and not upstream.wait(PING_S):
-            self._hold_open(serving)
+        """The next piece of a stream."""
+        if events.is_translated:
+            self._wait_with_pings(serving, upstream)
         return upstream.read()
+
+    def _wait_with_pings(self, serving, upstream):
+        """Waits for an upstream to send something.  Claude sends pings while it thinks; OpenAI
+        does not, or sends what the client does not get, so it gets ours."""
+        while True:
+            left = serving.next_ping - self._clock()
+            if left <= 0:
+                self._hold_open(serving)
+            elif upstream.wait(left):
+                return
+
+    def _write(self, serving, data):
+        """Passes on what came of a stream; a piece of nothing does not put off a ping."""
+        if data:
+            serving.response.write(data)
+            serving.next_ping = self._clock() + PING_S
 
     def _refused_in_stream(self, serving, attempt, upstream, events):
         """A 200 whose stream begins with an error is what that error says."""
@@ -5402,10 +5491,21 @@ class Failover:
         """[event, ...] of a whole answer.  Raises ValueError for one that cannot be read."""
         if not is_event_stream(upstream):
             return answer.read_whole(upstream.read_all(MAX_BODY_BYTES))
-        events, piece = [], upstream.read()
-        while piece and not answer.stopped:
-            events += answer.read(piece)
-            piece = upstream.read()
+        events, size = [], 0
+        try:
+            while not answer.is_over:
+                piece = upstream.read()
+                if not piece:
+                    break
+                size += len(piece)
+                if size > MAX_BODY_BYTES:
+                    raise UpstreamCut('it is too long')
+                events += answer.read(piece)
+        except UpstreamCut:
+            events += answer.read_end()
+            if not answer.is_over:
+                raise
+            return events
         return events + answer.read_end()
 
     def _cut_reply(self, error):
@@ -5474,17 +5574,19 @@ class Failover:
         serving.record['stream'] = True
         if not response.started:
             response.start(upstream.status, fields)
-        response.write(reply.held)
+        self._write(serving, reply.held)
         problem = "the upstream's stream ended before the message did"
         try:
-            while not (events.is_translated and events.stopped):
+            while not (events.is_translated and events.is_over):
                 piece = self._read_piece(serving, upstream, events)
                 if not piece:
                     break
-                response.write(events.feed(piece))
+                self._write(serving, events.feed(piece))
             response.write(events.last())
         except UpstreamCut as error:
             problem = f"the upstream's stream broke off: {error}"
+            if events.is_translated:  # it may have been whole but for its very end
+                response.write(events.last())
         except UpstreamTimeout:
             problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
         serving.record.update(usage_fields(events.usage))
@@ -5513,15 +5615,14 @@ class Failover:
     def _await_turn(self, serving):
         """Waits until an attempt may be made; False when that is not to be hoped for in time."""
         queue_wait_s = serving.config.queue_wait_ms / 1000
-        is_queued = serving.request.is_message and serving.plan and queue_wait_s > 0
-        if not is_queued or not self._all_rest(serving):
+        slots = self._resting_slots(serving)
+        if not (slots and serving.request.is_message and queue_wait_s > 0):
             return False
         entered = self._clock()
         if serving.ticket is None:
             serving.queue_deadline = entered + queue_wait_s
-            serving.next_ping = entered + PING_S
             serving.ticket = self.cooldowns.join_queue(serving.exchange.wake)
-        self.cooldowns.await_slots(serving.ticket, map(serving.slot, serving.plan))
+        self.cooldowns.await_slots(serving.ticket, slots)
         try:
             is_my_turn = self._wait_in_queue(serving)
         finally:
@@ -5530,11 +5631,17 @@ class Failover:
             self._replan(serving)
         return is_my_turn
 
-    def _all_rest(self, serving):
-        """Whether every attempt cools, or did when its turn came: then it is worth waiting."""
-        rested = {serving.slot(failure.attempt) for failure in serving.failures if failure.rested}
-        return all(serving.slot(attempt) in rested or self._blocking(serving, attempt)
-                   for attempt in serving.plan)
+    def _resting_slots(self, serving):
+        """The slots to wait for: of every attempt that can be made, if each of them cools, or did
+        when its turn came; none where that is not so, since then waiting is no remedy."""
+        failures = [(serving.slot(failure.attempt), failure) for failure in serving.failures]
+        rested = {slot for slot, failure in failures if failure.rested}
+        impossible = {slot for slot, failure in failures
+                      if failure.outcome.rule in (NO_TOKEN, UNTRANSLATABLE)}
+        slots = {serving.slot(attempt) for attempt in serving.plan} - impossible
+        rest = all(slot in rested or self.cooldowns.blocking(slot, serving.ticket)
+                   for slot in slots)
+        return slots if rest else set()
 
     def _wait_in_queue(self, serving):
         exchange = serving.exchange
@@ -5553,11 +5660,11 @@ class Failover:
             exchange.check()
             if self._clock() >= serving.next_ping:
                 self._hold_open(serving)
-                serving.next_ping += PING_S
 
     def _hold_open(self, serving):
         """Keeps a stream's client patient: it takes pings before the first event."""
         response = serving.response
+        serving.next_ping = self._clock() + PING_S
         if not serving.request.body.is_streamed:
             return
         if not response.started:
@@ -5674,10 +5781,6 @@ def answer_without_claude(request, config):
     message = (f'{PROGRAM}: {request.path} needs an Anthropic key, and only OpenAI keys are '
                f'there. See: {RUN} add-key')
     return 404, error_json('not_found_error', message)
-
-
-COUNT_TOKENS_PATH = '/v1/messages/count_tokens'
-MODELS_PATH = '/v1/models'
 
 
 class FinalFailure(NamedTuple):

@@ -204,7 +204,8 @@ SILENCE = object()            # among the pieces: nothing comes for a while
 
 
 class FakeUpstreamResponse:
-    def __init__(self, play):
+    def __init__(self, play, clock=None):
+        self._clock = clock
         self.status, self.headers = play.status, play.headers
         self.fields = list(play.headers.items())
         self.length = None
@@ -217,6 +218,8 @@ class FakeUpstreamResponse:
     def wait(self, seconds):
         is_silent = self._pieces[:1] == [SILENCE]
         del self._pieces[:is_silent]
+        if is_silent and self._clock:
+            self._clock.now += seconds
         return not is_silent
 
     def read(self):
@@ -240,8 +243,9 @@ class FakeUpstream:
         self.script = {key: list(plays if isinstance(plays, list) else [plays])
                        for key, plays in script.items()}
         self.seen, self.sent, self.opened = [], [], []
+        self.clock = None             # moved by silence
 
-    def open(self, wanted, exchange, first_byte_s):
+    def open(self, wanted, exchange, first_byte_s, wait=None):
         head = wanted.head.decode()
         token = re.search(r'sk-(?:ant-\w+|proj)-(\w+)|Bearer (eyJ)', head)
         key = token.group(1) or 'login' if token else 'client'
@@ -254,7 +258,7 @@ class FakeUpstream:
             play = play(body)
         if isinstance(play, BaseException):
             raise play
-        self.opened.append(FakeUpstreamResponse(play))
+        self.opened.append(FakeUpstreamResponse(play, self.clock))
         return self.opened[-1]
 
 
@@ -979,6 +983,7 @@ OPENAI_POLICY = (
     ('plan_limit', answer(429, 'x', 'usage_limit_reached'), None),
     ('rate_limited', answer(429), None), ('rate_limited', answer(429, retry_after=20), 20),
     ('rate_limited', answer(429, retry_after=20, retry_after_ms='1500'), 1.5),
+    ('rate_limited', answer(429, retry_after_ms='99999999999999'), None), ('rate_limited', answer(429, retry_after_ms='9' * 400), None),
     ('rate_limited', answer(429, 'Please try again in 41.7s.', x_ratelimit_reset_requests='6ms',
                             x_ratelimit_remaining_requests=9999), 41.7),
     ('rate_limited', answer(429, x_ratelimit_remaining_tokens=0, x_ratelimit_reset_tokens='6m0s',
@@ -1013,7 +1018,8 @@ class ClassificationTest(unittest.TestCase):
         for error, status in (({'code': 'rate_limit_exceeded'}, 429), ({'type': 'usage_limit_reached'}, 429),
                               ({'code': 'server_is_overloaded'}, 529), ({'message': 'Codex is at capacity'}, 529),
                               ({'code': 'context_length_exceeded'}, 400), ({'code': 'image_too_large'}, 400),
-                              ({'code': 402}, 402), ({'code': 9999}, 500), ({'code': 'novel'}, 500), ({'code': ['x']}, 500), ({}, 500)):
+                              ({'code': 402}, 402), ({'code': '429'}, 429), ({'type': 'tokens'}, 429), ({'code': 9999}, 500),
+                              ({'code': 'project_spend_limit_exceeded'}, 429), ({'type': 'rate_limit_error'}, 429), ({'code': 'novel'}, 500), ({'code': ['x']}, 500), ({}, 500)):
             self.assertEqual(cf.error_status(error), status, error)
 
     def test_a_usage_limit_ends_at_the_date_it_names(self):
@@ -1280,6 +1286,11 @@ class RequestTranslationTest(unittest.TestCase):
         self.assertNotIn('note', json.dumps(codex['input']))
         self.assertEqual([m['role'] for m in chat_messages(('user', 'x'), ('system', ''))], ['user'])
 
+    def test_results_that_a_system_message_parts_still_meet_their_calls(self):
+        turns = (('assistant', [tool_use('t1'), tool_use('t2')]), ('user', [tool_result('t1', 'one')]), ('system', 'note'),
+                 ('user', [tool_result('t2', 'two')]))
+        self.assertEqual([m['content'] for m in chat_messages(*turns)][1:], ['one', 'two', 'note'])
+
     def test_media_of_a_result_follow_the_tool_messages(self):
         turns = (('assistant', [tool_use('t1'), tool_use('t2')]),
                  ('user', [tool_result('t1', [{'type': 'text', 'text': 'r'}, {'type': 'image', 'source': PNG}]), tool_result('t2')]))
@@ -1338,6 +1349,8 @@ class RequestTranslationTest(unittest.TestCase):
         self.assertEqual(names, ['bash', 'editor'])
         body, told = translated(CHAT, tools=[{**WEATHER, 'name': f't{n}'} for n in range(130)])
         self.assertEqual((len(body['tools']), told), (128, ['tools beyond 128']))
+        chosen = translated(CHAT, tools=[{**WEATHER, 'name': f't{n}'} for n in range(130)], tool_choice={'type': 'tool', 'name': 't129'})[0]
+        self.assertIn('t129', [tool['function']['name'] for tool in chosen['tools']])
         self.assertEqual(translated(CHAT, tools=[], tool_choice={'type': 'auto', 'disable_parallel_tool_use': True}), translated(CHAT))
 
     def test_every_tool_choice(self):
@@ -1377,6 +1390,8 @@ class RequestTranslationTest(unittest.TestCase):
         self.assertEqual((merged['type'], set(merged['properties']), merged['required']), ('object', {'a', 'b', 'c'}, ['c']))
         self.assertNotIn('anyOf', merged)
         self.assertEqual(len(notes.left_out), 1)
+        for odd in ({'anyOf': [], 'required': [{}]}, {'properties': None, 'not': {}}, {'allOf': [{'required': 5, 'properties': []}]}):
+            self.assertEqual(cf.clean_root_schema(odd, notes), {'type': 'object', 'properties': {}, 'required': []})
 
     def test_a_structured_output_is_strict_only_where_its_schema_is(self):
         strict = {'type': 'object', 'properties': {'t': {'type': 'string'}}, 'required': ['t'], 'additionalProperties': False}
@@ -1575,7 +1590,7 @@ class ResponseTranslationTest(unittest.TestCase):
                  ([call], 'tool_use')),
                 ('older form', chat_stream({'function_call': {'name': 'get_weather', 'arguments': '{"city":'}},
                                            {'function_call': {'arguments': '"Rome"}'}}, finish='function_call'),
-                 ([{**call, 'id': 'toolu_11'}], 'tool_use')),
+                 ([{**call, 'id': 'toolu_10'}], 'tool_use')),
                 ('no arguments', chat_stream(header, finish='tool_calls'), ([tool_use('call_1')], 'tool_use')),
                 ('no name', chat_stream(call_delta(0, 'call_1', arguments='{}'), {'content': 'a'}, finish='tool_calls'), ([text_block('a')], 'end_turn')),
                 ('odd id', chat_stream(call_delta(0, 'functions.x:0', 'get_weather', '{}')), ([tool_use('functions_x_0')], 'tool_use')),
@@ -1594,6 +1609,40 @@ class ResponseTranslationTest(unittest.TestCase):
                  ([text_block('a')], 'end_turn'))):
             with self.subTest(name):
                 self.assertEqual(content_of(data), expected)
+
+    def test_calls_without_an_id_get_one_each(self):
+        content, _ = content_of(chat_stream(call_delta(0, None, 'get_weather', '{}'), call_delta(1, None, 'get_weather', '{}')))
+        self.assertEqual(len({block['id'] for block in content}), 2)
+
+    def test_nothing_follows_the_end(self):
+        call = item_done(1, function_call('call_1'))
+        failed = {'type': 'response.failed', 'response': {'error': {'code': 'server_error', 'message': 'no'}}}
+        for events, changes, end in (([text_delta('a STOP b'), call, completed()], {'stop_sequences': ['STOP']}, 'message_stop'),
+                                     ([text_delta('a'), failed, call, completed()], {}, 'error')):
+            for size in (None, 10):
+                answer, told = answer_of(responses_stream(*events), PLATFORM, size, **changes)
+                self.assertEqual(told[-1]['type'], end)
+                self.assertNotIn('tool_use', json.dumps(told))
+
+    def test_text_that_only_looked_like_a_stop_comes_before_the_call_that_follows_it(self):
+        data = chat_stream({'content': 'see <'}, call_delta(0, 'call_1', 'get_weather', '{}'))
+        self.assertEqual(content_of(data, stop_sequences=['</x>'])[0], [text_block('see <'), tool_use('call_1')])
+
+    def test_what_a_response_repeats_at_its_end_is_not_said_twice(self):
+        said = {'type': 'message', 'content': [{'type': 'output_text', 'text': 'a'}]}
+        bare = [{'type': 'response.output_text.delta', 'delta': 'a'}, {'type': 'response.output_item.done', 'item': function_call('call_1')}]
+        self.assertEqual(content_of(responses_stream(*bare, completed(said, function_call('call_1'))), PLATFORM)[0],
+                         [text_block('a'), tool_use('call_1')])
+
+    def test_a_response_that_ends_early_for_any_reason_is_no_finished_call(self):
+        added = {'type': 'response.output_item.added', 'output_index': 0, 'item': function_call('call_1', '')}
+        half = {'type': 'response.function_call_arguments.delta', 'output_index': 0, 'delta': '{"a":'}
+        for reason in ('steered', 'max_messages', 'other', None):
+            end = {'type': 'response.incomplete', 'response': {'incomplete_details': {'reason': reason}}}
+            self.assertEqual(content_of(responses_stream(added, half, end), PLATFORM)[1], 'max_tokens')
+
+    def test_numbers_that_are_no_json_do_not_reach_the_client(self):
+        self.assertEqual(content_of(chat_stream(call_delta(0, 'call_1', 'get_weather', '{"a":1e999}')))[0], [tool_use('call_1')])
 
     def test_reasoning_is_shown_where_it_was_asked_for_and_is_never_text(self):
         for field, value in (('reasoning_content', 'hm'), ('reasoning', 'hm'), ('reasoning_details', [{'type': 'reasoning.text', 'text': 'hm'}])):
@@ -2517,6 +2566,9 @@ class UpstreamTest(SocketTest):
             with self.assertRaisesRegex(cf.TokenUnavailable, words) as caught:
                 cf.usable_token(key._replace(token=token), START)
             self.assertNotIn(token, str(caught.exception))
+        for odd in (-10 ** 400, float('-inf')):
+            with self.assertRaisesRegex(cf.TokenUnavailable, 'expired'):
+                cf.usable_token(key._replace(token=make_login(exp=odd)), START)
         local = key._replace(base_url='http://localhost:1', token=make_login(exp=1))
         self.assertEqual(cf.usable_token(local, START), local.token)       # that server's own business
         os.environ['LOGIN'] = make_login(exp=1)
@@ -2848,7 +2900,7 @@ class FailoverTest(unittest.TestCase):
 
     def failover(self, upstream, config):
         self.store = mock.Mock(current=config)
-        self.upstream = upstream
+        self.upstream, upstream.clock = upstream, self.clock
         self.failover_ = cf.Failover(self.store, self.cooldowns, upstream, cf.Journal(self.log, self.metrics),
                                      clock=self.clock, now=lambda: START, wait=self.clock.wait,
                                      jitter=lambda low, high: low)
@@ -3551,6 +3603,42 @@ class FailoverTest(unittest.TestCase):
         answered, _ = self.openai_one({'oa': Play(stream=stream)}, keys='', body=messages_body(stream=True))
         self.assertEqual((answered.status, answered.events[-1]['error']['type']), (200, 'api_error'))
 
+    def test_pings_go_on_while_what_comes_is_nothing_for_the_client(self):
+        hidden = chat_stream({'reasoning_content': 'hm'}, finish=None, usage=None, is_done=False)
+        for pieces_ in ([b': comment\n\n', SILENCE, b': comment\n\n', SILENCE, chat_stream({'content': 'a'})],
+                        [hidden, SILENCE, hidden, SILENCE, chat_stream({'content': 'a'})],
+                        [SILENCE, SILENCE, chat_stream({'content': 'a'})]):         # also before the head
+            answered, _ = self.openai_one({'oa': Play(stream=pieces_)}, keys='', body=messages_body(stream=True))
+            self.assertEqual([event['type'] for event in answered.events][:3], ['ping', 'ping', 'message_start'])
+
+    def test_an_answer_that_is_whole_does_not_wait_for_the_upstream_to_close(self):
+        whole = responses_stream(text_delta('a'), completed())
+        failed = responses_stream({'type': 'response.failed', 'response': {'error': {'code': 'rate_limit_exceeded'}}})
+        for stream in (False, True):
+            for first, tried in ((whole, ['oa']), (failed, ['oa', 'ob'])):
+                self.cooldowns.clear()
+                script = {'oa': Play(stream=[first, AssertionError('read on')]), 'ob': Play(stream=whole)}
+                script['oa'].pieces.insert(1, SILENCE)
+                with mock.patch.object(FakeUpstreamResponse, 'wait', lambda self, seconds: self._pieces[:1] != [SILENCE]):
+                    answered, seen = self.openai_one(script, keys='', openai=('oa', 'ob'), openaiApi='responses', body=messages_body(stream=stream))
+                self.assertEqual((answered.status, [id for id, _ in seen]), (200, tried))
+
+    def test_an_answer_whose_very_end_is_cut_is_whole(self):
+        for stream in (False, True):
+            for play in (Play(stream=[responses_stream(text_delta('a'), completed()), cf.UpstreamCut('x')]),
+                         Play(stream=[chat_stream({'content': 'a'}, is_done=False), cf.UpstreamCut('x')])):
+                api = 'responses' if b'response.completed' in play.pieces[0] else 'chat_completions'
+                answered, seen = self.openai_one({'oa': play}, keys='', openaiApi=api, body=messages_body(stream=stream))
+                self.assertEqual((answered.status, len(seen), answered.is_complete), (200, 1, True))
+                if stream:
+                    self.assertEqual(answered.events[-1]['type'], 'message_stop')
+
+    def test_an_endless_answer_to_a_plain_request_is_not_kept(self):
+        endless = [chat_stream({'content': 'x' * 500}, finish=None, usage=None, is_done=False)] * 5
+        with mock.patch.object(cf, 'MAX_BODY_BYTES', 2000):
+            answered, _ = self.openai_one({'oa': Play(stream=endless)}, keys='')
+        self.assertEqual(answered.status, 502)
+
     def test_a_json_answer_to_a_streamed_request_and_a_stream_to_a_plain_one_are_understood(self):
         answered, _ = self.openai_one({'oa': Play(body=CHAT_HELLO)}, keys='', body=messages_body(stream=True))
         self.assertEqual((answered.events[0]['type'], answered.events[-1]['type']), ('message_start', 'message_stop'))
@@ -3598,6 +3686,13 @@ class FailoverTest(unittest.TestCase):
                 self.assertEqual((answered.status, answered.error), (400, {
                     'type': 'invalid_request_error', 'message': 'prompt is too long: This has 300000 tokens.'}))
 
+    def test_a_prompt_that_leaves_no_room_however_little_is_wanted_is_too_long(self):
+        message = ("This model's maximum context length is 8192 tokens. However, you requested 9100 tokens (7000 in the messages, 1000 "
+                   'in the functions, and 1100 in the completion).')
+        answered, _ = self.openai_one({'oa': openai_refusal(400, 'context_length_exceeded', message)}, keys='', body=messages_body(max_tokens=1100))
+        self.assertEqual(json.loads(self.upstream.sent[-1].body)['max_completion_tokens'], 192)
+        self.assertEqual((answered.status, answered.error['message'][:18]), (400, 'prompt is too long'))
+
     def test_an_unsupported_parameter_is_left_out_and_remembered_for_this_server_and_model(self):
         def refuse_temperature(body):
             if 'temperature' in body:
@@ -3621,8 +3716,42 @@ class FailoverTest(unittest.TestCase):
 
     def test_a_complaint_that_stays_is_the_clients(self):
         stubborn = openai_refusal(400, 'unsupported_parameter', "Unsupported parameter: 'top_p' is not supported.")
-        answered, seen = self.openai_one({'oa': stubborn}, keys='')
-        self.assertEqual((answered.status, len(seen), answered.error['type']), (400, 2, 'invalid_request_error'))
+        for changes, tried in (({'top_p': 0.5}, 2), ({}, 1)):         # what was not sent cannot be left out
+            answered, seen = self.openai_one({'oa': stubborn}, keys='', body=messages_body(**changes))
+            self.assertEqual((answered.status, len(seen), answered.error['type']), (400, tried, 'invalid_request_error'))
+
+    def test_useless_complaints_of_one_client_cost_the_others_nothing(self):
+        def play(body):
+            if 'temperature' in body:
+                return openai_refusal(400, 'x', "Unsupported parameter: 'temperature' is not supported with this model.")
+            return openai_refusal(400, 'x', f"Invalid schema: 'min{len(self.upstream.seen)}' is not permitted.") \
+                if 'bad' in json.dumps(body) else Play(body=CHAT_HELLO)
+        failover = self.failover(FakeUpstream(oa=[play]), make_config(**with_openai('oa')))
+        for _ in range(cf.MAX_REPAIRS + 1):
+            self.assertEqual(self.serve(failover, messages_body(system='bad')).status, 400)
+        self.assertEqual(self.serve(failover, messages_body(temperature=0.5)).status, 200)
+
+    def test_an_effort_that_one_client_may_not_have_leaves_others_theirs(self):
+        def play(body):
+            if body.get('reasoning_effort') == 'xhigh':
+                return openai_refusal(400, 'unsupported_value', "Unsupported value: 'reasoning_effort' does not support 'xhigh' with "
+                                      "this model. Supported values are: 'low', 'medium', and 'high'.")
+            return Play(body=CHAT_HELLO)
+        failover = self.failover(FakeUpstream(oa=[play]), make_config(**with_openai('oa')))
+        for wanted, sent in (('xhigh', 'high'), ('medium', 'medium'), ('xhigh', 'high'), ('low', 'low')):
+            self.serve(failover, messages_body(output_config={'effort': wanted}))
+            self.assertEqual(json.loads(self.upstream.sent[-1].body)['reasoning_effort'], sent)
+        self.assertEqual(len(self.upstream.sent), 5)
+
+    def test_a_complaint_that_names_its_parameter_only_beside_the_message_is_mended(self):
+        for message, sent in (("Unsupported value: 'high' is not supported with the 'gpt-5-pro' model. Supported values are: 'medium'.", 'medium'),
+                              ("Invalid value: 'high'. Supported values are: 'low'.", 'low'), ('Unsupported value.', None)):
+            refused = Play(400, body={'error': {'message': message, 'param': 'reasoning.effort', 'code': 'unsupported_value'}})
+            hello = Play(stream=responses_stream(text_delta('a'), completed()))
+            answered, _ = self.openai_one({'oa': [refused, hello]}, keys='', openaiApi='responses',
+                                          body=messages_body(output_config={'effort': 'high'}))
+            reasoning = json.loads(self.upstream.sent[-1].body).get('reasoning')
+            self.assertEqual((answered.status, reasoning), (200, {'effort': sent} if sent else {}))
 
     def test_a_server_that_asks_for_the_responses_format_gets_it_until_restart(self):
         def play(body):
@@ -3648,6 +3777,25 @@ class FailoverTest(unittest.TestCase):
                 self.cooldowns.clear()
                 answered, seen = self.openai_one(script, queueWaitMs=90_000)
                 self.assertEqual(([id for id, _ in seen], answered.status), (tried, 200))
+
+    def test_a_key_that_cannot_be_asked_at_all_does_not_keep_a_request_from_waiting(self):
+        slow = refusal(429, 'rate_limit_error', 'x', retry_after='2')
+        document = make_document('a', **with_openai('oa', queueWaitMs=20_000, modelFallback={}))
+        document['openaiKeys']['oa']['token'] = make_login(exp=1)
+        document['profiles']['default'] = {'port': 0, 'priorityOrder': ['openai:oa', 'anthropic:a']}
+        answered = self.serve(self.failover(FakeUpstream(a=[slow, Play()]), cf.parse_config(document)))
+        self.assertEqual((answered.status, answered.headers['x-proxy-queued']), (200, '2'))
+
+    def test_a_model_that_both_providers_call_the_same_is_given_up_for_one_of_them(self):
+        for play in (refusal(529, 'overloaded_error', 'x'), SERVER_TROUBLE):
+            answered, seen = self.openai_one({'a': play, 'b': play, 'c': play, 'oa': Play(body=CHAT_HELLO)}, keys='abc', openaiModelMapping={})
+            self.assertEqual((answered.status, seen[-1]), (200, ('oa', OPUS)))
+            self.cooldowns.clear()
+        document = make_document('a', 'b', **with_openai('oa', queueWaitMs=0, modelFallback={}))
+        document['profiles']['default'] = {'port': 0, 'priorityOrder': ['anthropic:a', 'openai:oa', 'anthropic:b']}
+        about_this = refusal(429, 'rate_limit_error', 'x', x_should_retry='true')
+        answered = self.serve(self.failover(FakeUpstream(a=about_this, oa=Play(body=CHAT_HELLO)), cf.parse_config(document)))
+        self.assertEqual(answered.status, 200)
 
     def test_a_held_stream_goes_on_with_openais_answer(self):
         slow = refusal(429, 'rate_limit_error', 'x', retry_after='40')
@@ -3738,6 +3886,16 @@ class FailoverTest(unittest.TestCase):
             self.assertEqual((refused.status, refused.error['type']), (404, 'not_found_error'))
             self.assertIn('needs an Anthropic key', refused.error['message'])
         self.assertEqual(self.upstream.seen, [])
+
+    def test_counting_by_claude_is_spared_our_own_marks_too(self):
+        body = messages_body(messages=[{'role': 'assistant', 'content': [
+            {'type': 'thinking', 'thinking': '', 'signature': 'cfo1:x'}, {'type': 'text', 'text': 'a'}]}])
+        self.serve(self.failover(FakeUpstream(a=Play()), make_config('a')), body, target='/v1/messages/count_tokens')
+        self.assertNotIn(b'cfo1', self.upstream.sent[0].body)
+
+    def test_only_a_post_is_a_message(self):
+        refused = self.serve(self.failover(FakeUpstream(), make_config(**with_openai('oa'))), method='DELETE')
+        self.assertEqual(refused.status, 404)
 
     def test_counting_is_estimated_when_every_claude_key_is_limited(self):
         config = make_config('a', **with_openai('oa'))
