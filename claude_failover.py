@@ -2526,7 +2526,8 @@ def responses_tool_fields(conversation):
     if mode == 'tool':
         return {'tools': tools, 'tool_choice': {'type': 'function', 'name': names.short(name)}}
     if mode == 'web_search':
-        return {'tools': tools, 'tool_choice': {'type': 'web_search'}}
+        allowed = {'type': 'allowed_tools', 'mode': 'required', 'tools': [{'type': 'web_search'}]}
+        return {'tools': tools, 'tool_choice': 'required' if len(tools) == 1 else allowed}
     return {'tools': tools, 'tool_choice': TOOL_MODES[mode]} if mode else {'tools': tools}
 
 
@@ -3064,7 +3065,8 @@ class ChatDecoder:
     def __init__(self, out):
         self.out = out
         self._finish = None           # the finish reason; the usage may come after it
-        self._last_tool = None
+        self._unnumbered = 0          # calls without an index
+        self._last_call = 'call 0'
 
     def feed(self, chunk):
         if chunk == '[DONE]':
@@ -3116,11 +3118,13 @@ class ChatDecoder:
 
     def _read_call(self, call):
         function = as_dict(call.get('function'))
-        id, key = text_or_none(call.get('id')), call.get('index')
+        id, name = text_or_none(call.get('id')), text_or_none(function.get('name'))
+        key = call.get('index')
         if not is_whole(key):         # some servers send each call whole, without one
-            key = id or self._last_tool or 'tool'
-        self._last_tool = key
-        self.out.tool(key, id, text_or_none(function.get('name')))
+            self._unnumbered += name is not None
+            key = id or (f'call {self._unnumbered}' if name else self._last_call)
+        self._last_call = key
+        self.out.tool(key, id, name)
         arguments = function.get('arguments')
         if isinstance(arguments, dict):
             arguments = dump_body(arguments).decode()
@@ -3172,8 +3176,10 @@ class ResponsesDecoder:
         """The stream's end: without a terminal event it was cut."""
 
     def _key(self, event):
-        place = event.get('output_index')
-        return place if is_whole(place) else text_or_none(event.get('item_id')) or 'item'
+        place, item = event.get('output_index'), as_dict(event.get('item'))
+        if is_whole(place):
+            return place
+        return text_or_none(event.get('item_id')) or text_or_none(item.get('id')) or 'item'
 
     def _text(self, event):
         self._has_text.add(self._key(event))
@@ -3217,7 +3223,8 @@ class ResponsesDecoder:
 
     def _reasoning_item(self, key, item):
         if key not in self._parts:
-            parts = [block_text(as_dict(part)) for part in as_list(item.get('summary'))]
+            parts = as_list(item.get('summary')) or as_list(item.get('content'))
+            parts = [block_text(as_dict(part)) for part in parts]
             self.out.thinking('\n\n'.join(part for part in parts if part), key)
         payload = item.get('encrypted_content')
         self._parts[key] = 0
@@ -3242,7 +3249,8 @@ class ResponsesDecoder:
         for place, item in enumerate(items):
             has_come = known.get(text_or_none(item.get('type')))
             if not has_come and text_or_none(item.get('call_id')) not in self._call_ids - {None}:
-                self._item_done({'item': item, 'item_id': f'output {place}'})
+                item_id = text_or_none(item.get('id')) or f'output {place}'
+                self._item_done({'item': item, 'item_id': item_id})
         self.out.note_usage(read_openai_usage(response.get('usage')))
         reason = text_or_none(as_dict(response.get('incomplete_details')).get('reason'))
         is_incomplete = response.get('status') == 'incomplete' or reason

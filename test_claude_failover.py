@@ -1341,7 +1341,9 @@ class RequestTranslationTest(unittest.TestCase):
                          (translated(CHAT)[0], ['tool web_search']))
         sent = translated(CODEX, tools=[search], tool_choice={'type': 'tool', 'name': 'web_search'})[0]
         self.assertEqual((sent['tools'], sent['tool_choice']), (
-            [{'type': 'web_search', 'filters': {'allowed_domains': ['x.org']}}], {'type': 'web_search'}))
+            [{'type': 'web_search', 'filters': {'allowed_domains': ['x.org']}}], 'required'))
+        sent = translated(CODEX, tools=[WEATHER, search], tool_choice={'type': 'tool', 'name': 'web_search'})[0]
+        self.assertEqual(sent['tool_choice'], {'type': 'allowed_tools', 'mode': 'required', 'tools': [{'type': 'web_search'}]})
         body, told = translated(CHAT, tools=[WEATHER, {'type': 'computer_20250124', 'name': 'computer'}])
         self.assertEqual((len(body['tools']), told), (1, ['tool computer_20250124']))
         names = [t['function']['name'] for t in translated(CHAT, tools=[
