@@ -2747,6 +2747,7 @@ class MessageEvents:
         self._closed = {}             # key -> id of a block that was closed
         self._count = 0               # blocks opened so far: the next one's index
         self._called = False          # a tool_use block was opened
+        self._ids = set()             # of the calls so far
         self._refused = False
         self.has_started = False
         self.usage = {}
@@ -2936,10 +2937,17 @@ class MessageEvents:
             content['signature'] = ''
         elif block.kind == 'tool_use':
             self._called = True
-            content = {'type': 'tool_use', 'id': re.sub(r'[^A-Za-z0-9_-]', '_', block.id),
+            content = {'type': 'tool_use', 'id': self._own_id(block.id),
                        'name': self._names.original(block.name), 'input': {}}
         self._events.append({'type': 'content_block_start', 'index': block.index,
                              'content_block': content})
+
+    def _own_id(self, id):
+        """A call's id as Anthropic takes it; one that another call has already is told apart."""
+        id = re.sub(r'[^A-Za-z0-9_-]', '_', id)
+        id = f'{id}_{self._count}' if id in self._ids else id
+        self._ids.add(id)
+        return id
 
     def _send_deltas(self, block):
         if block.unsent:
@@ -3168,7 +3176,8 @@ class ResponsesDecoder:
         status = response.get('status')
         if response.get('error') or status == 'failed':
             return self.out.fail(error_object(response.get('error') or {}))
-        if not isinstance(response.get('output'), list):
+        if status not in (None, 'completed', 'incomplete') or not isinstance(
+                response.get('output'), list):
             raise ValueError('no output')
         return self._end_response({'response': response})
 
@@ -3188,6 +3197,10 @@ class ResponsesDecoder:
     def _refusal(self, event):
         self._has_text.add(self._key(event))
         self.out.refusal(str(event.get('delta') or ''), 'text')
+
+    def _whole_refusal(self, event):
+        if self._key(event) not in self._has_text:
+            self._refusal({**event, 'delta': event.get('refusal')})
 
     def _arguments(self, event):
         self.out.arguments(self._key(event), text_or_none(event.get('delta')))
@@ -3278,6 +3291,7 @@ class ResponsesDecoder:
 RESPONSES_EVENTS = {
     'response.output_text.delta': ResponsesDecoder._text,
     'response.refusal.delta': ResponsesDecoder._refusal,
+    'response.refusal.done': ResponsesDecoder._whole_refusal,
     'response.function_call_arguments.delta': ResponsesDecoder._arguments,
     'response.function_call_arguments.done': ResponsesDecoder._whole_arguments,
     'response.output_item.added': ResponsesDecoder._item_added,

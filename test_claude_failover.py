@@ -8,10 +8,13 @@ HOME is a temporary folder.  Tests with real clients skip where those are not in
 import ast
 import base64
 import contextlib
+import copy
 import io
+import itertools
 import json
 import os
 import queue
+import random
 import re
 import select
 import shutil
@@ -26,6 +29,7 @@ import threading
 import time
 import tracemalloc
 import unittest
+from collections import namedtuple
 from unittest import mock
 
 import claude_failover as cf
@@ -1616,6 +1620,11 @@ class ResponseTranslationTest(unittest.TestCase):
         content, _ = content_of(chat_stream(call_delta(0, None, 'get_weather', '{}'), call_delta(1, None, 'get_weather', '{}')))
         self.assertEqual(len({block['id'] for block in content}), 2)
 
+    def test_no_two_calls_share_an_id(self):
+        calls = [call_delta(place, id, 'get_weather', '{}') for place, id in enumerate(('a.1', 'a:1', 'a_1'))]
+        content, _ = content_of(chat_stream(*calls))
+        self.assertEqual([block['id'] for block in content], ['a_1', 'a_1_2', 'a_1_3'])
+
     def test_nothing_follows_the_end(self):
         call = item_done(1, function_call('call_1'))
         failed = {'type': 'response.failed', 'response': {'error': {'code': 'server_error', 'message': 'no'}}}
@@ -1711,6 +1720,7 @@ class ResponseTranslationTest(unittest.TestCase):
                                  *arguments, {**arguments[1], 'output_index': 2}, item_done(2, function_call('call_2', '{"city":"Rome"}')),
                                  item_done(1, rome), completed()], ([call, {**call, 'id': 'call_2'}], 'tool_use')),
                 ('refusal', [{'type': 'response.refusal.delta', 'output_index': 0, 'delta': 'no'}, completed()], ([text_block('no')], 'refusal')),
+                ('refusal whole', [{'type': 'response.refusal.done', 'output_index': 0, 'refusal': 'no'}, completed()], ([text_block('no')], 'refusal')),
                 ('refusal at the end', [completed({'type': 'message', 'content': [{'type': 'refusal', 'refusal': 'no'}]})],
                  ([text_block('no')], 'refusal')),
                 ('too long', [text_delta('a'), {'type': 'response.incomplete', 'response': {'incomplete_details': {'reason': 'max_output_tokens'}}}],
@@ -1759,7 +1769,8 @@ class ResponseTranslationTest(unittest.TestCase):
             self.assertEqual(message, {
                 'id': 'msg_1', 'type': 'message', 'role': 'assistant', 'model': OPUS, 'stop_reason': 'tool_use', 'stop_sequence': None,
                 'usage': USAGE, 'content': [thinking_block('hm'), text_block('a'), tool_use('call_1'), tool_use('call_2')]})
-        for target, data in ((CHAT, b'<html>'), (CHAT, b'{"choices":[]}'), (CHAT, b'{}'), (PLATFORM, b'{}'), (PLATFORM, b'[]')):
+        for target, data in ((CHAT, b'<html>'), (CHAT, b'{"choices":[]}'), (CHAT, b'{}'), (PLATFORM, b'{}'), (PLATFORM, b'[]'),
+                             (PLATFORM, b'{"status":"in_progress","output":[]}'), (PLATFORM, b'{"status":"cancelled","output":[]}')):
             answer = cf.answer_stream(cf.read_conversation(messages_body()), target, 'msg_1')
             with self.assertRaises(ValueError):
                 answer.read_whole(data)
@@ -1798,6 +1809,1450 @@ class ResponseTranslationTest(unittest.TestCase):
                              'response': {'output': [{**fields, 'type': item}, value], 'usage': value, 'incomplete_details': value, 'error': value}}
                     answer_of(f'data: {json.dumps(event)}\n\n'.encode(), CODEX, **SHOWN)
         answer_of(b'data: [1]\n\ndata: nonsense\n\ndata: \xff\n\n')
+
+
+# ==============================================================================
+# Generated answers
+# ==============================================================================
+# An answer is made at random, written as OpenAI's servers and their many likenesses write it,
+# cut into pieces at random, and must come out as it was made.
+
+#: The parts of an answer, in its order.  A Thought's parts are those of a summary.
+Said = namedtuple('Said', 'text')
+Thought = namedtuple('Thought', 'parts payload')
+Called = namedtuple('Called', 'id name arguments')       # arguments: JSON text
+
+SNIPPETS = ('Hello ', 'wörld ', '漢字', '🙂', '👩‍💻 ', '"quoted" ', 'back\\slash', '\n', '\r\n', '\t', ' ',
+            '{"a": [', '}}', 'data: [DONE]\n\n', 'event: error\n', '\u2028', '\x00', '</think>', ': ping',
+            '0')
+TOOL_NAMES = ('Read', 'mcp__files__read', 'n' * 70, 'n' * 70 + 'x', 'names.with dots', 'ünï',
+              'mcp__' + 'long_' * 12 + 'one', 'mcp__' + 'long_' * 12 + 'two')
+IN_FULL, HIDDEN = {'type': 'adaptive'}, None
+SEALED = {'type': 'enabled', 'budget_tokens': 4000, 'display': 'omitted'}
+
+
+def random_text(rng, least=1):
+    return ''.join(rng.choice(SNIPPETS) for _ in range(rng.randint(least, 6)))
+
+
+def random_value(rng, depth=2):
+    kind = rng.randrange(8 if depth else 5)
+    if kind < 5:
+        number = rng.randint(-10 ** 6, 10 ** 18)
+        return (random_text(rng, 0), number, number / 1024, number % 2 == 0, None)[kind]
+    if kind == 5:
+        return [random_value(rng, depth - 1) for _ in range(rng.randrange(3))]
+    return random_object(rng, depth - 1)
+
+
+def random_object(rng, depth=2):
+    return {random_text(rng, 0): random_value(rng, depth) for _ in range(rng.choice((0, 1, 1, 2, 3)))}
+
+
+def random_json(rng, value):
+    """JSON as one or another writes it."""
+    separators = rng.choice((None, (',', ':'), (', ', ':')))
+    return json.dumps(value, ensure_ascii=rng.random() < 0.5, separators=separators)
+
+
+def snipped(rng, text, most=6):
+    """A text in up to `most` pieces; now and then one is empty."""
+    places = sorted(rng.randint(0, len(text)) for _ in range(rng.randrange(most)))
+    return [text[start:end] for start, end in zip([0, *places], [*places, len(text)])]
+
+
+def byte_pieces(rng, data):
+    places = [0]
+    while places[-1] < len(data):
+        places.append(places[-1] + rng.randint(1, 50))
+    return [data[start:end] for start, end in zip(places, places[1:])]
+
+
+ODD_VALUES = (None, 7, -1, 1.5, True, 'x', '', [], {}, [None], [{}], {'a': {}})
+
+
+def places_of(value, place=()):
+    """The path to each value within some JSON."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = [place] if place else []
+    for name, part in inner:
+        found += places_of(part, (*place, name))
+    return found
+
+
+def replaced(value, place, new):
+    if not place:
+        return new
+    changed = copy.copy(value)
+    changed[place[0]] = replaced(value[place[0]], place[1:], new)
+    return changed
+
+
+class MadeAnswer:
+    """A random answer, and what a client should see of it."""
+
+    def __init__(self, rng, can_be_cut=True):
+        self.thinking = rng.choice((IN_FULL, IN_FULL, HIDDEN, SEALED))
+        self.ending = rng.choice(('end',) * 8 + ('length', 'content_filter'))
+        kinds = rng.choices('tttcccr', k=rng.choice((1, 1, 2, 3, 4, 6)))
+        self.items = [self.random_item(rng, kind, place) for place, kind in enumerate(kinds)]
+        last = self.items[-1]
+        #: Whether the limit fell into a call's arguments.
+        self.is_cut = self.ending == 'length' and isinstance(last, Called) and can_be_cut
+        if self.is_cut:
+            self.items[-1] = last._replace(arguments=last.arguments[:rng.randrange(1, len(last.arguments))])
+        self.prompt, self.output = rng.randint(100, 9999), rng.randint(1, 999)
+        self.cached, self.written = (rng.choice((0, rng.randint(1, 50))) for _ in range(2))
+        self.reasoned = rng.choice((0, rng.randint(1, 50)))
+
+    def random_item(self, rng, kind, place):
+        if kind == 't':
+            return Said(random_text(rng))
+        if kind == 'r':
+            payload = rng.choice((None, f'gAAAA{place}=='))
+            return Thought([random_text(rng) for _ in range(rng.choice((0, 1, 1, 2, 3)))], payload)
+        id = rng.choice((f'call_{place}', f'toolu_01{place}', f'functions.Read:{place}', f'c{place}' * 40))
+        return Called(id, rng.choice(TOOL_NAMES), random_json(rng, random_object(rng)))
+
+    @property
+    def calls(self):
+        return [item for item in self.items if isinstance(item, Called)]
+
+    def conversation(self, **changes):
+        """The request that this answers, read."""
+        tools = [{'name': name, 'input_schema': {'type': 'object'}} for name in TOOL_NAMES]
+        body = {'model': OPUS, 'max_tokens': 100, 'messages': [{'role': 'user', 'content': 'hi'}],
+                'tools': tools}
+        thinking = {'thinking': self.thinking} if self.thinking else {}
+        return cf.read_conversation({**body, **thinking, **changes})
+
+    def stream(self, wire, **changes):
+        target = cf.Target(wire, 'https://example.com', 'gpt-5.4')
+        return cf.answer_stream(self.conversation(**changes), target, 'msg_0123456789abcdef01234567')
+
+    # -- what a client should see ---------------------------------------------------
+
+    def blocks(self, wire):
+        """The content, as it should come of a stream that tells one item after the other."""
+        found = []
+        for item in self.items:
+            block = self.block(item, wire)
+            if block and found and block['type'] == found[-1]['type'] and (
+                    block['type'] == 'text' or block['type'] == 'thinking' and wire == cf.CHAT_COMPLETIONS):
+                found[-1][block['type']] += block[block['type']]
+            elif block:
+                found.append(block)
+        return found
+
+    def block(self, item, wire):
+        if isinstance(item, Said):
+            return {'type': 'text', 'text': item.text}
+        if isinstance(item, Called):
+            is_cut = self.is_cut and item is self.items[-1]
+            return {'type': 'tool_use', 'id': re.sub('[^A-Za-z0-9_-]', '_', item.id), 'name': item.name,
+                    'input': {} if is_cut else json.loads(item.arguments)}
+        if self.thinking is HIDDEN:
+            return None
+        payload = item.payload if wire == cf.RESPONSES else None
+        text = '\n\n'.join(item.parts) if self.thinking is IN_FULL else ''
+        signature = 'cfo1:' + payload if payload else 'cfo0:'
+        return {'type': 'thinking', 'thinking': text, 'signature': signature} if text or payload else None
+
+    @property
+    def stop_reason(self):
+        if self.ending != 'end':
+            return {'length': 'max_tokens', 'content_filter': 'refusal'}[self.ending]
+        return 'tool_use' if self.calls else 'end_turn'
+
+    @property
+    def usage(self):
+        fresh = self.prompt - self.cached - self.written
+        told = {'input_tokens': fresh, 'cache_creation_input_tokens': self.written,
+                'cache_read_input_tokens': self.cached, 'output_tokens': self.output}
+        if self.reasoned:
+            told['output_tokens_details'] = {'thinking_tokens': self.reasoned}
+        return told
+
+    def openai_usage(self, input, output):
+        details = {'cached_tokens': self.cached, 'cache_write_tokens': self.written}
+        return {f'{input}_tokens': self.prompt, f'{output}_tokens': self.output,
+                'total_tokens': self.prompt + self.output, f'{input}_tokens_details': details,
+                f'{output}_tokens_details': {'reasoning_tokens': self.reasoned}}
+
+
+def text_of(blocks, kind):
+    return ''.join(block[kind] for block in blocks if block['type'] == kind)
+
+
+def calls_of(blocks, is_ordered=True):
+    calls = [block for block in blocks if block['type'] == 'tool_use']
+    return calls if is_ordered else sorted(calls, key=lambda call: call['id'])
+
+
+#: The data of a stream's events; from the end of `closing` on the message is whole.  is_exact: one item
+#: comes after the other; is_ordered: at least each call's name comes before the next call.
+Written = namedtuple('Written', 'data closing is_exact is_ordered')
+
+
+def in_turns(rng, lanes):
+    """What several lanes hold, each in its order, told at random in between; a lane begins only after the
+    one ahead of it did."""
+    waiting, running, found = [list(lane) for lane in lanes if lane], [], []
+    while waiting or running:
+        if waiting and (not running or rng.random() < 0.3):
+            running.append(waiting.pop(0))
+            lane = running[-1]
+        else:
+            lane = rng.choice(running)
+        found.append(lane.pop(0))
+        running = [lane for lane in running if lane]
+    return found
+
+
+class ChatWriter:
+    """Writes a MadeAnswer as a stream of Chat Completions, in one server's manner."""
+
+    def __init__(self, rng, made):
+        self.rng, self.made, self.names = rng, made, made.conversation().names
+        self.mixing = rng.choice(('none', 'none', 'calls', 'all'))
+        self.repeats = rng.choice(('never', 'never', 'always', 'empty'))
+        self.thinking = rng.choice(('reasoning_content', 'reasoning', 'reasoning_details'))
+        #: Calls with an index as OpenAI's; with 0 for each; without, and with an id at their beginning
+        #: ('header'), or each in one chunk ('whole').
+        self.form = rng.choice(('index',) * 6 + ('zero', 'header', 'whole'))
+        self.form = self.form if self.mixing == 'none' else 'index'
+        self.is_late = self.form == 'index' and self.repeats != 'always' and rng.random() < 0.3
+        self.has_done = rng.random() < 0.7
+        self.usage_place = rng.choice(('chunk', 'finish', 'all'))
+        self.is_exact, self.call_count = self.mixing == 'none', 0
+
+    def write(self):
+        rng, reason = self.rng, self.finish_reason()
+        deltas = [{'role': 'assistant', 'content': rng.choice((None, ''))}] if rng.random() < 0.8 else []
+        chunks = [self.chunk(delta) for delta in deltas + self.all_deltas()]
+        if chunks and rng.random() < 0.3:           # the reason comes with the last delta
+            chunks[-1]['choices'][0]['finish_reason'] = reason
+        else:
+            chunks.append(self.chunk({}, reason))
+        closing = len(chunks) - 1
+        if self.usage_place == 'all':
+            for place, chunk in enumerate(chunks):
+                chunk['usage'] = {'prompt_tokens': self.made.prompt, 'completion_tokens': place + 1}
+        if self.usage_place == 'chunk':
+            chunks.append({**self.chunk({}), 'choices': []})
+        chunks[-1]['usage'] = self.made.openai_usage('prompt', 'completion')
+        if reason and rng.random() < 0.2:           # what comes after it does not count
+            chunks.append(self.chunk({'content': 'late', 'tool_calls': [{'index': 9, 'id': 'late'}]}))
+        data = [random_json(rng, chunk) for chunk in chunks] + (['[DONE]'] if self.has_done else [])
+        return Written(data, closing if reason else len(data) - 1, self.is_exact, not self.is_late)
+
+    def finish_reason(self):
+        if self.made.ending != 'end':
+            return self.made.ending
+        if self.has_done and self.rng.random() < 0.1:
+            return None
+        return self.rng.choice(('tool_calls', 'stop', 'function_call') if self.made.calls
+                               else ('stop', 'eos', 'tool_calls'))
+
+    def chunk(self, delta, reason=None):
+        return {'id': 'chatcmpl-1', 'object': 'chat.completion.chunk', 'created': 1, 'model': 'gpt-5.4',
+                'choices': [{'index': 0, 'delta': delta, 'logprobs': None, 'finish_reason': reason}],
+                'usage': None}
+
+    def all_deltas(self):
+        lanes = [(item, self.deltas(item)) for item in self.made.items]
+        if self.mixing == 'all':                    # all text is one lane, all thinking another
+            by_kind = {}
+            for place, (item, lane) in enumerate(lanes):
+                by_kind.setdefault(place if isinstance(item, Called) else type(item), []).extend(lane)
+            return in_turns(self.rng, by_kind.values())
+        found, calls = [], []
+        for item, lane in [*lanes, (None, [])]:
+            if isinstance(item, Called):
+                calls.append(lane)
+                continue
+            is_mixed = self.mixing == 'calls'
+            found += in_turns(self.rng, calls) if is_mixed else itertools.chain.from_iterable(calls)
+            found += lane
+            calls = []
+        return found
+
+    def deltas(self, item):
+        if isinstance(item, Called):
+            return [{'tool_calls': [call]} for call in self.call_deltas(item)]
+        if isinstance(item, Said):
+            return [{'content': piece} for piece in snipped(self.rng, item.text)]
+        pieces = snipped(self.rng, '\n\n'.join(item.parts))
+        if self.thinking == 'reasoning_details':
+            return [{self.thinking: [{'type': 'reasoning.text', 'text': piece}]} for piece in pieces]
+        return [{self.thinking: piece} for piece in pieces]
+
+    def call_deltas(self, call):
+        rng, place, name = self.rng, self.call_count, self.names.short(call.name)
+        arguments = call.arguments
+        self.call_count += 1
+        if arguments == '{}' and rng.random() < 0.5:
+            arguments, self.is_exact = '', False    # its end shows only with the answer's
+        index = {'index': place, 'zero': 0}.get(self.form)
+        index = {} if index is None else {'index': index}
+        whole = {**index, 'id': call.id, 'type': 'function',
+                 'function': {'name': name, 'arguments': arguments}}
+        if self.form == 'whole' or rng.random() < 0.1:
+            return [whole]
+        found = [{**index, 'function': {'arguments': piece}} for piece in snipped(rng, arguments)]
+        if self.repeats == 'always':
+            found = [{**whole, **piece, 'function': {'name': name, **piece['function']}} for piece in found]
+        elif self.repeats == 'empty':
+            found = [{**piece, 'id': rng.choice(('', None)), 'function': {'name': '', **piece['function']}}
+                     for piece in found]
+        header = {**whole, 'function': {'name': name, 'arguments': ''}}
+        if not self.is_late:
+            return [header, *found]
+        halves = [{**index, 'id': call.id, 'function': {'arguments': ''}},
+                  {**index, 'function': {'name': name}}]
+        rng.shuffle(halves)
+        found.insert(0, halves[0])
+        found.insert(rng.randint(1, len(found)), halves[1])
+        return found
+
+    def write_whole(self):
+        """The same as one completion."""
+        text = text_of(self.made.blocks(cf.CHAT_COMPLETIONS), 'text')
+        message = {'role': 'assistant', 'content': text or None}
+        thinking = ''.join('\n\n'.join(item.parts) for item in self.made.items if isinstance(item, Thought))
+        message['reasoning_content'] = thinking or None
+        calls = [{'id': call.id, 'type': 'function',
+                  'function': {'name': self.names.short(call.name), 'arguments': call.arguments}}
+                 for call in self.made.calls]
+        message.update({'tool_calls': calls} if calls else {})
+        return {'id': 'chatcmpl-1', 'object': 'chat.completion',
+                'usage': self.made.openai_usage('prompt', 'completion'),
+                'choices': [{'index': 0, 'message': message,
+                             'finish_reason': self.finish_reason() or 'stop'}]}
+
+
+class ResponsesWriter:
+    """Writes a MadeAnswer as a stream of Responses, in one server's manner."""
+
+    def __init__(self, rng, made, has_index=True):
+        self.rng, self.made, self.names = rng, made, made.conversation().names
+        self.has_index = has_index
+        self.mixes_calls = rng.random() < 0.2
+        #: From this item on, all is said by the last event alone.
+        self.silent_from = rng.choice((0, rng.randrange(99), 99, 99))
+        self.has_output = self.silent_from < len(made.items) or rng.random() < 0.6
+        self.sequence = 0
+
+    def event(self, type, place=None, item_id=None, **fields):
+        self.sequence += 1
+        told = {'type': f'response.{type}', 'sequence_number': self.sequence}
+        told.update({'output_index': place} if place is not None and self.has_index else {})
+        told.update({'item_id': item_id} if item_id else {})
+        return {**told, **fields}
+
+    def write(self):
+        response = {'id': 'resp_1', 'object': 'response', 'status': 'in_progress', 'output': []}
+        events = [self.event('created', response=response), self.event('in_progress', response=response)]
+        lanes = [self.item_events(place, item) for place, item in enumerate(self.made.items)]
+        spoken = list(zip(self.made.items, lanes))[:self.silent_from]
+        calls = []
+        for item, lane in [*spoken, (None, [])]:
+            if isinstance(item, Called) and self.mixes_calls:
+                calls.append(lane)
+            else:
+                events += in_turns(self.rng, calls) + lane
+                calls = []
+        if self.rng.random() < 0.2:
+            events.insert(self.rng.randrange(len(events)), {'type': 'keepalive', 'sequence_number': 0})
+        whole = self.write_whole()
+        whole['output'] = whole['output'] if self.has_output else self.rng.choice(([], None))
+        events.append(self.event(whole['status'], response=whole))
+        data = [random_json(self.rng, event) for event in events]
+        closing = len(data) - 1
+        return Written(data + self.rng.choice(([], [], ['[DONE]'])), closing, not self.mixes_calls, True)
+
+    def write_whole(self):
+        """The same as one response."""
+        reason = {'length': 'max_output_tokens', 'content_filter': 'content_filter'}.get(self.made.ending)
+        return {'id': 'resp_1', 'object': 'response', 'status': 'incomplete' if reason else 'completed',
+                'error': None, 'incomplete_details': {'reason': reason} if reason else None,
+                'output': [self.item(place, item) for place, item in enumerate(self.made.items)],
+                'usage': self.made.openai_usage('input', 'output')}
+
+    def item(self, place, item, status='completed'):
+        if isinstance(item, Said):
+            content = [{'type': 'output_text', 'text': part, 'annotations': []}
+                       for part in in_parts(item.text)]
+            return {'id': f'msg_{place}', 'type': 'message', 'role': 'assistant', 'status': status,
+                    'content': content}
+        if isinstance(item, Thought):
+            summary = [{'type': 'summary_text', 'text': part} for part in item.parts]
+            return {'id': f'rs_{place}', 'type': 'reasoning', 'summary': summary,
+                    'encrypted_content': item.payload}
+        return {'id': f'fc_{place}', 'type': 'function_call', 'status': status, 'call_id': item.id,
+                'name': self.names.short(item.name), 'arguments': item.arguments}
+
+    def item_events(self, place, item):
+        whole = self.item(place, item)
+        is_cut = self.made.is_cut and place == len(self.made.items) - 1
+        done = self.event('output_item.done', place, item=whole)
+        if self.rng.random() < 0.2 and not is_cut:
+            return [done]
+        if isinstance(item, Said):
+            empty, found = {'content': []}, self.text_events(place, whole)
+        elif isinstance(item, Thought):
+            empty = {'summary': [], 'encrypted_content': item.payload and 'gAAAAbegun'}
+            found = self.summary_events(place, whole)
+        else:
+            empty, found = {'arguments': ''}, self.argument_events(place, whole, is_cut)
+        added = self.event('output_item.added', place, item={**whole, **empty, 'status': 'in_progress'})
+        return [added, *found] if is_cut else [added, *found, done]
+
+    def text_events(self, place, item):
+        found = []
+        for number, part in enumerate(item['content']):
+            where = {'place': place, 'item_id': item['id'], 'content_index': number}
+            found += [self.event('content_part.added', **where, part={**part, 'text': ''})]
+            found += [self.event('output_text.delta', **where, delta=piece)
+                      for piece in snipped(self.rng, part['text'])]
+            found += [self.event('output_text.done', **where, text=part['text']),
+                      self.event('content_part.done', **where, part=part)]
+        return found
+
+    def summary_events(self, place, item):
+        found = []
+        for number, part in enumerate(item['summary']):
+            where = {'place': place, 'item_id': item['id'], 'summary_index': number}
+            found += [self.event('reasoning_summary_part.added', **where, part={**part, 'text': ''})]
+            found += [self.event('reasoning_summary_text.delta', **where, delta=piece)
+                      for piece in snipped(self.rng, part['text'])]
+            found += [self.event('reasoning_summary_text.done', **where, text=part['text']),
+                      self.event('reasoning_summary_part.done', **where, part=part)]
+        return found
+
+    def argument_events(self, place, item, is_cut):
+        pieces = snipped(self.rng, item['arguments']) if is_cut or self.rng.random() < 0.8 else []
+        deltas = [self.event('function_call_arguments.delta', place, item['id'], delta=piece)
+                  for piece in pieces]
+        done = self.event('function_call_arguments.done', place, item['id'], arguments=item['arguments'])
+        return deltas if is_cut else [*deltas, done]
+
+
+def in_parts(text):
+    """A message's text may have several parts."""
+    return [text] if len(text) % 3 else [text[:len(text) // 2], text[len(text) // 2:]]
+
+
+WRITERS = {cf.CHAT_COMPLETIONS: ChatWriter, cf.RESPONSES: ResponsesWriter}
+
+
+def sse_bytes(rng, data):
+    """(the bytes of a stream of events, where each event's data ends)."""
+    newline = rng.choice(('\n', '\n', '\r\n'))
+    field, names_events = rng.choice(('data: ', 'data: ', 'data:')), rng.random() < 0.5
+    found, ends = b'', []
+    for text in data:
+        if rng.random() < 0.1:
+            found += f': OPENROUTER PROCESSING{newline * rng.choice((1, 2))}'.encode()
+        head = f'event: message{newline}' if names_events else ''
+        if rng.random() < 0.1 and text != '[DONE]':
+            text = json.dumps(json.loads(text), indent=1).replace('\n', newline + field)
+        found += f'{head}{field}{text}'.encode()
+        ends.append(len(found))
+        found += 2 * newline.encode()
+    if rng.random() < 0.2:                          # the last event without the blank line after it
+        found = found[:ends[-1]]
+    return found, ends
+
+
+def written_stream(rng, made, wire):
+    """(Written, its bytes, where the data of its events end)"""
+    written = WRITERS[wire](rng, made).write()
+    return (written, *sse_bytes(rng, written.data))
+
+
+# ==============================================================================
+# Translation, by its properties
+# ==============================================================================
+
+EVENT_CODES = {'message_start': 's', 'content_block_start': 'b', 'content_block_delta': 'd',
+               'content_block_stop': 'e', 'message_delta': 'm', 'message_stop': 'z', 'error': '!'}
+#: Message streams as texts of these codes.
+WHOLE, BROKEN, FAILED = r'\As(bd*e)*mz\Z', r'\A(s(bd*e)*(bd*)?)?\Z', r'\A(s(bd*e)*(bd*)?)?!\Z'
+DELTA_TYPES = {'text': ('text_delta',), 'thinking': ('thinking_delta', 'signature_delta'),
+               'tool_use': ('input_json_delta',)}
+UPSTREAM_ERRORS = {
+    cf.CHAT_COMPLETIONS: ({'error': {'message': 'Overloaded', 'code': 503}}, {'error': 'Overloaded'}),
+    cf.RESPONSES: ({'type': 'error', 'code': 'server_error', 'message': 'Overloaded'},
+                   {'type': 'error', 'error': {'code': 'server_error', 'message': 'Overloaded'}},
+                   {'type': 'response.failed', 'response': {
+                       'status': 'failed', 'error': {'code': 'server_error', 'message': 'Overloaded'}}})}
+BOTH_WIRES = (cf.CHAT_COMPLETIONS, cf.RESPONSES)
+
+
+def translated_bytes(stream, byte_pieces):
+    return b''.join(map(stream.feed, byte_pieces)) + stream.last()
+
+
+def strict_events(data):
+    """The events in a stream's bytes, where each is nothing but its two lines."""
+    blocks = data.decode().split('\n\n')
+    found = []
+    for block in blocks[:-1]:
+        type, event = re.fullmatch(r'event: (\w+)\ndata: ([^\n]+)', block).groups()
+        found.append(json.loads(event))
+        assert found[-1]['type'] == type and blocks[-1] == '', block
+    return found
+
+
+def folded(events):
+    """The message as a client reads it."""
+    return json.loads(cf.dump_body(cf.message_from_events(events)))
+
+
+class TranslationPropertiesTest(unittest.TestCase):
+    """What must hold of every translated answer.  A case is told by its seed, which makes it again."""
+
+    def check_grammar(self, events, pattern):
+        self.assertRegex(''.join(EVENT_CODES[event['type']] for event in events), pattern)
+        index, block, deltas = -1, None, 0
+        for event in events:
+            if event['type'] == 'content_block_start':
+                index, block, deltas = index + 1, event['content_block'], 0
+                self.assertEqual(block.get(block['type'], {}), '' if block['type'] != 'tool_use' else {})
+                self.assertEqual(block.get('input', {}), {})
+            if event['type'].startswith('content_block'):
+                self.assertEqual(event['index'], index)
+            if event['type'] == 'content_block_delta':
+                type, value = event['delta'].values()
+                self.assertIn(type, DELTA_TYPES[block['type']])
+                self.assertTrue(value)
+                deltas += 1
+            if event['type'] == 'content_block_stop' and block['type'] != 'tool_use':
+                self.assertGreater(deltas, 0)
+
+    def check_message(self, made, wire, events, written, has_usage=True):
+        """That a whole message says all that was made, and nothing else."""
+        self.check_grammar(events, WHOLE)
+        message, wanted = folded(events), made.blocks(wire)
+        if written.is_exact:
+            self.assertEqual(message['content'], wanted)
+        for kind in ('text', 'thinking'):
+            self.assertEqual(text_of(message['content'], kind), text_of(wanted, kind))
+        self.assertEqual(calls_of(message['content'], written.is_ordered),
+                         calls_of(wanted, written.is_ordered))
+        told = (message['stop_reason'], message['stop_sequence'], message['model'], message['id'],
+                message['role'])
+        self.assertEqual(told, (made.stop_reason, None, OPUS, 'msg_0123456789abcdef01234567', 'assistant'))
+        if has_usage:
+            self.assertEqual(message['usage'], made.usage)
+        if made.is_cut:
+            self.assertIn(made.items[-1].arguments, self.arguments_told(events))
+
+    def arguments_told(self, events):
+        """The arguments of each call, as they went out."""
+        found = {}
+        for event in events:
+            if event['type'] == 'content_block_delta' and 'partial_json' in event['delta']:
+                found[event['index']] = found.get(event['index'], '') + event['delta']['partial_json']
+        return list(found.values())
+
+    def check_cases(self, count, check):
+        """Calls check(rng, MadeAnswer, wire) for each case."""
+        for seed in range(count):
+            for wire in BOTH_WIRES:
+                rng = random.Random(seed)
+                with self.subTest(seed=seed, wire=wire):
+                    check(rng, MadeAnswer(rng), wire)
+
+    def test_nothing_of_a_stream_is_lost_changed_or_told_out_of_turn(self):
+        def check(rng, made, wire):
+            written, data, _ = written_stream(rng, made, wire)
+            stream = made.stream(wire)
+            events = strict_events(translated_bytes(stream, byte_pieces(rng, data)))
+            self.check_message(made, wire, events, written)
+            self.assertEqual((stream.stopped, stream.stop_reason, stream.usage, stream.failure),
+                             (True, made.stop_reason, made.usage, None))
+        self.check_cases(120, check)
+
+    def test_nor_of_an_answer_that_comes_as_one_document(self):
+        def check(rng, made, wire):
+            document = WRITERS[wire](rng, made).write_whole()
+            events = made.stream(wire).read_whole(random_json(rng, document).encode())
+            self.check_message(made, wire, events, Written(None, 0, wire == cf.RESPONSES, True))
+        self.check_cases(50, check)
+
+    def test_where_the_bytes_are_cut_does_not_matter(self):
+        def check(rng, made, wire):
+            _, data, _ = written_stream(rng, made, wire)
+            single = [data[place:place + 1] for place in range(len(data))]
+            messages = [folded(strict_events(translated_bytes(made.stream(wire), cut)))
+                        for cut in ([data], byte_pieces(rng, data), single)]
+            self.assertEqual(messages[1:], messages[:-1])
+        self.check_cases(6, check)
+
+    def test_a_stream_that_breaks_off_looks_whole_only_when_it_is(self):
+        def check(rng, made, wire):
+            written, data, ends = written_stream(rng, made, wire)
+            whole_from = ends[written.closing]
+            places = [*ends, *(end - 1 for end in ends), *(rng.randrange(len(data)) for _ in range(10))]
+            for place in [whole_from, whole_from - 1, *rng.sample(places, 10)]:
+                events = strict_events(translated_bytes(made.stream(wire), [data[:place]]))
+                if place < whole_from:
+                    self.check_grammar(events, BROKEN)
+                else:
+                    self.check_message(made, wire, events, written, has_usage=place >= ends[-1])
+        self.check_cases(15, check)
+
+    def test_after_an_error_nothing_follows(self):
+        def check(rng, made, wire):
+            written = WRITERS[wire](rng, made).write()
+            place = rng.randint(0, written.closing)
+            told = [*written.data[:place], json.dumps(rng.choice(UPSTREAM_ERRORS[wire])),
+                    *written.data[place:]]
+            stream = made.stream(wire)
+            events = strict_events(translated_bytes(stream, byte_pieces(rng, sse_bytes(rng, told)[0])))
+            self.check_grammar(events, FAILED)
+            self.assertEqual(events[-1]['error']['message'], 'Overloaded')
+            self.assertEqual((stream.stopped, stream.failure['message']), (False, 'Overloaded'))
+        self.check_cases(50, check)
+
+    def test_text_ends_before_the_first_stop_sequence_and_nothing_follows_it(self):
+        stops = ['STOP', '\n\nHuman:', '##']
+        parts = ('a', 'S', 'ST', 'STO', 'STOP', 'STOPS', '\n', '\n\nHum', '\n\nHuman:', '#', 'an: ', '漢')
+        for seed in range(30):
+            rng = random.Random(seed)
+            made = MadeAnswer(rng, can_be_cut=False)
+            made.ending, made.thinking, made.items = 'end', HIDDEN, []
+            for place in range(rng.randint(1, 3)):
+                made.items += [Said(''.join(rng.choice(parts) for _ in range(rng.randint(1, 5)))),
+                               Called(f'call_{place}', 'Read', '{"a": 1}')]
+            made.items = made.items[:rng.choice((-1, None))]
+            for wire in BOTH_WIRES:
+                with self.subTest(seed=seed, wire=wire, items=made.items):
+                    self.check_stops(rng, made, wire, stops)
+
+    def check_stops(self, rng, made, wire, stops):
+        writer = WRITERS[wire](rng, made)
+        writer.mixing, writer.mixes_calls = 'none', False
+        data, _ = sse_bytes(rng, writer.write().data)
+        events = strict_events(translated_bytes(made.stream(wire, stop_sequences=stops), byte_pieces(rng, data)))
+        wanted, hit = [], None
+        for block in made.blocks(wire):
+            found = re.search('|'.join(stops), block.get('text', ''))
+            wanted.append({**block, 'text': block['text'][:found.start()]} if found else block)
+            if found:
+                hit = found.group()
+                break
+        message = folded(events)
+        self.check_grammar(events, WHOLE)
+        self.assertEqual(message['content'], [block for block in wanted if block.get('text') != ''])
+        self.assertEqual((message['stop_reason'], message['stop_sequence']),
+                         ('stop_sequence', hit) if hit else (made.stop_reason, None))
+
+    # -- servers with manners of their own ------------------------------------------
+
+    def test_calls_without_an_id_get_one_of_their_own(self):
+        functions = [{'name': 'Read', 'arguments': f'{{"n": {place}}}'} for place in range(3)]
+        numbered = [{'index': place, 'function': function} for place, function in enumerate(functions)]
+        plain = [{'function': function} for function in functions]
+        empty = [{**call, 'id': ''} for call in numbered]
+        rows = {'each in its own chunk': in_chunks([{'tool_calls': [call]} for call in numbered], 'stop'),
+                'all in one chunk': in_chunks([{'tool_calls': numbered}], 'tool_calls'),
+                'with empty ids': in_chunks([{'tool_calls': [call]} for call in empty], 'stop'),
+                'without an index too': in_chunks([{'tool_calls': plain}], 'tool_calls'),
+                'in a document': {'choices': [{'message': {'tool_calls': plain}, 'finish_reason': 'stop'}]}}
+        for name, told in rows.items():
+            with self.subTest(name):
+                events = translate_answer(cf.CHAT_COMPLETIONS, told)
+                self.check_grammar(events, WHOLE)
+                calls = calls_of(folded(events)['content'])
+                self.assertEqual([call['input'] for call in calls], [{'n': 0}, {'n': 1}, {'n': 2}])
+                self.assertEqual(len({call['id'] for call in calls}), 3)
+                self.assertRegex(' '.join(call['id'] for call in calls), r'\A(toolu_[A-Za-z0-9_-]+ ?){3}\Z')
+
+    def test_responses_events_without_an_output_index_are_told_apart_by_their_ids(self):
+        for seed in range(10):
+            rng = random.Random(seed)
+            made = MadeAnswer(rng, can_be_cut=False)
+            writer = ResponsesWriter(rng, made, has_index=False)
+            with self.subTest(seed=seed, items=made.items):
+                written = writer.write()
+                data, _ = sse_bytes(rng, written.data)
+                events = strict_events(translated_bytes(made.stream(cf.RESPONSES), [data]))
+                self.check_message(made, cf.RESPONSES, events, written)
+
+    def test_what_came_as_events_is_not_told_again_by_a_last_event_that_counts_otherwise(self):
+        search = {'type': 'web_search_call', 'id': 'ws_1', 'status': 'completed'}
+        said = {'type': 'message', 'id': 'msg_1', 'content': [{'type': 'output_text', 'text': 'hi'}]}
+        call = {'type': 'function_call', 'id': 'fc_1', 'call_id': 'call_1', 'name': 'Read',
+                'arguments': '{"a": 1}'}
+        events = [{'type': 'response.output_item.added', 'output_index': 1, 'item': {**said, 'content': []}},
+                  {'type': 'response.output_text.delta', 'output_index': 1, 'item_id': 'msg_1',
+                   'delta': 'hi'},
+                  *({'type': 'response.output_item.done', 'output_index': place, 'item': item}
+                    for place, item in enumerate([search, said, call]))]
+        for name, output in (('nothing is left out', [search, said, call]), ('the search is', [said, call]),
+                             ('only the call is told', [call]), ('all is', [])):
+            with self.subTest(name):
+                last = {'type': 'response.completed', 'response': {'status': 'completed', 'output': output}}
+                content = folded(translate_answer(cf.RESPONSES, [*events, last]))['content']
+                self.assertEqual(content, [{'type': 'text', 'text': 'hi'}, {
+                    'type': 'tool_use', 'id': 'call_1', 'name': 'Read', 'input': {'a': 1}}])
+
+    def test_reasoning_of_open_models_is_thinking_however_it_comes(self):
+        item = {'type': 'reasoning', 'id': 'rs_1', 'summary': [],
+                'content': [{'type': 'reasoning_text', 'text': 'hm'}]}
+        said = {'type': 'message', 'id': 'msg_1', 'content': [{'type': 'output_text', 'text': 'hi'}]}
+        done = [{'type': 'response.output_item.done', 'output_index': place, 'item': item}
+                for place, item in enumerate([item, said])]
+        delta = {'type': 'response.reasoning_text.delta', 'output_index': 0, 'item_id': 'rs_1', 'delta': 'hm'}
+        response = {'status': 'completed', 'output': [item, said]}
+        last = {'type': 'response.completed', 'response': response}
+        rows = {'in deltas': [delta, *done, last], 'in its item': [*done, last], 'at the end': [last],
+                'whole': response}
+        thought = {'type': 'thinking', 'thinking': 'hm', 'signature': 'cfo0:'}
+        for name, told in rows.items():
+            with self.subTest(name):
+                content = folded(translate_answer(cf.RESPONSES, told))['content']
+                self.assertEqual(content, [thought, {'type': 'text', 'text': 'hi'}])
+
+    def test_a_call_that_comes_whole_in_its_done_event_after_others_of_no_index_is_whole(self):
+        items = [{'type': 'function_call', 'id': f'fc_{n}', 'call_id': f'call_{n}', 'name': 'Read',
+                  'arguments': f'{{"n": {n}}}'} for n in range(3)]
+        told = [*({'type': 'response.output_item.done', 'item': item} for item in items),
+                {'type': 'response.completed', 'response': {'status': 'completed', 'output': []}}]
+        calls = calls_of(folded(translate_answer(cf.RESPONSES, told))['content'])
+        self.assertEqual([(call['id'], call['input']) for call in calls],
+                         [('call_0', {'n': 0}), ('call_1', {'n': 1}), ('call_2', {'n': 2})])
+
+    def test_arguments_that_are_written_otherwise_in_the_end_are_not_told_again(self):
+        said = {'type': 'function_call', 'id': 'fc_1', 'call_id': 'call_1', 'name': 'Read', 'arguments': ''}
+        rows = (('{"a":1}', '{"a": 1}'), ('{"a": "\\u00e4"}', '{"a": "ä"}'), ('{"a":1', '{"a":1}'),
+                ('', '{"a": 1}'), ('{"a": 1}', ''))
+        for first, whole in rows:
+            told = [{'type': 'response.output_item.added', 'output_index': 0, 'item': said},
+                    {'type': 'response.function_call_arguments.delta', 'output_index': 0, 'delta': first},
+                    {'type': 'response.function_call_arguments.done', 'output_index': 0, 'arguments': whole},
+                    {'type': 'response.output_item.done', 'output_index': 0,
+                     'item': {**said, 'arguments': whole}},
+                    {'type': 'response.completed', 'response': {'status': 'completed', 'output': []}}]
+            with self.subTest(first=first, whole=whole):
+                call, = folded(translate_answer(cf.RESPONSES, told))['content']
+                self.assertEqual(call['input'], json.loads(whole or first))
+
+    def test_an_emoji_that_a_server_cut_in_half_is_whole_again(self):
+        begun = {'name': 'Read', 'arguments': '{"a": "\ud83d'}
+        rows = {'text': [{'content': '\ud83d'}, {'content': '\ude42!'}],
+                'arguments': [{'tool_calls': [{'index': 0, 'id': 'call_1', 'function': begun}]},
+                              {'tool_calls': [{'index': 0, 'function': {'arguments': '\ude42!"}'}}]}]}
+        for name, deltas in rows.items():
+            with self.subTest(name):
+                block, = folded(translate_answer(cf.CHAT_COMPLETIONS, in_chunks(deltas, 'stop')))['content']
+                self.assertEqual(block.get('text') or block['input']['a'], '🙂!')
+
+    def test_no_odd_value_in_a_stream_breaks_the_order_of_events(self):
+        for seed in range(60):
+            for wire in BOTH_WIRES:
+                rng = random.Random(seed)
+                made = MadeAnswer(rng)
+                data = WRITERS[wire](rng, made).write().data
+                told = [json.loads(text) for text in data if text != '[DONE]']
+                for _ in range(rng.randint(1, 3)):
+                    place = rng.choice(places_of(told))
+                    told = replaced(told, place, rng.choice(ODD_VALUES))
+                with self.subTest(seed=seed, wire=wire):
+                    data, _ = sse_bytes(rng, map(json.dumps, told))
+                    events = strict_events(translated_bytes(made.stream(wire), [data]))
+                    self.check_grammar(events, f'{WHOLE}|{BROKEN}|{FAILED}')
+
+    def test_nor_in_a_document(self):
+        for seed in range(60):
+            for wire in BOTH_WIRES:
+                rng = random.Random(seed)
+                made = MadeAnswer(rng)
+                document = WRITERS[wire](rng, made).write_whole()
+                document = replaced(document, rng.choice(places_of(document)), rng.choice(ODD_VALUES))
+                with self.subTest(seed=seed, wire=wire):
+                    try:
+                        events = made.stream(wire).read_whole(json.dumps(document).encode())
+                    except ValueError:
+                        continue
+                    self.check_grammar(events, f'{WHOLE}|{FAILED}')
+                    json.dumps(folded(events))
+
+
+def in_chunks(deltas, finish_reason):
+    """Chunks of a Chat Completions stream."""
+    told = [{'choices': [{'index': 0, 'delta': delta, 'finish_reason': None}]} for delta in deltas]
+    return [*told, {'choices': [{'index': 0, 'delta': {}, 'finish_reason': finish_reason}]}]
+
+
+def translate_answer(wire, told, **changes):
+    """[event, ...] for an answer: a list of events, or one document."""
+    body = {'model': OPUS, 'messages': [{'role': 'user', 'content': 'hi'}], 'thinking': IN_FULL, **changes}
+    target = cf.Target(wire, 'https://example.com', 'gpt-5.4')
+    stream = cf.answer_stream(cf.read_conversation(body), target, 'msg_01')
+    if isinstance(told, dict):
+        return stream.read_whole(json.dumps(told).encode())
+    data = ''.join(f'data: {json.dumps(event)}\n\n' for event in told).encode()
+    return strict_events(translated_bytes(stream, [data]))
+
+
+# ==============================================================================
+# Generated requests
+# ==============================================================================
+
+IMAGE = {'type': 'image', 'source': {'type': 'base64', 'media_type': 'image/png', 'data': 'aW1hZ2U='}}
+PDF_BLOCK = {'type': 'document', 'source': {'type': 'base64', 'media_type': 'application/pdf', 'data': 'cGRm'}}
+CALL_IDS = ('toolu_01', 'toolu_02', 'call:3.a', 'c' * 60 + '1', 'c' * 60 + '2', 'ü', '', 'c' * 200)
+STRICT = {'type': 'object', 'properties': {'a': {'type': 'string'}}, 'required': ['a'],
+          'additionalProperties': False}
+BRANCHES = {'anyOf': [{'properties': {'a': {}}}, {'$ref': '#/$defs/b'}],
+            '$defs': {'b': {'properties': {'c': {}}}}}
+SCHEMAS = (None, {}, {'type': 'object'}, BRANCHES, STRICT,
+           {'type': 'object', 'properties': {'format': {'type': 'array'}}, '$schema': 'x'})
+
+
+class MadeRequest:
+    """A random Messages request, and the texts that must be found in it when it is translated."""
+
+    def __init__(self, rng):
+        self.rng, self.texts, self.called, self.results = rng, [], [], 0
+        roles = rng.choices(('user', 'assistant', 'system'), (5, 5, 1), k=rng.randint(1, 9))
+        messages = [{'role': role, 'content': self.content(role)} for role in roles]
+        self.body = {'model': OPUS, 'messages': messages, **self.options()}
+
+    def text(self):
+        """A text that is found again, or none."""
+        if self.rng.random() < 0.15:
+            return ''
+        self.texts.append(f'<{len(self.texts)}> {random_text(self.rng)}')
+        return self.texts[-1]
+
+    def content(self, role):
+        if self.rng.random() < 0.25:
+            return self.text()
+        return [self.block(role) for _ in range(self.rng.choice((0, 1, 1, 2, 3, 5)))]
+
+    def block(self, role):
+        makers = {'user': [self.text_block] * 2 + [self.result] * 3 + [self.other],
+                  'assistant': [self.text_block] + [self.call] * 3 + [self.thinking, self.server_tool],
+                  'system': [self.text_block]}
+        return self.rng.choice(makers[role])()
+
+    def text_block(self):
+        cached = self.rng.choice(({}, {'cache_control': {'type': 'ephemeral'}}))
+        return {'type': 'text', 'text': self.text(), **cached}
+
+    def call(self):
+        input = self.rng.choice((random_object(self.rng), {}, {}, None, 'text'))
+        self.called.append(self.rng.choice(CALL_IDS))
+        name = self.rng.choice(TOOL_NAMES)
+        return {'type': 'tool_use', 'id': self.called[-1], 'name': name, 'input': input}
+
+    def result(self):
+        self.results += 1
+        text = f'result {self.results}.'
+        content = self.rng.choice((text, [{'type': 'text', 'text': text}],
+                                   [{'type': 'text', 'text': text}, IMAGE],
+                                   {'a': text}, None, '', [], [{'type': 'text', 'text': ''}], [IMAGE, PDF_BLOCK],
+                                   [{'type': 'tool_reference', 'tool_name': 'Read'}], [{'type': 'new'}], 7))
+        failed = self.rng.choice(({}, {}, {'is_error': True}))
+        id = self.rng.choice(self.called[-2:] * 4 + [*CALL_IDS])      # mostly of a late call
+        return {'type': 'tool_result', 'tool_use_id': id, 'content': content, **failed}
+
+    def thinking(self):
+        seal = self.rng.choice(('RXJyb3I=', '', None, 'cfo0:', 'cfo1:gAAAA'))
+        return self.rng.choice(({'type': 'thinking', 'thinking': 'hm', 'signature': seal},
+                                {'type': 'redacted_thinking', 'data': seal}))
+
+    def server_tool(self):
+        found = [{'type': 'web_search_result', 'title': 'A page', 'url': 'https://example.com',
+                  'encrypted_content': 'x'}]
+        failed = {'type': 'web_search_tool_result_error', 'error_code': 'unavailable'}
+        return self.rng.choice((
+            {'type': 'server_tool_use', 'id': 'srvtoolu_1', 'name': 'web_search', 'input': {}},
+            {'type': 'web_search_tool_result', 'tool_use_id': 'srvtoolu_1',
+             'content': self.rng.choice((found, failed))},
+            {'type': 'mcp_tool_use', 'id': 'mcptoolu_1', 'name': 'x', 'server_name': 'y', 'input': {}},
+            {'type': 'mcp_tool_result', 'tool_use_id': 'mcptoolu_1', 'content': 'ok'}))
+
+    def other(self):
+        sources = ({'type': 'url', 'url': 'https://example.com/a'}, {'type': 'file', 'file_id': 'file_1'},
+                   None, {'type': 'text', 'media_type': 'text/plain', 'data': 'plain'},
+                   {'type': 'content', 'content': [{'type': 'text', 'text': 'inner'}, IMAGE]})
+        return self.rng.choice((
+            IMAGE, PDF_BLOCK, {'type': 'image', 'source': self.rng.choice(sources[:3])},
+            {'type': 'document', 'title': 'A title', 'source': self.rng.choice(sources)},
+            {'type': 'document'},
+            {'type': 'search_result', 'title': 't', 'source': 's',
+             'content': [{'type': 'text', 'text': 'found'}]},
+            {'type': 'container_upload', 'file_id': 'file_1'}, {'type': None}, {}, 'text', None))
+
+    def options(self):
+        rng = self.rng
+        names = rng.sample(TOOL_NAMES, rng.randrange(6))
+        tools = [{'name': name, 'input_schema': rng.choice(SCHEMAS),
+                  'strict': rng.choice((True, False, None)),
+                  'description': rng.choice(('', None, 'reads'))} for name in names]
+        tools += rng.choice(([], [], [{'type': 'web_search_20250305', 'name': 'web_search', 'max_uses': 5}]))
+        chosen = rng.choice((None, {'type': 'auto', 'disable_parallel_tool_use': True}, {'type': 'any'},
+                             {'type': 'none'},
+                             {'type': 'tool', 'name': rng.choice(TOOL_NAMES)}))
+        wanted = {
+            'max_tokens': rng.choice((0, 1, 100, 128_000)), 'tools': tools, 'tool_choice': chosen,
+            'stream': rng.choice((True, False)), 'temperature': rng.choice((0, 0.5, 1)), 'top_p': 0.9,
+            'top_k': 5, 'stop_sequences': rng.choice(([], ['STOP'], list('abcdef'))),
+            'thinking': rng.choice((IN_FULL, SEALED, {'type': 'disabled'},
+                                    {'type': 'enabled', 'budget_tokens': 31_999})),
+            'output_config': rng.choice(({'effort': 'low'}, {'effort': 'max'}, {'effort': None}, {
+                'format': {'type': 'json_schema', 'schema': STRICT}})),
+            'metadata': {'user_id': rng.choice(('u' * 200, '{"session_id": "abc"}', '', None))},
+            'service_tier': 'auto', 'container': 'x', 'mcp_servers': [{'name': 'x'}], 'betas': ['y'],
+            'unheard_of': 1}
+        options = {name: value for name, value in wanted.items() if rng.random() < 0.5}
+        if rng.random() < 0.5:
+            text = self.text()
+            options['system'] = rng.choice((text, [{'type': 'text', 'text': text}]))
+        return options
+
+
+MODELS = ('gpt-5.4', 'gpt-5.5', 'gpt-5', 'o3', 'gpt-4.1', 'llama-4')
+
+
+def targets(model):
+    """Whereto a request may be translated, by name."""
+    return {'chat': cf.Target(cf.CHAT_COMPLETIONS, 'https://api.openai.com', model, is_openai=True),
+            'responses': cf.Target(cf.RESPONSES, 'https://api.openai.com', model, is_openai=True),
+            'codex': CODEX._replace(model=model)}
+
+
+def translate(body, target):
+    return cf.WIRES[target.wire].translate(cf.read_conversation(body), target)
+
+
+def strings_of(value):
+    """All texts within some JSON, in one."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return '\0'.join(map(strings_of, value)) if isinstance(value, list) else str(value)
+
+
+class RequestPropertiesTest(unittest.TestCase):
+    """What must hold of every translated request."""
+
+    def test_every_request_is_translated_whole_or_refused_and_stays_as_it_was(self):
+        refused = 0
+        for seed in range(150):
+            made = MadeRequest(random.Random(seed))
+            before = copy.deepcopy(made.body)
+            for name, target in targets(MODELS[seed % len(MODELS)]).items():
+                with self.subTest(seed=seed, target=name):
+                    try:
+                        out = translate(made.body, target)
+                    except cf.Untranslatable:
+                        refused += 1
+                        continue
+                    self.assertEqual(made.body, before)
+                    self.check_texts(made, out)
+                    self.check_names(out)
+                    self.check_chat(out) if name == 'chat' else self.check_responses(out)
+                    self.check_results(made.body, out)
+        self.assertLess(refused, 100)
+
+    def check_texts(self, made, out):
+        told = strings_of([out.get('messages'), out.get('input'), out.get('instructions')])
+        self.assertEqual([text for text in made.texts if text not in told], [])
+
+    def check_results(self, body, out):
+        """That each call has the result that the next turn of the user gave it first, whatever
+        system messages part the turn."""
+        wanted, calls, turns = [], [], []
+        for role, group in itertools.groupby(body['messages'], lambda message: message['role']):
+            blocks = [block for message in group for block in cf.as_blocks(message['content'])]
+            if role == 'user' and turns and turns[-1][0] == 'user':
+                turns[-1][1].extend(blocks)
+            elif role != 'system':
+                turns.append((role, blocks))
+        for role, blocks in [*turns, ('', [])]:
+            given = {}
+            for block in blocks:
+                if role == 'user' and block.get('type') == 'tool_result':
+                    found = re.search(r'result \d+\.', strings_of(block['content']))
+                    given.setdefault(block['tool_use_id'], found.group() if found else '')
+            wanted += [given.get(call, cf.NO_RESULT) for call in calls]
+            calls = [block['id'] for block in blocks
+                     if role == 'assistant' and block.get('type') == 'tool_use']
+        told = [message['content'] for message in out.get('messages', ()) if message['role'] == 'tool']
+        told += [item['output'] for item in out.get('input', ()) if item['type'] == 'function_call_output']
+        self.assertEqual(len(told), len(wanted))
+        for content, result in zip(told, wanted):
+            self.assertIn(result, strings_of(content))
+
+    def check_names(self, out):
+        tools = [tool.get('function', tool) for tool in out.get('tools', ()) if tool['type'] == 'function']
+        calls = [item for item in out.get('input', ()) if item['type'] == 'function_call']
+        for message in out.get('messages', ()):
+            calls += [call['function'] for call in message.get('tool_calls', ())]
+        for function in tools + calls:
+            self.assertRegex(function['name'], r'\A[A-Za-z0-9_-]{1,64}\Z')
+        names = [tool['name'] for tool in tools]
+        self.assertEqual(len(set(names)), len(names))
+        choice = out.get('tool_choice')
+        if isinstance(choice, dict) and choice['type'] == 'function':
+            self.assertIn(choice.get('function', choice)['name'], names)
+        for call in calls:
+            self.assertIsInstance(json.loads(call['arguments']), dict)
+
+    def check_chat(self, out):
+        expected = []                   # ids of calls whose results must come next
+        for message in out['messages']:
+            if expected:
+                self.assertEqual((message['role'], message.get('tool_call_id')), ('tool', expected.pop(0)))
+            else:
+                self.assertIn(message['role'], ('system', 'user', 'assistant'))
+            expected += [call['id'] for call in message.get('tool_calls', ())]
+            self.assertTrue(message['content'] or message.get('tool_calls'), message)
+            for id in expected:
+                self.assertRegex(id, r'\A[A-Za-z0-9_-]{1,40}\Z')
+        self.assertEqual(expected, [])
+        self.assertGreater(len(out['messages']), 0)
+
+    def check_responses(self, out):
+        expected = []                   # ids of calls that have no result yet
+        for item in out['input']:
+            if item['type'] == 'function_call':
+                expected.append(item['call_id'])
+                self.assertRegex(item['call_id'], r'\A[A-Za-z0-9_-]{1,64}\Z')
+            elif item['type'] == 'function_call_output':
+                expected.remove(item['call_id'])
+                self.assertTrue(item['output'])
+            elif item.get('role') in ('user', 'developer'):
+                self.assertEqual(expected, [])
+            self.assertTrue(item.get('content', True), item)
+        self.assertEqual(expected, [])
+        self.assertGreater(len(out['input']), 0)
+        self.assertTrue(out['instructions'])
+
+    def test_blocks_in_the_turn_of_another_are_translated_or_refused(self):
+        call = {'type': 'tool_use', 'id': 'toolu_1', 'name': 'Read', 'input': {}}
+        blocks = (IMAGE, PDF_BLOCK, call, {'type': 'thinking', 'thinking': 'hm', 'signature': 'cfo1:gAAAA'},
+                  *({'type': 'tool_result', 'tool_use_id': 'toolu_1', 'content': content}
+                    for content in ('ok', [IMAGE], [call], [{'type': 'tool_result', 'content': 'ok'}])))
+        broken = []
+        roles = ('user', 'assistant', 'system')
+        for role, block, name in itertools.product(roles, blocks, targets('gpt-5.4')):
+            turns = [{'role': role, 'content': [block]}, {'role': 'user', 'content': 'a'}]
+            for before in ([], [{'role': 'assistant', 'content': [call]}]):
+                try:
+                    out = translate({'messages': before + turns}, targets('gpt-5.4')[name])
+                    self.check_chat(out) if name == 'chat' else self.check_responses(out)
+                except cf.Untranslatable:
+                    pass
+                except Exception as error:          # an AssertionError too
+                    broken.append((name, before + turns[:1], repr(error)))
+        self.assertEqual(broken, [], f'{len(broken)} of them')
+
+    def test_no_odd_value_anywhere_breaks_a_translation(self):
+        body, broken = rich_request(), []
+        for place, odd in itertools.product(places_of(body), (None, 7, '', [], [{}], {'a': {}})):
+            for name in ('chat', 'codex'):
+                try:
+                    json.dumps(translate(replaced(body, place, odd), targets('gpt-5.4')[name]))
+                except cf.Untranslatable:
+                    pass
+                except Exception as error:
+                    broken.append((name, place, odd, repr(error)))
+        self.assertEqual(broken, [], f'{len(broken)} of them')
+
+    def test_a_conversation_of_which_nothing_would_be_left_is_refused(self):
+        thinking = {'type': 'thinking', 'thinking': 'hm'}
+        rows = (('user', ''), ('user', []), ('system', 'a'), ('assistant', [{'type': 'text', 'text': ''}]),
+                ('assistant', [{**thinking, 'signature': 'RXJyb3I='}]),
+                ('assistant', [{**thinking, 'signature': 'cfo1:gAAAA'}]))
+        for role, content in rows:
+            with self.subTest(role=role, content=content), self.assertRaises(cf.Untranslatable):
+                translate({'messages': [{'role': role, 'content': content}]}, targets('gpt-5.4')['chat'])
+
+
+def rich_request():
+    """A request that has something of everything."""
+    return {
+        'model': OPUS, 'max_tokens': 100, 'system': [{'type': 'text', 'text': 'be brief'}], 'stream': True,
+        'messages': [
+            {'role': 'user', 'content': [{'type': 'text', 'text': 'look'}, IMAGE, PDF_BLOCK, {
+                'type': 'document', 'title': 't',
+                'source': {'type': 'content', 'content': [{'type': 'text', 'text': 'a'}]}}]},
+            {'role': 'system', 'content': 'note'},
+            {'role': 'assistant', 'content': [
+                {'type': 'thinking', 'thinking': 'hm', 'signature': 'cfo1:gAAAA'},
+                {'type': 'text', 'text': 'I read'},
+                {'type': 'tool_use', 'id': 'toolu_1', 'name': 'Read', 'input': {'path': 'a'}}]},
+            {'role': 'user', 'content': [
+                {'type': 'tool_result', 'tool_use_id': 'toolu_1',
+                 'content': [{'type': 'text', 'text': 'ok'}, IMAGE]},
+                {'type': 'search_result', 'title': 't', 'source': 's',
+                 'content': [{'type': 'text', 'text': 'found'}]}]},
+            {'role': 'assistant', 'content': [
+                {'type': 'web_search_tool_result', 'tool_use_id': 'srvtoolu_1', 'content': [
+                    {'type': 'web_search_result', 'title': 'A page', 'url': 'https://example.com'}]}]},
+            {'role': 'user', 'content': 'go on'}],
+        'tools': [{'name': 'Read', 'description': 'reads', 'strict': True, 'input_schema': STRICT},
+                  {'name': 'Write', 'input_schema': {**BRANCHES, 'properties': {}, 'required': ['c']}},
+                  {'type': 'web_search_20250305', 'name': 'web_search', 'allowed_domains': ['example.com'],
+                   'user_location': {'type': 'approximate', 'city': 'Oslo'}}],
+        'tool_choice': {'type': 'tool', 'name': 'Read'},
+        'thinking': {'type': 'enabled', 'budget_tokens': 4000},
+        'output_config': {'effort': 'high', 'format': {'type': 'json_schema', 'name': 'a', 'schema': STRICT}},
+        'metadata': {'user_id': '{"session_id": "abc"}'}, 'stop_sequences': ['STOP'], 'temperature': 1}
+
+
+# ==============================================================================
+# The official SDKs as judges
+# ==============================================================================
+
+def run_worker(script, given):
+    """What a script makes of some JSON, in the Python that has the SDKs; skips where they are not there."""
+    if not os.path.exists(SDK_PYTHON):
+        raise unittest.SkipTest(f'{SDK_PYTHON} is not installed')
+    done = subprocess.run([SDK_PYTHON, '-c', script], input=json.dumps(given), capture_output=True, text=True,
+                          env={'PATH': os.environ['PATH'], 'PYTHONIOENCODING': 'utf-8'}, timeout=120)
+    if done.returncode == NOT_INSTALLED:
+        raise unittest.SkipTest(f'{done.stderr.strip()} ({SDK_PYTHON})')
+    if done.returncode:
+        raise AssertionError(done.stderr)
+    return json.loads(done.stdout)
+
+
+NOT_INSTALLED = 3
+ANTHROPIC_WORKER = '''
+import json, sys
+try:
+    import anthropic
+except ImportError as error:
+    print(error, file=sys.stderr)
+    sys.exit(3)
+httpx = sys.modules[anthropic.DefaultHttpxClient.__mro__[1].__module__.partition('.')[0]]
+answers = json.load(sys.stdin)
+
+def answer(request):
+    type, text = answers[int(request.headers['x-number'])]
+    return httpx.Response(200, headers={'content-type': type}, content=text.encode())
+
+client = anthropic.Anthropic(
+    api_key='sk-ant-api03-mine', base_url='http://localhost', max_retries=0, _strict_response_validation=True,
+    http_client=anthropic.DefaultHttpxClient(transport=httpx.MockTransport(answer)))
+
+def ask(number, type):
+    question = dict(model='any', max_tokens=9, messages=[{'role': 'user', 'content': 'hi'}],
+                    extra_headers={'x-number': str(number)})
+    if type == 'application/json':
+        return client.messages.create(**question)
+    with client.messages.stream(**question) as stream:
+        return stream.get_final_message()
+
+found = []
+for number, (type, _) in enumerate(answers):
+    try:
+        found.append(ask(number, type).to_dict())
+    except Exception as error:
+        found.append({'error': f'{error.__class__.__name__}: {error}'})
+print(json.dumps(found))
+'''
+
+
+class AnthropicSdkTest(unittest.TestCase):
+    """The official Python SDK reads every translated answer, with its strict validation on."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.cases = {}                # name -> (a stream or a document, fields of the message that it tells)
+        for seed in range(60):
+            for wire in BOTH_WIRES:
+                cls.add_made(f'{wire} {seed}', random.Random(seed), wire)
+        for name, (events, content, stop_reason) in corner_cases().items():
+            cls.add(name, events, {'content': content, 'stop_reason': stop_reason})
+        unsigned = [{'type': 'content_block_start', 'index': 0, 'content_block': {
+            'type': 'thinking', 'thinking': '', 'signature': None}}]
+        opening = translate_answer(cf.CHAT_COMPLETIONS, in_chunks([], 'stop'))
+        cls.cases['a flaw'] = (sse_text([opening[0], *unsigned, *opening[1:]]), {})
+        told = [*in_chunks([{'content': 'hi'}], None), *UPSTREAM_ERRORS[cf.CHAT_COMPLETIONS][:1]]
+        cls.cases['an error'] = (sse_text(translate_answer(cf.CHAT_COMPLETIONS, told)), {})
+        given = [('text/event-stream', answer) if isinstance(answer, str)
+                 else ('application/json', cf.dump_body(answer).decode()) for answer, _ in cls.cases.values()]
+        cls.read = dict(zip(cls.cases, run_worker(ANTHROPIC_WORKER, given)))
+
+    @classmethod
+    def add_made(cls, name, rng, wire):
+        made = MadeAnswer(rng)
+        written, data, _ = written_stream(rng, made, wire)
+        events = strict_events(translated_bytes(made.stream(wire), [data]))
+        wanted = {'stop_reason': made.stop_reason, 'usage': made.usage, 'model': OPUS, 'stop_sequence': None}
+        if written.is_exact and not made.is_cut:      # of a call that was cut it reads what there is
+            wanted['content'] = made.blocks(wire)
+        cls.add(name, events, wanted)
+
+    @classmethod
+    def add(cls, name, events, wanted):
+        cls.cases[name] = (sse_text(events), wanted)
+        cls.cases[f'{name}, whole'] = (cf.message_from_events(events), wanted)
+
+    def test_it_reads_what_was_made(self):
+        for name, (_, wanted) in self.cases.items():
+            message = self.read[name]
+            if wanted:
+                with self.subTest(name):
+                    self.assertNotIn('error', message)
+                    self.assertEqual({field: message[field] for field in wanted}, wanted)
+
+    def test_it_tells_an_error_in_the_stream(self):
+        self.assertRegex(self.read['an error']['error'], 'Overloaded')
+
+    def test_it_would_refuse_what_is_not_of_its_types(self):
+        self.assertRegex(self.read['a flaw']['error'], 'APIResponseValidationError')
+
+
+def sse_text(events):
+    return b''.join(map(cf.event_bytes, events)).decode()
+
+
+def corner_cases():
+    """name -> (events, content, stop_reason)"""
+    def chat(deltas, finish_reason='stop', **changes):
+        return translate_answer(cf.CHAT_COMPLETIONS, in_chunks(deltas, finish_reason), **changes)
+
+    def responses(*items, **fields):
+        return translate_answer(cf.RESPONSES, {'status': 'completed', 'output': list(items), **fields})
+
+    def call(number, arguments):
+        return {'index': number, 'id': f'call_{number}', 'function': {'name': 'Read', 'arguments': arguments}}
+    used = {'type': 'tool_use', 'name': 'Read', 'input': {}}
+    refused = {'type': 'message', 'content': [{'type': 'refusal', 'refusal': 'no'}]}
+    sealed = {'type': 'reasoning', 'summary': [], 'encrypted_content': 'gAAAA'}
+    text = [{'type': 'text', 'text': 'no'}]
+    return {
+        'nothing at all': (chat([]), [], 'end_turn'),
+        'nothing in a document': (responses(), [], 'end_turn'),
+        'a refusal': (chat([{'refusal': 'n'}, {'refusal': 'o'}]), text, 'refusal'),
+        'a refusal of Responses': (responses(refused), text, 'refusal'),
+        'a filter': (responses(status='incomplete', incomplete_details={'reason': 'content_filter'}), [],
+                     'refusal'),
+        'a stop sequence': (chat([{'content': 'no STOP'}], stop_sequences=[' STOP']), text, 'stop_sequence'),
+        'calls without arguments': (
+            chat([{'tool_calls': [call(0, ''), call(1, '{}')]}], 'tool_calls'),
+            [{**used, 'id': 'call_0'}, {**used, 'id': 'call_1'}], 'tool_use'),
+        'a call without a name': (
+            chat([{'tool_calls': [{'index': 0, 'id': 'a', 'function': {'arguments': '{}'}}]}]), [],
+            'end_turn'),
+        'sealed thinking': (responses(sealed),
+                            [{'type': 'thinking', 'thinking': '', 'signature': 'cfo1:gAAAA'}], 'end_turn'),
+        'a call cut short': (chat([{'tool_calls': [call(0, '')]}], 'length'), [{**used, 'id': 'call_0'}],
+                             'max_tokens'),
+    }
+
+
+def claude_code_request(*turns, **changes):
+    """A request as Claude Code makes it."""
+    cached = {'cache_control': {'type': 'ephemeral'}}
+    schema = {'$schema': 'https://json-schema.org/draft/2020-12/schema', 'type': 'object',
+              'required': ['file_path'],
+              'properties': {'file_path': {'type': 'string'},
+                             'limit': {'type': 'integer', 'exclusiveMinimum': 0},
+                             'edits': {'type': 'array'},
+                             'to': {'type': 'object', 'propertyNames': {'type': 'string'}},
+                             'url': {'type': 'string', 'format': 'uri'}}, 'additionalProperties': False}
+    tools = [{'name': 'Read', 'description': 'Reads a file.', 'input_schema': schema},
+             {'name': 'CronList', 'input_schema': {'type': 'object', 'properties': {}},
+              'defer_loading': True},
+             {'name': 'DeferredToolPlaceholder', 'description': 'never call this',
+              'input_schema': {'type': 'object'}},
+             {'name': 'mcp__a_server.with.dots__' + 'and_a_long_name_' * 4, 'description': 'of an MCP server',
+              'input_schema': {'anyOf': [{'type': 'object', 'properties': {'a': {'type': 'string'}}},
+                                         {'type': 'null'}]}},
+             {'name': 'Strict', 'strict': True, 'input_schema': STRICT, **cached}]
+    return {
+        'model': OPUS, 'max_tokens': 128_000, 'stream': True,
+        'system': [{'type': 'text', 'text': 'x-anthropic-billing-header: cc_version=2.1.330.000;'},
+                   {'type': 'text', 'text': 'You are Claude Code.', **cached}],
+        'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'a reminder'},
+                                                  {'type': 'text', 'text': 'do it', **cached}]},
+                     {'role': 'system', 'content': 'a note', 'output_config': {'effort': 'medium'}}, *turns],
+        'tools': tools,
+        'metadata': {'user_id': json.dumps({'device_id': '0' * 64, 'session_id': '0000-4000'})},
+        'thinking': {'type': 'adaptive', 'display': 'omitted'}, 'output_config': {'effort': 'medium'},
+        'context_management': {'edits': [{'type': 'clear_thinking_20251015', 'keep': 'all'}]}, **changes}
+
+
+def tool_turns(*contents, **fields):
+    """Thinking, a text, parallel calls, and their results."""
+    calls = [{'type': 'tool_use', 'id': f'toolu_{place}', 'name': 'Read', 'input': {'file_path': 'ä "b"'}}
+             for place in range(len(contents))]
+    thinking = [{'type': 'thinking', 'thinking': 'hm', 'signature': seal} for seal in ('cfo1:gAAAA',
+                                                                                       'RXJyb3I=')]
+    results = [{'type': 'tool_result', 'tool_use_id': f'toolu_{place}', 'content': content, **fields}
+               for place, content in enumerate(contents)]
+    return [{'role': 'assistant', 'content': [*thinking, {'type': 'text', 'text': 'I read.'}, *calls]},
+            {'role': 'user', 'content': results}]
+
+
+def client_requests():
+    """name -> a request in the manner of a real client."""
+    image_url = {'type': 'image', 'source': {'type': 'url', 'url': 'https://example.com/a.png'}}
+    pdf_url = {'type': 'document', 'source': {'type': 'url', 'url': 'https://example.com/a.pdf'},
+               'title': 'a.pdf'}
+    cited = {'type': 'document', 'title': 't', 'citations': {'enabled': True}, 'context': 'c',
+             'source': {'type': 'text', 'media_type': 'text/plain', 'data': 'plain'}}
+    loaded = [{'type': 'tool_reference', 'tool_name': 'CronList'},
+              {'type': 'tool_reference', 'tool_name': 'Read'}]
+    search = {'type': 'web_search_20250305', 'name': 'web_search', 'max_uses': 8}
+    near = {'allowed_domains': ['example.com'], 'user_location': {
+        'type': 'approximate', 'city': 'Oslo', 'region': 'Oslo', 'country': 'NO', 'timezone': 'Europe/Oslo'}}
+    searched = [{'type': 'server_tool_use', 'id': 'srvtoolu_1', 'name': 'web_search',
+                 'input': {'query': 'a'}},
+                {'type': 'web_search_tool_result', 'tool_use_id': 'srvtoolu_1', 'content': [{
+                    'type': 'web_search_result', 'title': 'A', 'url': 'https://example.com',
+                    'encrypted_content': 'x'}]}]
+    title = {'format': {'type': 'json_schema', 'schema': {
+        **STRICT, 'properties': {'title': {'type': 'string'}}, 'required': ['title']}}}
+    loose = {'format': {'type': 'json_schema', 'name': 'a name that OpenAI refuses!',
+                        'schema': {'type': 'object'}}}
+    plain = {'model': OPUS, 'max_tokens': 256, 'messages': [{'role': 'user', 'content': 'hi'}]}
+    found = {
+        'a first turn': claude_code_request(),
+        'results': claude_code_request(*tool_turns('ok', [{'type': 'text', 'text': 'a'}], None)),
+        'results with media': claude_code_request(*tool_turns([IMAGE], [{'type': 'text', 'text': 'a'}, PDF_BLOCK])),
+        'errors': claude_code_request(*tool_turns('bad', '', is_error=True)),
+        'a reference to tools': claude_code_request(*tool_turns(loaded)),
+        'an answer that was cut': claude_code_request(*tool_turns('ok', 'ok')[:1]),
+        'media': claude_code_request({'role': 'user', 'content': [IMAGE, image_url, PDF_BLOCK, pdf_url, cited]}),
+        'an empty system message': claude_code_request({'role': 'system', 'content': []}),
+        'a system message between a call and its result': claude_code_request(
+            tool_turns('ok')[0], {'role': 'system', 'content': [{'type': 'text', 'text': 'late'}]},
+            tool_turns('ok')[1]),
+        'a search before': claude_code_request({'role': 'assistant', 'content': searched},
+                                               {'role': 'user', 'content': 'a'}),
+        'a search': claude_code_request(tools=[search], thinking=None, tool_choice={'type': 'auto'}),
+        'a search somewhere': claude_code_request(tools=[{**search, **near, 'blocked_domains': None}]),
+        'client tools': claude_code_request(tools=[{'type': 'bash_20250124', 'name': 'bash'}, {
+            'type': 'text_editor_20250728', 'name': 'str_replace_based_edit_tool'}]),
+        'a structured answer': claude_code_request(tools=[], output_config=title, thinking=None),
+        'a structured answer of an older client': {**plain, 'output_format': loose['format']},
+        'a structured answer beside tools': claude_code_request(output_config={**loose, 'effort': 'high'}),
+        'safeguards': claude_code_request(safeguards=[{'type': 'dangerous_tool_use'}]),
+        'a text alone': {**plain, 'system': 'be brief', 'temperature': 0, 'top_p': 0.5, 'top_k': 3},
+        'a user': {**plain, 'metadata': {'user_id': 'u' * 300}},
+        'one word': {**plain, 'max_tokens': 1, 'temperature': 1},
+        'the beginning of an answer': {
+            **plain, 'messages': [*plain['messages'], {'role': 'assistant', 'content': '{'}]},
+        'many tools': claude_code_request(
+            tools=[{'name': f'tool_{number}', 'input_schema': {}} for number in range(200)]),
+        'something of everything': rich_request()}
+    for count in (1, 4, 5):
+        found[f'{count} stop sequences'] = {**plain, 'stop_sequences': ['a', 'b', 'c', 'd', 'e'][:count]}
+    for type in ('auto', 'any', 'none'):
+        choice = {'type': type, 'disable_parallel_tool_use': True}
+        found[f'tool_choice {type}'] = claude_code_request(tool_choice=choice)
+    for name in ('Read', claude_code_request()['tools'][3]['name']):
+        found[f'tool_choice {name}'] = claude_code_request(tool_choice={'type': 'tool', 'name': name})
+    for effort in ('low', 'medium', 'high', 'xhigh', 'max'):
+        for thinking in (IN_FULL, None):
+            found[f'effort {effort} with {thinking}'] = {**plain, 'thinking': thinking,
+                                                         'output_config': {'effort': effort}}
+    for thinking in (SEALED, {'type': 'disabled'}, {'type': 'between_tools'},
+                     {'type': 'enabled', 'budget_tokens': 31_999}):
+        found[f'thinking {thinking}'] = claude_code_request(thinking=thinking, output_config=None)
+    return found
+
+
+OPENAI_WORKER = '''
+import json, sys, typing
+try:
+    import pydantic, typing_extensions
+    typing.Iterable = typing.List       # pydantic does not look into an Iterable
+    from openai.types.chat.completion_create_params import CompletionCreateParams
+    from openai.types.responses.response_create_params import ResponseCreateParams
+except ImportError as error:
+    print(error, file=sys.stderr)
+    sys.exit(3)
+for name, module in list(sys.modules.items()):
+    for value in list(vars(module).values()) if name.startswith('openai.types') else ():
+        if typing_extensions.is_typeddict(value):
+            value.__pydantic_config__ = pydantic.ConfigDict(extra='forbid', strict=True)
+adapters = {'chat_completions': pydantic.TypeAdapter(CompletionCreateParams),
+            'responses': pydantic.TypeAdapter(ResponseCreateParams)}
+
+def complaints(wire, body):
+    """The deepest ones: they are of the type that was meant."""
+    try:
+        adapters[wire].validate_json(json.dumps(body))
+    except pydantic.ValidationError as error:
+        found = [['.'.join(map(str, row['loc'])), row['msg']] for row in error.errors(include_url=False)]
+        return sorted(found, key=lambda row: -row[0].count('.'))[:3]
+    return []
+
+print(json.dumps([complaints(wire, body) for wire, body in json.load(sys.stdin)]))
+'''
+
+
+class OpenAiSdkTest(unittest.TestCase):
+    """Every translated request is of the official SDK's types, which know no other field at any level."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.bodies = {}
+        for name, body in client_requests().items():
+            for model, place in itertools.product(MODELS, targets('any')):
+                target = targets(model)[place]
+                cls.bodies[name, model, place] = target.wire, translate(body, target)
+        for seed in range(100):
+            body, model = MadeRequest(random.Random(seed)).body, MODELS[seed % len(MODELS)]
+            for place, target in targets(model).items():
+                with contextlib.suppress(cf.Untranslatable):
+                    cls.bodies[f'made {seed}', model, place] = target.wire, translate(body, target)
+        search = claude_code_request(tools=[{'type': 'web_search_20250305', 'name': 'web_search'}],
+                                     tool_choice={'type': 'tool', 'name': 'web_search'})
+        cls.bodies['a search that must be'] = cf.RESPONSES, translate(search, CODEX)
+        cls.bodies['a flaw'] = cf.RESPONSES, {'model': 'gpt-5.4', 'input': [{
+            'role': 'user', 'content': [{'type': 'input_text', 'text': 'a', 'cache_control': {}}]}]}
+        given = [(wire, as_it_was_returned(body)) for wire, body in cls.bodies.values()]
+        cls.complaints = dict(zip(cls.bodies, run_worker(OPENAI_WORKER, given)))
+
+    def test_every_translated_request_is_of_its_types(self):
+        for name, complaints in self.complaints.items():
+            if isinstance(name, tuple):
+                with self.subTest(name):
+                    self.assertEqual(complaints, [])
+
+    def test_a_search_that_must_be_made_is_of_its_types(self):
+        self.assertEqual(self.complaints['a search that must be'], [])
+
+    def test_it_would_refuse_a_field_of_another_api(self):
+        self.assertIn('cache_control', str(self.complaints['a flaw']))
+
+    def test_codex_gets_no_field_that_it_refuses(self):
+        known = {'model', 'instructions', 'input', 'tools', 'tool_choice', 'parallel_tool_calls', 'reasoning',
+                 'store', 'stream', 'include', 'prompt_cache_key', 'text'}
+        for name, (_, body) in self.bodies.items():
+            if name[-1] == 'codex':
+                with self.subTest(name):
+                    self.assertEqual(set(body) - known, set())
+                    self.assertLessEqual({item.get('role') for item in body['input']},
+                                         {None, 'user', 'assistant'})
+
+
+def as_it_was_returned(body):
+    """A body with the fields that the types want of the model's earlier output, as the API once returned
+    it; OpenAI's own Codex leaves them out, as we do: what is not stored has no id."""
+    def filled(item):
+        if item['type'] == 'reasoning':
+            return {'id': 'rs_1', **item}
+        if item.get('role') != 'assistant':
+            return item
+        content = [{'annotations': [], **part} for part in item['content']]
+        return {'id': 'msg_1', 'status': 'completed', **item, 'content': content}
+    is_whole = all('type' in item for item in body.get('input', ()))
+    return {**body, 'input': list(map(filled, body['input']))} if 'input' in body and is_whole else body
 
 
 # ==============================================================================
