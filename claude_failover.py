@@ -314,7 +314,8 @@ def redact(text):
 
 def printable(text):
     """Text without control characters, so that it cannot steer a terminal or split a line."""
-    return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in str(text))
+    return ''.join(c if c.isprintable() else ' ' if c in '\t\r\n' else
+                   '\N{REPLACEMENT CHARACTER}' for c in str(text))
 
 
 def header_text(text):
@@ -1108,11 +1109,15 @@ ESSENTIAL = frozenset((
     'parameters', 'arguments', 'id', 'call_id', 'tool_call_id', 'tool_calls', 'output'))
 
 
+TOKEN_LIMITS = {'max_tokens': 'max_completion_tokens', 'max_completion_tokens': 'max_tokens'}
+
+
 def without_parameter(body, subject):
     """Without the parameter that OpenAI names like 'reasoning.effort' or 'tools[0].strict'.
-    Servers that do not know the new name of max_tokens get the old one."""
-    if subject == 'max_completion_tokens' and subject in body:
-        body = {**body, 'max_tokens': body[subject]}
+    The limit of tokens has an old and a new name: each is tried in place of the other."""
+    other_name = TOKEN_LIMITS.get(subject)
+    if other_name and subject in body:
+        body = {**body, other_name: body[subject]}
     return without_path(body, re.findall(r'[\w-]+', subject))
 
 
@@ -1539,7 +1544,7 @@ OPENAI_RULES = (
     Rule('model_refused', (400, 403, 404), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
          when=lambda answer: answer.status == 404 or says(
              r'model_not_found|model .{0,80}(not supported when using codex|does not exist|'
-             r'not found)')(answer), waits=False),
+             r'not found)|invalid model name')(answer), waits=False),
     Rule('unsupported_parameter', (400, 422), Step.REPAIR,
          when=lambda answer: find_openai_repair(answer.message) is not None),
     Rule('context_too_long', (400, 413, 422), Step.RELAY, when=says(TOO_LONG)),
@@ -1557,6 +1562,8 @@ OPENAI_RULES = (
     Rule('overloaded', (503, 529), Step.NEXT_KEY, Final.OVERLOADED, scope=Scope.PAIR,
          cooldown_s=10, doubles_to_s=30, again=Again.ALONE, tries=2,
          when=says('server_is_overloaded|slow_down|at capacity')),
+    # llama-cpp-python's way to say 400.
+    Rule('rejected', (500,), Step.RELAY, when=says(r'\d validation errors?:')),
     Rule('server_error', (408, *range(500, 600)), Step.NEXT_KEY, Final.SERVER,
          scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3, strikes=3),
     Rule('unreadable', range(300, 400), Step.NEXT_KEY, Final.SERVER),
@@ -1569,6 +1576,8 @@ UNREACHABLE = Rule('unreachable', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.K
 RESET = UNREACHABLE._replace(name='reset')
 TIMED_OUT = Rule('timed_out', (), Step.STOP, Final.TIMEOUT)
 NO_TOKEN = Rule('no_token', (), Step.NEXT_KEY, Final.UNAUTHORIZED, waits=False, attention=True)
+#: llama-cpp-python tells its errors only to those who want no stream.
+EMPTY_STREAM = Rule('empty_stream', (), Step.NEXT_KEY, Final.SERVER, again=Again.FIRST)
 UNTRANSLATABLE = Rule('untranslatable', (), Step.NEXT_KEY, waits=False)
 
 #: The status behind an error's type, in `error` events and in our own errors (docs: errors).
@@ -2338,8 +2347,9 @@ def to_chat_completions(conversation, target):
     body, limits = conversation.body, find_limits(target.model)
     out = {'model': target.model, 'messages': chat_messages(conversation, limits)}
     limit = output_limit(body, limits)
-    if limit is not None:
-        out['max_completion_tokens'] = limit
+    if limit is not None:             # older servers ignore the new name, and write on and on
+        is_new = target.is_openai or limits.pattern
+        out['max_completion_tokens' if is_new else 'max_tokens'] = limit
     if body.get('stream') is True:
         out.update(stream=True, stream_options={'include_usage': True})
     out.update(chat_tool_fields(conversation))
@@ -2419,7 +2429,8 @@ def chat_assistant_turn(parts, conversation, limits):
              for part in parts if isinstance(part, ToolCall)]
     if not (text or calls):
         return []
-    message = {'role': 'assistant', 'content': text or None}
+    # Empty rather than null beside calls: not every server takes null, or nothing.
+    message = {'role': 'assistant', 'content': text}
     return [{**message, 'tool_calls': calls} if calls else message]
 
 
@@ -2737,10 +2748,12 @@ class MessageEvents:
     """
 
     def __init__(self, model, message_id, names, shows_thinking=(False, False), stops=(),
-                 clean=redact):
+                 clean=redact, estimate=lambda: 0):
         self._model, self._message_id, self._names = model, message_id, names
         self._shows_thinking, self._keeps_thinking = shows_thinking
         self._clean = clean           # takes secrets out of an upstream's text
+        self._estimate = estimate     # input tokens, for upstreams that do not tell
+        self._sent_chars = 0
         self._stops = StopWatch(stops) if stops else None
         self._events = []             # written, not yet taken
         self._queue = []              # [Block, ...]
@@ -2863,6 +2876,9 @@ class MessageEvents:
             self.stop_reason = 'end_turn'
         delta = {'stop_reason': self.stop_reason,
                  'stop_sequence': self._stops.hit if self.stop_reason == 'stop_sequence' else None}
+        if not self.usage:
+            self.usage = {'input_tokens': self._estimate(),
+                          'output_tokens': math.ceil(self._sent_chars / 4)}
         usage = {**NO_USAGE, **self.usage}
         self._events += [{'type': 'message_delta', 'delta': delta, 'usage': usage},
                          {'type': 'message_stop'}]
@@ -2953,6 +2969,7 @@ class MessageEvents:
         if block.unsent:
             type, field = DELTAS[block.kind]
             delta = {'type': type, field: ''.join(block.unsent)}
+            self._sent_chars += len(delta[field])
             self._events.append({'type': 'content_block_delta', 'index': block.index,
                                  'delta': delta})
             block.unsent = []
@@ -3025,10 +3042,11 @@ def fold_block(block):
     if block['type'] != 'tool_use':
         return {**block, block['type']: text}
     try:
-        arguments = loads_object(text) if text.strip() else {}
+        # Small models put bare line ends into their texts.
+        arguments = as_dict(json.loads(text, strict=False)) if text.strip() else {}
         json.dumps(arguments, allow_nan=False)        # 1e999 would be no JSON on the way out
         return {**block, 'input': arguments}
-    except ValueError:                # cut short, or never JSON: the client's own check tells
+    except (ValueError, RecursionError):      # cut short, or never JSON: the client will see
         return block
 
 
@@ -3073,12 +3091,14 @@ class ChatDecoder:
     def __init__(self, out):
         self.out = out
         self._finish = None           # the finish reason; the usage may come after it
+        self._is_done = False         # [DONE] came
         self._unnumbered = 0          # calls without an index
         self._last_call = 'call 0'
 
     def feed(self, chunk):
         if chunk == '[DONE]':
-            return self.out.finish(self._finish or 'stop')
+            self._is_done = True
+            return self.out.finish(self._finish) if self._finish else None
         try:
             chunk = loads_object(chunk)
         except ValueError:            # not one of theirs
@@ -3103,10 +3123,11 @@ class ChatDecoder:
         self._read_choice(as_dict(choices[0]), as_dict(as_dict(choices[0]).get('message')))
         return self.out.finish(self._finish or 'stop')
 
-    def end(self):
-        """The stream's end: complete where a finish reason came, even without [DONE]."""
-        if self._finish:
-            self.out.finish(self._finish)
+    def end(self, is_cut):
+        """The stream's end: complete where a finish reason came, even without [DONE]; with [DONE]
+        alone only if it was not cut (llama-cpp-python ends a request so for the next one)."""
+        if self._finish or self._is_done and not is_cut:
+            self.out.finish(self._finish or 'stop')
 
     def _read_choice(self, choice, delta):
         if self._finish is None:      # afterwards only usage counts
@@ -3181,7 +3202,7 @@ class ResponsesDecoder:
             raise ValueError('no output')
         return self._end_response({'response': response})
 
-    def end(self):
+    def end(self, is_cut):
         """The stream's end: without a terminal event it was cut."""
 
     def _key(self, event):
@@ -3348,10 +3369,10 @@ class TranslatedStream:
         self._feed(self._parser.feed(data))
         return self._take()
 
-    def read_end(self):
-        """[event, ...] that the end of the upstream's stream gives."""
+    def read_end(self, is_cut=False):
+        """[event, ...] that the end of the upstream's stream gives; `is_cut`: it broke off."""
         self._feed(self._parser.end())
-        self._decoder.end()
+        self._decoder.end(is_cut)
         return self._take()
 
     def _feed(self, texts):
@@ -3376,8 +3397,8 @@ class TranslatedStream:
     def feed(self, data):
         return b''.join(map(event_bytes, self.read(data)))
 
-    def last(self):
-        return b''.join(map(event_bytes, self.read_end()))
+    def last(self, is_cut=False):
+        return b''.join(map(event_bytes, self.read_end(is_cut)))
 
 
 class Wire(NamedTuple):
@@ -3413,7 +3434,7 @@ def answer_stream(conversation, target, message_id, clean=redact):
     """The TranslatedStream for the answer to a translated request."""
     out = MessageEvents(conversation.body.get('model'), message_id, conversation.names,
                         wants_thinking(conversation.body), stops_to_watch(conversation, target),
-                        clean)
+                        clean, functools.partial(estimate_tokens, conversation.body))
     return TranslatedStream(WIRES[target.wire].decoder(out))
 
 
@@ -4604,7 +4625,8 @@ def build_openai_request(target, token, body, session):
 def openai_path(target):
     """The path behind a base URL, whose own path and query stay: only a bare host gets /v1."""
     parts = urllib.parse.urlsplit(target.base_url)
-    path = (parts.path.rstrip('/') or '/v1') + WIRES[target.wire].path
+    path, end = parts.path.rstrip('/') or '/v1', WIRES[target.wire].path
+    path = path if path.endswith(end) else path + end
     return f'{path}?{parts.query}' if parts.query else path
 
 
@@ -5017,6 +5039,7 @@ class Serving:
         self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
         self.uses_last_resort = False
         self.told_left_out = False    # what a translation leaves out is told once
+        self.asks_whole = False       # OpenAI's streams were empty: a plain answer is wanted
         self.translated = None        # the TranslatedStream of the last OpenAI attempt
         self.begin_round(Plan([], []))
 
@@ -5327,6 +5350,8 @@ class Failover:
             conversation = serving.conversation
             body = WIRES[target.wire].translate(conversation, target)
             body = edit_body(body, repairs, OPENAI_REPAIRS)
+            if serving.asks_whole and target.wire == CHAT_COMPLETIONS:
+                body = without_path(without_path(body, ['stream']), ['stream_options'])
         except RecursionError as error:
             raise Untranslatable('The request is nested too deeply to be translated.') from error
         serving.sent = target, body
@@ -5443,7 +5468,10 @@ class Failover:
                 return self._cut_reply(error)
             held += events.feed(piece) if piece else events.last()
             if not piece and not events.opened_by:
-                return self._cut_reply('the stream ended before its first content')
+                serving.asks_whole = events.is_translated
+                reason = 'the stream ended before its first content'
+                return Reply(Outcome(EMPTY_STREAM, 0, reason, None)) if serving.asks_whole \
+                    else self._cut_reply(reason)
         if events.opened_by == 'error':
             return self._refused_in_stream(serving, attempt, upstream, events)
         outcome = self._classify(serving, attempt, upstream)
@@ -5524,7 +5552,7 @@ class Failover:
                     raise UpstreamCut('it is too long')
                 events += answer.read(piece)
         except UpstreamCut:
-            events += answer.read_end()
+            events += answer.read_end(is_cut=True)
             if not answer.is_over:
                 raise
             return events
@@ -5608,7 +5636,7 @@ class Failover:
         except UpstreamCut as error:
             problem = f"the upstream's stream broke off: {error}"
             if events.is_translated:  # it may have been whole but for its very end
-                response.write(events.last())
+                response.write(events.last(is_cut=True))
         except UpstreamTimeout:
             problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
         serving.record.update(usage_fields(events.usage))
@@ -5798,7 +5826,8 @@ def answer_without_claude(request, config):
         return 200, dump_body({'data': models, 'has_more': False, 'first_id': (ids or [None])[0],
                                'last_id': (ids or [None])[-1]})
     name = urllib.parse.unquote(request.path[len(MODELS_PATH) + 1:])
-    if request.path.startswith(MODELS_PATH + '/') and request.is_read and map_model(mapping, name):
+    is_known = name in mapping or name.startswith('claude') and map_model(mapping, name)
+    if request.path.startswith(MODELS_PATH + '/') and request.is_read and is_known:
         return 200, dump_body(model_info(name))
     message = (f'{PROGRAM}: {request.path} needs an Anthropic key, and only OpenAI keys are '
                f'there. See: {RUN} add-key')
@@ -6629,6 +6658,9 @@ def cmd_add_key(options):
         f'{describe_places(config, key)}.')
     if config.openai_model_fallback and not before.openai_model_fallback:
         say('openaiModelFallback is on now: OpenAI answers where Claude cannot.')
+    if key.provider == OPENAI and key.base_url:
+        say(f'Claude names become the names of its models by "modelMapping": {{"*": "..."}} at '
+            f'openaiKeys.{key.id} of {options.config}, or by openaiModelMapping for all.')
     problem = token_problem(key)
     if problem:
         complain(f'it cannot be used yet: {problem}.')
@@ -6651,7 +6683,7 @@ def read_new_token(options):
     if options.token == '-':
         return sys.stdin.readline()
     if options.token:
-        if not options.token.startswith(('env:', 'file:')):
+        if not options.token.startswith(('env:', 'file:')) and len(options.token) > 12:
             complain('a token on the command line stays in the shell\'s history; without it, '
                      f'{options.command} asks for it.')
         return options.token
@@ -6681,7 +6713,8 @@ def cmd_list_keys(options):
     unknown = 'not loaded yet' if health else 'not running'
     problems = {key.ref: token_problem(key) for key in config.keys.values()}
     keys = [{'id': key.id, 'label': printable(key.label)[:40], 'provider': key.provider,
-             'token': mask_token(key.token), 'state': states.get((key.provider, key.id), unknown)}
+             'token': mask_token(key.token), 'server': key.base_url or '-',
+             'state': states.get((key.provider, key.id), unknown)}
             for key in config.keys.values()]
     if options.json:
         keys = [{**key, 'problem': problem} for key, problem in zip(keys, problems.values())]
@@ -6764,6 +6797,7 @@ def cmd_status(options):
     say_keys(health, style)
     say(f'Requests   {metrics["requests"]} ({metrics["answered"]} answered, '
         f'{metrics["refused"]} refused, {metrics["failed"]} failed, '
+        f'{metrics["client_gone"]} left, '
         f'{health["active"]} running, {health["waiting"]} waiting)')
     say(f'Saved by   {count_of(metrics["rotations"], "rotation")}, '
         f'{count_of(metrics["fallbacks"], "fallback")}, {metrics["queued"]} queued')
@@ -6881,8 +6915,8 @@ def describe_request(record):
     attempts = record.get('attempts') or ()
     if attempts:
         text += ': ' + ' -> '.join(f'{a["key"]} {a["status"] or a["result"]}' for a in attempts)
-    if record.get('error'):
-        text += f' ({record["error"]})'
+    if record.get('error') or record.get('outcome') == 'client_gone':
+        text += f' ({record.get("error") or "the client left"})'
     return printable(text)
 
 
@@ -6916,7 +6950,8 @@ COMMANDS = (
             key_arguments("another server with Anthropic's API"),
             {'provider': ANTHROPIC, 'token_words': 'API key or OAuth token'}),
     Command('add-openai-key', 'add an OpenAI key or ChatGPT login, which answers where Claude '
-            'cannot', cmd_add_key, key_arguments("another server with OpenAI's API"),
+            'cannot', cmd_add_key, key_arguments(
+                "another server with OpenAI's API; where it asks for no token, any word will do"),
             {'provider': OPENAI, 'token_words': 'OpenAI API key or ChatGPT login'}),
     Command('remove-key', 'remove a key', cmd_remove_key, (
         (('id',), {'help': 'as list-keys shows it'}),)),

@@ -823,9 +823,13 @@ class RequestBodiesTest(unittest.TestCase):
                 self.assertEqual(edited.get(field, gone), value)
                 self.assertEqual({k: v for k, v in edited.items() if k != field}, {k: v for k, v in body.items() if k != field})
 
-    def test_a_server_that_knows_only_the_old_name_of_max_tokens_gets_it(self):
-        repair = cf.find_openai_repair('Unrecognized request argument supplied: max_completion_tokens')
-        self.assertEqual(cf.edit_body({'max_completion_tokens': 5}, [repair], cf.OPENAI_REPAIRS), {'max_tokens': 5})
+    def test_a_server_that_knows_one_name_of_max_tokens_gets_that(self):
+        for message, old, new in (
+                ('Unrecognized request argument supplied: max_completion_tokens', 'max_completion_tokens', 'max_tokens'),
+                ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+                 'max_tokens', 'max_completion_tokens')):
+            repair = cf.find_openai_repair(message)
+            self.assertEqual(cf.edit_body({old: 5}, [repair], cf.OPENAI_REPAIRS), {new: 5})
 
     def test_an_effort_of_the_responses_format_is_lowered_in_its_place(self):
         repair = cf.find_openai_repair("'reasoning.effort' does not support 'max'. Supported values are: 'low', 'medium'.")
@@ -995,6 +999,8 @@ OPENAI_POLICY = (
     ('rate_limited', answer(429, 'Please try again in 1m2.5s'), 62.5), ('rate_limited', answer(429, 'try again in 20ms'), .02),
     ('overloaded', answer(503, 'x', 'server_is_overloaded'), None), ('overloaded', answer(529, 'Codex is at capacity'), None),
     *(('server_error', answer(status), None) for status in (408, 500, 502, 503, 504, 529)),
+    ('rejected', answer(500, "1 validation error:\n  {'type': 'literal_error', 'loc': ('body', 'response_format')"), None),
+    ('model_refused', answer(400, 'Invalid model name passed in model=x. Call `/v1/models`'), None),
     ('relayed', answer(400, 'Invalid schema for function'), None), ('relayed', answer(422), None), ('relayed', answer(413), None),
 )
 
@@ -1295,6 +1301,9 @@ class RequestTranslationTest(unittest.TestCase):
                  ('user', [tool_result('t2', 'two')]))
         self.assertEqual([m['content'] for m in chat_messages(*turns)][1:], ['one', 'two', 'note'])
 
+    def test_calls_without_a_word_have_an_empty_text_beside_them(self):
+        self.assertEqual(chat_messages(('assistant', [tool_use('t1')]))[0]['content'], '')
+
     def test_media_of_a_result_follow_the_tool_messages(self):
         turns = (('assistant', [tool_use('t1'), tool_use('t2')]),
                  ('user', [tool_result('t1', [{'type': 'text', 'text': 'r'}, {'type': 'image', 'source': PNG}]), tool_result('t2')]))
@@ -1442,7 +1451,7 @@ class RequestTranslationTest(unittest.TestCase):
                 ('gpt-5.4', {'output_config': {'effort': 'low'}}, {'max_completion_tokens': 128_000, 'reasoning_effort': 'low'}),
                 ('gpt-5.5', {}, {**stop, 'max_completion_tokens': 128_000}), ('gpt-4.1', {}, {**sampling, **stop, 'max_completion_tokens': 32_768}),
                 ('gpt-4o-mini', {}, {**sampling, **stop, 'max_completion_tokens': 16_384}),
-                ('llama', {}, {**sampling, **stop, 'max_completion_tokens': 200_000})):
+                ('llama', {}, {**sampling, **stop, 'max_tokens': 200_000})):
             with self.subTest(model=model):
                 body = translated(CHAT._replace(model=model), **given, **changes)[0]
                 del body['messages'], body['model']
@@ -1450,6 +1459,7 @@ class RequestTranslationTest(unittest.TestCase):
         self.assertEqual(translated(CHAT, max_tokens=0)[0]['max_completion_tokens'], 1)
         self.assertEqual(translated(PLATFORM, max_tokens=5)[0]['max_output_tokens'], 16)
         self.assertNotIn('stop', translated(LOCAL, stop_sequences=list('abcde'))[0])
+        self.assertEqual(translated(LOCAL._replace(is_openai=True))[0]['max_completion_tokens'], 100)
 
     def test_the_user_is_told_to_openai_alone_and_only_as_a_hash(self):
         claude_code = {'user_id': json.dumps({'device_id': 'd', 'session_id': '0000-4000'})}
@@ -1654,6 +1664,8 @@ class ResponseTranslationTest(unittest.TestCase):
 
     def test_numbers_that_are_no_json_do_not_reach_the_client(self):
         self.assertEqual(content_of(chat_stream(call_delta(0, 'call_1', 'get_weather', '{"a":1e999}')))[0], [tool_use('call_1')])
+        bare = content_of(chat_stream(call_delta(0, 'call_1', 'get_weather', '{"a":"x\n"}')))[0]
+        self.assertEqual(bare, [tool_use('call_1', a='x\n')])
 
     def test_reasoning_is_shown_where_it_was_asked_for_and_is_never_text(self):
         for field, value in (('reasoning_content', 'hm'), ('reasoning', 'hm'), ('reasoning_details', [{'type': 'reasoning.text', 'text': 'hm'}])):
@@ -1674,6 +1686,15 @@ class ResponseTranslationTest(unittest.TestCase):
         answer, events = answer_of(data)
         self.assertEqual([e['delta']['partial_json'] for e in events if e['type'] == 'content_block_delta'], ['{"city": "Ro'])
         self.assertEqual(content_of(data), ([tool_use('call_1')], 'max_tokens'))
+
+    def test_a_done_that_a_cut_follows_is_no_end(self):
+        data = chat_stream({'content': 'a'}, finish=None)
+        for is_cut, is_whole in ((True, False), (False, True)):
+            answer = cf.answer_stream(cf.read_conversation(messages_body()), CHAT, 'msg_1')
+            answer.read(data)
+            self.assertFalse(answer.is_over)
+            answer.read_end(is_cut)
+            self.assertEqual(answer.stopped, is_whole)
 
     def test_a_stream_that_ends_early_has_no_end(self):
         for data, target in ((chat_stream({'content': 'a'}, finish=None, is_done=False), CHAT),
@@ -1698,9 +1719,13 @@ class ResponseTranslationTest(unittest.TestCase):
     def test_the_latest_usage_counts_wherever_it_stands(self):
         every = b''.join(b'data: %b\n\n' % json.dumps(chat_chunk({'content': 'a'}, usage=usage)).encode()
                          for usage in (None, {'prompt_tokens': 1, 'completion_tokens': 1}, CHAT_USAGE))
-        for data, usage in ((every + b'data: [DONE]\n\n', USAGE), (chat_stream(usage=None), {**cf.NO_USAGE}),
+        for data, usage in ((every + b'data: [DONE]\n\n', USAGE),
                             (b'data: %b\n\ndata: [DONE]\n\n' % json.dumps(chat_chunk({}, 'stop', usage=CHAT_USAGE)).encode(), USAGE)):
             self.assertEqual(answer_of(data)[1][-2]['usage'], usage)
+
+    def test_usage_that_nobody_told_is_estimated(self):
+        usage = answer_of(chat_stream({'content': 'a' * 400}, usage=None))[1][-2]['usage']
+        self.assertEqual(usage, {**cf.NO_USAGE, 'input_tokens': cf.estimate_tokens(messages_body(tools=[WEATHER])), 'output_tokens': 100})
 
     def test_responses_streams(self):
         added = {'type': 'response.output_item.added', 'output_index': 1, 'item': function_call('call_1', '')}
@@ -3998,6 +4023,7 @@ class UpstreamTest(SocketTest):
         for base_url, path in (
                 ('https://api.openai.com', '/v1/chat/completions'), ('https://api.openai.com/', '/v1/chat/completions'),
                 ('https://api.openai.com/v1', '/v1/chat/completions'), ('https://x/openai/v1/', '/openai/v1/chat/completions'),
+                ('https://x/v1/chat/completions', '/v1/chat/completions'),
                 ('https://x/deployments/d?api-version=1', '/deployments/d/chat/completions?api-version=1')):
             self.assertEqual(cf.openai_path(cf.Target(cf.CHAT_COMPLETIONS, base_url)), path)
         self.assertEqual(cf.openai_path(CODEX), '/backend-api/codex/responses')
@@ -5090,6 +5116,14 @@ class FailoverTest(unittest.TestCase):
                 if stream:
                     self.assertEqual(answered.events[-1]['type'], 'message_stop')
 
+    def test_an_empty_stream_is_asked_for_once_more_as_a_plain_answer(self):
+        too_long = openai_refusal(400, 'context_length_exceeded', "This model's maximum context length is 8192 tokens.")
+        for second, status in ((too_long, 400), (Play(body=CHAT_HELLO), 200), (Play(stream=b''), 502)):
+            answered, seen = self.openai_one({'oa': [Play(stream=b''), second]}, keys='', body=messages_body(stream=True))
+            self.assertEqual((answered.status, len(seen), self.cooling()), (status, 2, {}))
+            self.assertNotIn('stream', json.loads(self.upstream.sent[1].body))
+        self.assertEqual(self.record()['attempts'][0]['result'], 'empty_stream')
+
     def test_an_endless_answer_to_a_plain_request_is_not_kept(self):
         endless = [chat_stream({'content': 'x' * 500}, finish=None, usage=None, is_done=False)] * 5
         with mock.patch.object(cf, 'MAX_BODY_BYTES', 2000):
@@ -5338,7 +5372,7 @@ class FailoverTest(unittest.TestCase):
         self.assertEqual(([model['id'] for model in listed.json['data']], listed.json['has_more']), ([OPUS], False))
         one = self.serve(failover, method='GET', target=f'/v1/models/{OPUS}')
         self.assertEqual((one.status, one.json['id'], one.json['type']), (200, OPUS, 'model'))
-        for method, target in (('POST', '/v1/messages/batches'), ('GET', '/v1/files'), ('DELETE', f'/v1/models/{OPUS}')):
+        for method, target in (('POST', '/v1/messages/batches'), ('GET', '/v1/files'), ('DELETE', f'/v1/models/{OPUS}'), ('GET', '/v1/models/nope')):
             refused = self.serve(failover, method=method, target=target)
             self.assertEqual((refused.status, refused.error['type']), (404, 'not_found_error'))
             self.assertIn('needs an Anthropic key', refused.error['message'])
@@ -5951,7 +5985,8 @@ class CommandLineTest(ScratchTest):
             'Added key my-openai (sk-proj...cdef), first in profile default.',
             'openaiModelFallback is on now: OpenAI answers where Claude cannot.'], ''))
         added = self.run_command('add-openai-key', 'none', '--label', 'local', '--base-url', 'http://localhost:11434/v1')
-        self.assertEqual((added.returncode, added.stdout.count('\n')), (0, 1))
+        self.assertEqual((added.returncode, added.stderr), (0, ''))
+        self.assertIn('"modelMapping": {"*": "..."} at openaiKeys.local', added.stdout)
         entry = self.read_config()['openaiKeys']['local']
         self.assertEqual((entry['token'], entry['baseUrl']), ('none', 'http://localhost:11434/v1'))
         self.assertIn('openai:my-openai -> openai:local', self.run_command('list-keys').stdout)
@@ -6216,7 +6251,7 @@ class PromisesTest(unittest.TestCase):
                 self.assertIn(f'`{default}`' if setting.default is not None else 'none', row)
         for command in cf.COMMANDS:
             self.assertRegex(readme, rf'\| `{command.name}\b[^|]*\| {re.escape(command.help)} \|')
-        for rule in (*cf.RULES, *cf.OPENAI_RULES, cf.UNREACHABLE, cf.RESET, cf.TIMED_OUT, cf.NO_TOKEN, cf.UNTRANSLATABLE):
+        for rule in (*cf.RULES, *cf.OPENAI_RULES, cf.UNREACHABLE, cf.RESET, cf.TIMED_OUT, cf.NO_TOKEN, cf.UNTRANSLATABLE, cf.EMPTY_STREAM):
             if rule.name not in ('answered', 'relayed'):
                 self.assertIn(f'`{rule.name}`', readme)
         self.assertIn('python3 test_claude_failover.py', readme)
