@@ -2495,6 +2495,8 @@ def to_responses(conversation, target):
         turns = [turn for turn in turns if turn.role != 'system']
     items = [item for turn in turns
              for item in RESPONSES_TURNS[turn.role](turn.parts, conversation.names)]
+    if not target.is_codex:
+        items = list(map(with_plain_text, items))
     choice = as_dict(body.get('tool_choice'))
     out = {'model': target.model, 'instructions': system or DEFAULT_INSTRUCTIONS, 'input': items,
            'parallel_tool_calls': choice.get('disable_parallel_tool_use') is not True,
@@ -2519,6 +2521,13 @@ def to_responses(conversation, target):
     if key and (target.is_codex or target.is_openai):
         out['prompt_cache_key'] = key
     return out
+
+
+def with_plain_text(item):
+    """What an assistant said as a text alone, which more servers take than a list of parts."""
+    if item.get('role') != 'assistant':
+        return item
+    return {**item, 'content': ''.join(part['text'] for part in item['content'])}
 
 
 def responses_tool_fields(conversation):
@@ -2876,10 +2885,10 @@ class MessageEvents:
             self.stop_reason = 'end_turn'
         delta = {'stop_reason': self.stop_reason,
                  'stop_sequence': self._stops.hit if self.stop_reason == 'stop_sequence' else None}
-        if not self.usage:
-            self.usage = {'input_tokens': self._estimate(),
-                          'output_tokens': math.ceil(self._sent_chars / 4)}
-        usage = {**NO_USAGE, **self.usage}
+        self.usage = usage = {**NO_USAGE, **self.usage}
+        if not (usage['input_tokens'] or usage['cache_read_input_tokens']):
+            usage['input_tokens'] = self._estimate()
+        usage['output_tokens'] = usage['output_tokens'] or math.ceil(self._sent_chars / 4)
         self._events += [{'type': 'message_delta', 'delta': delta, 'usage': usage},
                          {'type': 'message_stop'}]
 

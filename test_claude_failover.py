@@ -1260,7 +1260,9 @@ class RequestTranslationTest(unittest.TestCase):
         self.assertEqual(chat_messages(*turns)[1], {'role': 'assistant', 'content': 'yes'})
         self.assertEqual(responses_input(*turns)[1:3], [
             {'type': 'reasoning', 'summary': [], 'encrypted_content': 'gAAA'},
-            {'type': 'message', 'role': 'assistant', 'content': [{'type': 'output_text', 'text': 'yes'}]}])
+            {'type': 'message', 'role': 'assistant', 'content': 'yes'}])
+        said = translated(CODEX, messages=[{'role': 'assistant', 'content': 'yes'}])[0]['input'][0]
+        self.assertEqual(said['content'], [{'type': 'output_text', 'text': 'yes'}])
 
     def test_calls_and_results_meet_in_the_order_of_the_calls(self):
         turns = (('user', 'go'),
@@ -1726,6 +1728,10 @@ class ResponseTranslationTest(unittest.TestCase):
     def test_usage_that_nobody_told_is_estimated(self):
         usage = answer_of(chat_stream({'content': 'a' * 400}, usage=None))[1][-2]['usage']
         self.assertEqual(usage, {**cf.NO_USAGE, 'input_tokens': cf.estimate_tokens(messages_body(tools=[WEATHER])), 'output_tokens': 100})
+
+    def test_usage_without_input_is_estimated_too(self):
+        usage = answer_of(chat_stream({'content': 'a'}, usage={'prompt_tokens': 0, 'completion_tokens': 3}))[1][-2]['usage']
+        self.assertEqual((usage['input_tokens'] > 10, usage['output_tokens']), (True, 3))
 
     def test_responses_streams(self):
         added = {'type': 'response.output_item.added', 'output_index': 1, 'item': function_call('call_1', '')}
@@ -3272,7 +3278,7 @@ def as_it_was_returned(body):
     def filled(item):
         if item['type'] == 'reasoning':
             return {'id': 'rs_1', **item}
-        if item.get('role') != 'assistant':
+        if item.get('role') != 'assistant' or isinstance(item['content'], str):
             return item
         content = [{'annotations': [], **part} for part in item['content']]
         return {'id': 'msg_1', 'status': 'completed', **item, 'content': content}
