@@ -153,6 +153,10 @@ WATCH_S = 0.25
 RELOAD_S = 5
 #: How long running requests may go on after the first signal.
 DRAIN_S = 10
+#: How long a start in the background may take until its ports answer.
+START_S = 30
+#: How often a command looks whether a process has started or ended.
+POLL_S = 0.05
 
 #: A held stream gets its head and a ping after this long; Claude Code warns after 20 s.
 PING_S = 10
@@ -6485,8 +6489,66 @@ def cooldown_health(cooling, left_s):
             'needs_attention': cooling.outcome.rule.attention}
 
 
+class PidFile:
+    """Says which process runs with a configuration.  That process keeps the file locked, so it
+    can never name an innocent one, however the process ended."""
+
+    def __init__(self, config_path):
+        self.path = os.path.join(os.path.dirname(config_path), f'{PROGRAM}.pid')
+        self._file = None             # open, and locked, as long as this process runs
+
+    def acquire(self, patience_s=1.0):
+        """Makes this process the one; the pid of the one that is it already, or None."""
+        make_private_folder(os.path.dirname(self.path))
+        file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+')
+        deadline = time.monotonic() + patience_s
+        while not lock_file(file):
+            if time.monotonic() > deadline:       # it is no `status` that only looks
+                with file:
+                    return read_pid(file)
+            time.sleep(POLL_S)
+        file.truncate(0)
+        file.write(f'{os.getpid()}\n')
+        file.flush()
+        self._file = file
+        return None
+
+    def holder(self):
+        """The pid of the process that runs, or None."""
+        try:
+            with open(self.path, 'r+') as file:
+                return None if lock_file(file) else read_pid(file)
+        except FileNotFoundError:
+            return None
+
+
+def lock_file(file):
+    """Locks an open file until it is closed; False when another process has it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:                         # Windows: a byte behind the text, which stays readable
+            import msvcrt
+            os.lseek(file.fileno(), 4096, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+    except OSError:
+        return False
+    return True
+
+
+def read_pid(file):
+    text = file.read(20).strip()
+    return int(text) if text.isdigit() else 0
+
+
 def running_path(config_path):
     return os.path.join(os.path.dirname(config_path), 'running.json')
+
+
+def output_path(config_path):
+    """Where a process in the background writes what it would tell a terminal."""
+    return os.path.join(os.path.dirname(config_path), 'logs', f'{PROGRAM}.out')
 
 
 def log_path(config_path):
@@ -6563,8 +6625,12 @@ def say_table(rows, indent='  '):
 
 
 def cmd_start(options):
+    if options.daemon:
+        return start_in_background(options)
     harden_process()
     app = App(options.config)
+    pid_file = PidFile(options.config)
+    refuse_second(pid_file.acquire())
     try:
         app.start()
     except PortTaken as error:
@@ -6585,6 +6651,87 @@ def cmd_start(options):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(1 if sys.exc_info()[0] else 0)
+
+
+def refuse_second(pid):
+    if pid is not None:
+        raise FailoverError(f'{PROGRAM} is running already (pid {pid}). See: {RUN} status')
+
+
+def start_in_background(options):
+    """Starts the proxy in a process of its own, and waits until its ports answer."""
+    import subprocess
+    refuse_second(PidFile(options.config).holder())
+    output = output_path(options.config)
+    make_private_folder(os.path.dirname(output))
+    with open(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'wb') as file:
+        process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), '--config', options.config, 'start'],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, cwd='/')
+    health = await_health(options, process)
+    with open(output, encoding='utf-8', errors='replace') as file:
+        told = [line.rstrip() for line in file if line.startswith(f'{PROGRAM}: ')]
+    if health is None:
+        process.kill()
+        reason = ' '.join(line[len(PROGRAM) + 2:] for line in told)
+        raise FailoverError(reason or f'It did not start; {output} may say why.')
+    for line in told:
+        print(line, file=sys.stderr)
+    say(f'{PROGRAM} {health["version"]} runs in the background, pid {process.pid}; '
+        f'stop it with: {RUN} stop')
+    say_ports(health)
+    return 0
+
+
+def await_health(options, process):
+    """/health of a process that starts; None when it ended, or does not answer in time."""
+    store = ConfigStore(options.config)
+    with contextlib.suppress(ConfigError):        # it will say so itself
+        store.load()
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        health = fetch_health(options.config, store.current)
+        if health and health['pid'] == process.pid:
+            return health
+        time.sleep(POLL_S)
+    return None
+
+
+def cmd_stop(options):
+    pid = PidFile(options.config).holder()
+    if pid is None:
+        say('not running')
+        return 0
+    end_process(options, pid, options.now)
+    say(f'Stopped (pid {pid}).')
+    return 0
+
+
+def end_process(options, pid, is_now):
+    """Has the running proxy finish, or with `is_now` end at once, and waits for that."""
+    import signal
+    pid_file = PidFile(options.config)
+    started = time.monotonic()
+    deadline = started + DRAIN_S + 5
+    was_asked, was_told = False, is_now
+    while pid_file.holder() == pid:
+        if time.monotonic() > deadline:
+            raise FailoverError(f'Process {pid} did not end; to end it by force: kill -9 {pid}')
+        if is_now or not was_asked:   # the second signal ends it at once
+            with contextlib.suppress(ProcessLookupError):     # it ended just now
+                os.kill(pid, signal.SIGTERM)
+            was_asked = True
+        if not was_told and time.monotonic() > started + 1:
+            was_told = True
+            complain(f'waiting up to {DRAIN_S} s for running answers; `stop --now` cuts them.')
+        time.sleep(POLL_S)
+
+
+def cmd_restart(options):
+    pid = PidFile(options.config).holder()
+    if pid is not None:
+        end_process(options, pid, options.now)
+    return start_in_background(options)
 
 
 def stop_on_signals(app):
@@ -6801,8 +6948,7 @@ def cmd_status(options):
         f'pid {health["pid"]}, for {format_duration(health["uptime_s"])}')
     for problem in health['problems']:
         say(style.bad(f'  {printable(problem)}'))
-    say_table([[printable(profile['name']), f'http://localhost:{profile["port"]}'
-                if profile['port'] else 'not open'] for profile in health['profiles']])
+    say_ports(health)
     say_keys(health, style)
     say(f'Requests   {metrics["requests"]} ({metrics["answered"]} answered, '
         f'{metrics["refused"]} refused, {metrics["failed"]} failed, '
@@ -6811,6 +6957,11 @@ def cmd_status(options):
     say(f'Saved by   {count_of(metrics["rotations"], "rotation")}, '
         f'{count_of(metrics["fallbacks"], "fallback")}, {metrics["queued"]} queued')
     return 0
+
+
+def say_ports(health):
+    say_table([[printable(profile['name']), f'http://localhost:{profile["port"]}'
+                if profile['port'] else 'not open'] for profile in health['profiles']])
 
 
 def say_keys(health, style):
@@ -6937,6 +7088,7 @@ class Command(NamedTuple):
     defaults: dict = {}       # options that the command itself settles
 
 
+NOW_OPTION = (('--now',), {'action': 'store_true', 'help': 'cut running answers'})
 JSON_OPTION = (('--json',), {'action': 'store_true', 'help': 'as JSON, for scripts'})
 
 
@@ -6950,7 +7102,11 @@ def key_arguments(base_url_help):
 
 
 COMMANDS = (
-    Command('start', 'run the proxy in the foreground, until Ctrl-C', cmd_start),
+    Command('start', 'run the proxy until Ctrl-C, or with -d in the background', cmd_start, (
+        (('-d', '--daemon'), {'action': 'store_true',
+                              'help': 'in the background; returns when its ports answer'}),)),
+    Command('stop', 'stop the running proxy; running answers may finish', cmd_stop, (NOW_OPTION,)),
+    Command('restart', 'stop it, and start it in the background', cmd_restart, (NOW_OPTION,)),
     Command('status', 'what the running proxy does: ports, keys, cooldowns, requests', cmd_status,
             (JSON_OPTION,)),
     Command('health', "the running proxy's /health as JSON; exit status 0 when all is well",

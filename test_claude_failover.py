@@ -6089,6 +6089,84 @@ class CommandLineTest(ScratchTest):
         self.assertIn(f'Port {taken.port} of profile default cannot be opened', done.stderr)
         self.assertIn('"port" in', done.stderr)
 
+    def daemon(self, *command):
+        """Starts it in the background; its pid, or None where it failed, and what was said."""
+        done = self.run_command(*(command or ('start', '-d')))
+        pid = re.search(r'in the background, pid (\d+)', done.stdout)
+        if pid:
+            self.addCleanup(self.run_command, 'stop', '--now')
+        return int(pid.group(1)) if pid else None, done
+
+    def test_a_daemon_is_started_serves_and_is_stopped(self):
+        self.write_config(self.free_port_document('a'))
+        pid, done = self.daemon()
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        self.assertIn('http://localhost:', done.stdout)
+        self.assertEqual(json.loads(self.run_command('health').stdout)['pid'], pid)
+        for command in (('start',), ('start', '-d')):
+            second = self.run_command(*command)
+            self.assertEqual((second.returncode, second.stdout), (1, ''))
+            self.assertIn(f'is running already (pid {pid})', second.stderr)
+        again, done = self.daemon('restart')
+        self.assertNotIn(again, (pid, None), done.stderr)
+        stopped = self.run_command('stop')
+        self.assertEqual((stopped.returncode, stopped.stdout), (0, f'Stopped (pid {again}).\n'))
+        stopped = self.run_command('stop')
+        self.assertEqual((stopped.returncode, stopped.stdout), (0, 'not running\n'))
+        self.assertEqual(self.run_command('health').returncode, 1)
+
+    def test_a_daemon_that_cannot_start_says_why(self):
+        taken = RawServer(self, lambda sock, number: None)
+        document = make_document('a')
+        document['profiles']['default']['port'] = taken.port
+        for config, words in ((document, f'Port {taken.port} of profile default cannot be opened'),
+                              ({'profiles': {'default': {'port': '1'}}}, 'profiles.default.port must be a number'),
+                              ('{ broken', 'is not valid JSON')):
+            self.write_config(config)
+            pid, done = self.daemon()
+            self.assertEqual((pid, done.returncode, done.stdout), (None, 1, ''))
+            self.assertIn(words, done.stderr)
+
+    def test_a_daemon_that_was_killed_leaves_nothing_in_the_way(self):
+        self.write_config(self.free_port_document('a'))
+        pid, _ = self.daemon()
+        os.kill(pid, signal.SIGKILL)
+        self.assertEqual(self.run_command('stop').stdout, 'not running\n')
+        again, done = self.daemon()
+        self.assertNotIn(again, (pid, None), done.stderr)
+
+    def test_a_pid_file_that_nobody_holds_names_nobody(self):
+        self.write_config(self.free_port_document('a'))
+        pid_file = cf.PidFile(self.path)
+        with open(pid_file.path, 'w') as file:
+            file.write(f'{os.getpid()}\n')
+        self.assertEqual(self.run_command('stop').stdout, 'not running\n')
+        self.assertIsNone(pid_file.acquire())
+        self.addCleanup(pid_file._file.close)
+        self.assertEqual((cf.PidFile(self.path).acquire(patience_s=0), cf.PidFile(self.path).holder()), (os.getpid(),) * 2)
+
+    def test_stop_waits_for_running_answers_unless_it_is_told_not_to(self):
+        asked = threading.Event()
+
+        def never_answer(sock, number):
+            read_request(sock)
+            asked.set()
+            sock.recv(1)
+        self.write_config(self.free_port_document('a', anthropicBaseUrl=RawServer(self, never_answer).url))
+        _, done = self.daemon()
+        port = int(re.search(r'localhost:(\d+)', done.stdout).group(1))
+        body = json.dumps(messages_body()).encode()
+        with socket.create_connection(('127.0.0.1', port), timeout=PATIENCE_S) as sock:
+            sock.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                         b'Content-Length: %d\r\n\r\n' % len(body) + body)
+            self.assertTrue(asked.wait(PATIENCE_S))
+            process = subprocess.Popen([sys.executable, SCRIPT, 'stop'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                       text=True, env=dict(os.environ))
+            self.addCleanup(process.stderr.close)
+            self.assertIn('stop --now', process.stderr.readline())
+            self.assertEqual(self.run_command('stop', '--now').returncode, 0)
+            self.assertEqual(process.wait(PATIENCE_S), 0)
+
     def test_without_a_key_start_says_how_to_add_one(self):
         self.write_config(self.free_port_document())
         process, _, printed = self.start()
