@@ -824,6 +824,23 @@ def remove_key(config, key_id):
     return parse_config(document)
 
 
+def change_settings(config, changes):
+    """The Config with other top-level settings, {name: value}; None brings back a default.
+
+    Raises ConfigError for an unknown name or a wrong value.
+    """
+    known = {setting.name for setting in SETTINGS}
+    document = copy.deepcopy(config.document)
+    for name, value in changes.items():
+        if name not in known:
+            raise ConfigError(f'There is no setting {printable(name)[:60]!r}. '
+                              f'There are: {", ".join(sorted(known))}.')
+        document[name] = value
+        if value is None:
+            del document[name]
+    return parse_config(document)
+
+
 # ==============================================================================
 # Planning
 # ==============================================================================
@@ -6932,6 +6949,70 @@ def running_health(options):
     return health
 
 
+def cmd_config(options):
+    if options.path:
+        say(options.config)
+        return 0
+    if options.action == 'set':
+        return set_setting(options)
+    if options.action == 'get':
+        return get_setting(options)
+    health = running_health(options)
+    port = next((profile['port'] for profile in health['profiles'] if profile['port']), None)
+    url = f'http://localhost:{port}/dashboard'
+    say(url if open_browser(url) else f'Open this address in a browser: {url}')
+    return 0
+
+
+def get_setting(options):
+    store = ConfigStore(options.config)
+    store.load()
+    values = {setting.name: getattr(store.current, attribute_name(setting.name))
+              for setting in SETTINGS}
+    if options.field is None:
+        hidden = {'accessToken': mask_token(values['accessToken'] or '') or None}
+        say_json({**values, **hidden})
+        return 0
+    if options.field not in values:
+        change_settings(store.current, {options.field: None})         # says what there is
+    value = values[options.field]
+    say(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return 0
+
+
+def set_setting(options):
+    """A value is JSON where it can be read as such, and a text otherwise."""
+    if options.value is None:
+        raise UsageError(f'Say what to set: {RUN} config set FIELD VALUE (null: the default).')
+    text = sys.stdin.readline().strip() if options.value == '-' else options.value
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    ConfigStore(options.config).update(
+        lambda config: change_settings(config, {options.field: value}))
+    say(f'{options.field} is {"set" if value is not None else "the default again"}.')
+    return 0
+
+
+def open_browser(url):
+    """Opens an address where a browser with a window is to be expected; whether it did."""
+    import webbrowser
+    if sys.platform.startswith('linux'):
+        if 'microsoft' in os.uname().release.lower():         # WSL: Windows has the browser
+            import subprocess
+            with contextlib.suppress(OSError):
+                subprocess.call(['explorer.exe', url], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+                return True
+        if not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
+            return False
+    try:
+        return webbrowser.open(url)
+    except webbrowser.Error:
+        return False
+
+
 def cmd_health(options):
     health = running_health(options)
     say_json(health)
@@ -7121,6 +7202,13 @@ COMMANDS = (
     Command('remove-key', 'remove a key', cmd_remove_key, (
         (('id',), {'help': 'as list-keys shows it'}),)),
     Command('list-keys', "the keys and each profile's order", cmd_list_keys, (JSON_OPTION,)),
+    Command('config', 'open the dashboard, or read and write settings', cmd_config, (
+        (('action',), {'nargs': '?', 'choices': ('get', 'set'), 'help': 'get [FIELD], or set '
+                       'FIELD VALUE; without it the dashboard opens'}),
+        (('field',), {'nargs': '?', 'help': 'a setting, like queueWaitMs'}),
+        (('value',), {'nargs': '?', 'help': 'JSON or a text; null: the default; -: from standard '
+                                            'input'}),
+        (('--path',), {'action': 'store_true', 'help': "print the configuration file's path"}))),
     Command('logs', 'the last log lines', cmd_logs, (
         (('-f', '--follow'), {'action': 'store_true', 'help': 'go on with new lines'}),
         (('-n', '--lines'), {'type': int, 'default': 20, 'metavar': 'N', 'help': 'how many (20)'}),

@@ -6167,6 +6167,41 @@ class CommandLineTest(ScratchTest):
             self.assertEqual(self.run_command('stop', '--now').returncode, 0)
             self.assertEqual(process.wait(PATIENCE_S), 0)
 
+    def test_settings_are_read_and_written(self):
+        self.write_config(make_document('a'))
+        for arguments, printed in (
+                (('--path',), self.path), (('get', 'queueWaitMs'), '90000'), (('get', 'logLevel'), 'info'),
+                (('set', 'queueWaitMs', '5'), 'queueWaitMs is set.'), (('get', 'queueWaitMs'), '5'),
+                (('set', 'logLevel', 'debug'), 'logLevel is set.'), (('set', 'queueWaitMs', 'null'), 'queueWaitMs is the default again.'),
+                (('set', 'modelFallback', '{"a": "b"}'), 'modelFallback is set.'), (('get', 'modelFallback'), '{"a": "b"}')):
+            done = self.run_command('config', *arguments)
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (0, printed + '\n', ''), arguments)
+        self.assertEqual({name: self.read_config().get(name) for name in ('queueWaitMs', 'logLevel')},
+                         {'queueWaitMs': None, 'logLevel': 'debug'})
+        self.assertEqual(self.run_command('config', 'set', 'accessToken', '-', stdin='my-secret-access-token-0123456789abcdefg\n').returncode, 0)
+        listed = self.run_command('config', 'get').stdout
+        self.assertEqual((json.loads(listed)['logLevel'], 'my-secret' in listed), ('debug', False))
+
+    def test_a_wrong_setting_is_one_line_and_changes_nothing(self):
+        self.write_config(make_document('a'))
+        for arguments, words in ((('set', 'queueWaitMs', 'soon'), 'queueWaitMs must be a whole number'), (('set', 'queueWaitMs'), 'VALUE'),
+                                 (('set', 'keys', '{}'), "no setting 'keys'"), (('get', 'nope'), 'queueWaitMs'), (('put', 'x'), 'choice')):
+            done = self.run_command('config', *arguments)
+            self.assertEqual((done.returncode, done.stdout), (2, ''), arguments)
+            self.assertIn(words, done.stderr)
+        self.assertEqual(self.read_config(), make_document('a'))
+
+    def test_the_dashboard_is_opened_only_where_a_browser_has_a_window(self):
+        with mock.patch('webbrowser.open', return_value=True) as opened, mock.patch('sys.platform', 'linux'):
+            with mock.patch('os.uname', return_value=mock.Mock(release='6.1')):
+                self.assertFalse(cf.open_browser('http://x'))
+                os.environ['DISPLAY'] = ':0'
+                self.assertTrue(cf.open_browser('http://x'))
+            with mock.patch('os.uname', return_value=mock.Mock(release='5.15-microsoft-standard')), mock.patch('subprocess.call') as call:
+                self.assertTrue(cf.open_browser('http://x'))
+            self.assertEqual((opened.call_count, call.call_args.args[0]), (1, ['explorer.exe', 'http://x']))
+        self.assertIn('not running', self.run_command('config').stderr)
+
     def test_without_a_key_start_says_how_to_add_one(self):
         self.write_config(self.free_port_document())
         process, _, printed = self.start()
