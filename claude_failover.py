@@ -45,6 +45,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Failover                one request from its plan to its answer
     HTTP server             the guard, ROUTES, a listener for each profile
     Service                 the App: puts the parts together, reloads, stops
+    Autostart               the files by which launchd or systemd starts it at login
     Command line            COMMANDS: printing happens only here
     Main
 
@@ -153,6 +154,8 @@ WATCH_S = 0.25
 RELOAD_S = 5
 #: How long running requests may go on after the first signal.
 DRAIN_S = 10
+#: The variable that tells a proxy who started it: 'launchd', 'systemd', or nobody.
+STARTED_BY = 'CLAUDE_FAILOVER_STARTED_BY'
 #: How long a start in the background may take until its ports answer.
 START_S = 30
 #: How often a command looks whether a process has started or ended.
@@ -6440,6 +6443,7 @@ class App:
         return {
             'status': health_status(keys, problems), 'program': PROGRAM, 'version': VERSION,
             'pid': os.getpid(), 'uptime_s': round(time.monotonic() - self._started),
+            'started_by': os.environ.get(STARTED_BY) or 'hand',
             'config': self.store.path, 'log': self.log.path, 'problems': problems,
             'profiles': [{'name': p.name, 'port': self.ports().get(p.name), 'order': p.order}
                          for p in config.profiles.values()],
@@ -6588,6 +6592,165 @@ def harden_process():
 
 
 # ==============================================================================
+# Autostart
+# ==============================================================================
+# How the system's own manager starts the proxy at login: what its file holds is made from
+# values; only at the end of the section is anything written or run.
+
+LAUNCHD_LABEL = 'com.github.claude-failover'
+SYSTEMD_UNIT = f'{PROGRAM}.service'
+#: What the proxy needs of the environment in which it was set up.
+CARRIED_VARIABLES = ('HTTPS_PROXY', 'https_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE',
+                     'SSL_CERT_DIR')
+#: How long the manager waits before it starts a proxy again that failed.
+RESTART_S = 10
+
+
+class Autostart(NamedTuple):
+    """One manager's way: a file, and the commands that put it into force and out of it."""
+    manager: str              # 'launchd', 'systemd' or 'Windows'
+    path: str
+    content: bytes
+    probe: tuple              # (command, ...): work where the manager does
+    enable: tuple
+    disable: tuple
+    hint: str = ''
+
+
+def launchd_plist(command, environment, output):
+    """The LaunchAgent's file (man launchd.plist); `command` is a list of arguments."""
+    import plistlib
+    return plistlib.dumps({
+        'Label': LAUNCHD_LABEL, 'ProgramArguments': command, 'EnvironmentVariables': environment,
+        'RunAtLoad': True, 'KeepAlive': {'SuccessfulExit': False}, 'ThrottleInterval': RESTART_S,
+        'ProcessType': 'Interactive', 'WorkingDirectory': '/',
+        'StandardOutPath': output, 'StandardErrorPath': output})
+
+
+def systemd_unit(command, environment):
+    """The user unit's file (man systemd.service).  It logs to the journal."""
+    if re.search(r'["\'\\$]', command[0]):       # not in a program's name, but in an argument
+        command = ['/usr/bin/env', *command]
+    words = ' '.join(systemd_quoted(word, is_command=True) for word in command)
+    variables = ''.join(f'Environment={systemd_quoted(f"{name}={value}")}\n'
+                        for name, value in environment.items())
+    return (f'[Unit]\nDescription={PROGRAM}: a local proxy for Claude Code\n\n'
+            f'[Service]\nExecStart={words}\n{variables}Restart=on-failure\n'
+            f'RestartSec={RESTART_S}\nTimeoutStopSec={DRAIN_S + 5}\nUMask=0077\n\n'
+            f'[Install]\nWantedBy=default.target\n').encode()
+
+
+def systemd_quoted(word, is_command=False):
+    """A word in quotes as systemd reads it: % begins a specifier everywhere, and $ a variable
+    in a command."""
+    word = word.replace('\\', '\\\\').replace('"', '\\"').replace('%', '%%')
+    return '"' + (word.replace('$', '$$') if is_command else word) + '"'
+
+
+def stable_interpreter(executable, which, exists=os.path.exists, realpath=os.path.realpath):
+    """A path of this Python that its next upgrade does not take away: of Homebrew's versioned
+    folders (Cellar) the links to them."""
+    real = realpath(executable)
+    by_link = re.sub(r'/Cellar/([^/]+)/[^/]+/', r'/opt/\1/', executable)
+    for path in (by_link, which('python3'), executable):
+        if path and '/Cellar/' not in path and exists(path) and realpath(path) == real:
+            return path
+    return executable
+
+
+def find_autostart(config_path, environ=os.environ, platform=sys.platform, home=None):
+    """The Autostart of this system for a configuration.  Raises FailoverError where there is
+    none."""
+    import shutil
+    home = home or os.path.expanduser('~')
+    python = stable_interpreter(getattr(sys, '_base_executable', None) or sys.executable,
+                                shutil.which)
+    command = [python, os.path.abspath(__file__), '--config', config_path, 'start']
+    environment = {name: environ[name] for name in CARRIED_VARIABLES if environ.get(name)}
+    if platform == 'darwin':
+        return launchd_autostart(home, command, environment, output_path(config_path))
+    if platform.startswith('linux'):
+        return systemd_autostart(environ.get('XDG_CONFIG_HOME') or os.path.join(home, '.config'),
+                                 command, environment)
+    if platform == 'win32':
+        return windows_autostart(home, command)
+    raise FailoverError(f'Starting at login is not known for {platform}.')
+
+
+def launchd_autostart(home, command, environment, output):
+    path = os.path.join(home, 'Library', 'LaunchAgents', f'{LAUNCHD_LABEL}.plist')
+    environment = {**environment, STARTED_BY: 'launchd'}
+    domain = f'gui/{os.getuid()}'
+    out = ('launchctl', 'bootout', f'{domain}/{LAUNCHD_LABEL}')
+    return Autostart('launchd', path, launchd_plist(command, environment, output),
+                     (('launchctl', 'print', domain),),
+                     (('launchctl', 'bootstrap', domain, path),), (out,))
+
+
+def systemd_autostart(folder, command, environment):
+    path = os.path.join(folder, 'systemd', 'user', SYSTEMD_UNIT)
+    environment = {**environment, STARTED_BY: 'systemd'}
+    systemctl = ('systemctl', '--user')
+    return Autostart(
+        'systemd', path, systemd_unit(command, environment),
+        ((*systemctl, 'daemon-reload'),), ((*systemctl, 'enable', '--now', SYSTEMD_UNIT),),
+        ((*systemctl, 'disable', '--now', SYSTEMD_UNIT),),
+        'It starts when you log in; to have it run without that: loginctl enable-linger')
+
+
+def windows_autostart(home, command):
+    """A logon task that runs a one-line script; not tried on a real Windows so far."""
+    import subprocess
+    path = os.path.join(home, '.config', PROGRAM, 'autostart.cmd')
+    line = f'@{subprocess.list2cmdline(command)}\r\n'
+    return Autostart(
+        'Windows', path, line.encode(), (),
+        (('schtasks', '/Create', '/F', '/SC', 'ONLOGON', '/TN', PROGRAM, '/TR', path),),
+        (('schtasks', '/Delete', '/F', '/TN', PROGRAM),))
+
+
+def is_installed(autostart):
+    """Whether the manager's file is there, as it is written now or as it was before."""
+    return os.path.exists(autostart.path)
+
+
+def install_autostart(autostart):
+    """Writes the manager's file; whether that changed anything.  The folders are the user's, with
+    the usual mode: the manager reads them."""
+    try:
+        with open(autostart.path, 'rb') as file:
+            if file.read() == autostart.content:
+                return False
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(autostart.path), exist_ok=True)
+    write_atomically(autostart.path, autostart.content)
+    return True
+
+
+def remove_autostart(autostart):
+    """Takes the file away; whether it was there."""
+    try:
+        os.unlink(autostart.path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def run_commands(commands):
+    """Runs a manager's commands; why one failed, or None."""
+    import subprocess
+    for command in commands:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f'{command[0]}: {error_reason(error)}'
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            return f'{command[0]}: {last[0] if last else f"exit status {done.returncode}"}'
+    return None
+
+
+# ==============================================================================
 # Command line
 # ==============================================================================
 # Printing happens only here.  Exit status: 0 done, 1 failed, 2 wrong input.
@@ -6684,7 +6847,8 @@ def start_in_background(options):
     with open(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'wb') as file:
         process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), '--config', options.config, 'start'],
-            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, cwd='/')
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, cwd='/',
+            env={name: value for name, value in os.environ.items() if name != STARTED_BY})
     health = await_health(options, process)
     with open(output, encoding='utf-8', errors='replace') as file:
         told = [line.rstrip() for line in file if line.startswith(f'{PROGRAM}: ')]
@@ -6749,6 +6913,59 @@ def cmd_restart(options):
     if pid is not None:
         end_process(options, pid, options.now)
     return start_in_background(options)
+
+
+def cmd_setup(options):
+    if options.autostart == options.remove_autostart:
+        raise UsageError(f'Say one of: {RUN} setup --autostart, {RUN} setup --remove-autostart')
+    autostart = find_autostart(options.config)
+    if options.remove_autostart:
+        return remove_from_login(autostart)
+    return start_at_login(options, autostart)
+
+
+def start_at_login(options, autostart):
+    has_changed = install_autostart(autostart)
+    pid = PidFile(options.config).holder()
+    health = fetch_health(options.config, ConfigStore(options.config).current) if pid else None
+    if not has_changed and health and health['started_by'] == autostart.manager:
+        say(f'It starts at login already, by {autostart.manager}: nothing was changed.')
+        return 0
+    say(f'{"Wrote" if has_changed else "Found"} {autostart.path}.')
+    problem = run_commands(autostart.probe)
+    if problem:                       # a container, or a login without a session of its own
+        commands = ' && '.join(map(join_words, autostart.probe + autostart.enable))
+        complain(f'{autostart.manager} is not to be reached here ({problem}); where it runs, do: '
+                 f'{commands}')
+        return 0
+    if pid:
+        end_process(options, pid, is_now=False)
+        say(f'The proxy that ran so far (pid {pid}) was stopped.')
+    if autostart.manager == 'launchd':            # it takes up a changed file only so
+        run_commands(autostart.disable)
+    problem = run_commands(autostart.enable)
+    if problem:
+        raise FailoverError(f'{autostart.manager} did not start it: {problem}')
+    say(f'{autostart.manager} runs the proxy now, and at each login. {autostart.hint}'.rstrip())
+    return 0
+
+
+def remove_from_login(autostart):
+    if not is_installed(autostart):
+        say('It does not start at login: nothing was changed.')
+        return 0
+    problem = run_commands(autostart.disable)
+    remove_autostart(autostart)
+    say(f'Removed {autostart.path}; the proxy does not start at login any more.')
+    if problem:
+        complain(f'{autostart.manager} could not be told ({problem}): it may run until you log '
+                 f'out. See: {RUN} status')
+    return 0
+
+
+def join_words(command):
+    import shlex
+    return ' '.join(map(shlex.quote, command))
 
 
 def stop_on_signals(app):
@@ -7026,7 +7243,8 @@ def cmd_status(options):
         return 0
     style, metrics = Style(sys.stdout), health['metrics']
     say(f'{style.bold(PROGRAM)} {health["version"]} is {style.good("running")}, '
-        f'pid {health["pid"]}, for {format_duration(health["uptime_s"])}')
+        f'pid {health["pid"]}, for {format_duration(health["uptime_s"])}; '
+        f'{describe_start(options, health)}')
     for problem in health['problems']:
         say(style.bad(f'  {printable(problem)}'))
     say_ports(health)
@@ -7038,6 +7256,18 @@ def cmd_status(options):
     say(f'Saved by   {count_of(metrics["rotations"], "rotation")}, '
         f'{count_of(metrics["fallbacks"], "fallback")}, {metrics["queued"]} queued')
     return 0
+
+
+def describe_start(options, health):
+    """'started by systemd, as at each login'."""
+    by = health['started_by']
+    try:
+        at_login = is_installed(find_autostart(options.config))
+    except FailoverError:             # a system without a manager that is known
+        at_login = False
+    if by != 'hand':
+        return f'started by {by}' + (', as at each login' if at_login else '')
+    return 'started by hand; ' + ('it starts' if at_login else 'it does not start') + ' at login'
 
 
 def say_ports(health):
@@ -7209,6 +7439,10 @@ COMMANDS = (
         (('value',), {'nargs': '?', 'help': 'JSON or a text; null: the default; -: from standard '
                                             'input'}),
         (('--path',), {'action': 'store_true', 'help': "print the configuration file's path"}))),
+    Command('setup', 'have the proxy start at login, or not any more', cmd_setup, (
+        (('--autostart',), {'action': 'store_true',
+                            'help': 'start at login, by launchd or systemd, and now'}),
+        (('--remove-autostart',), {'action': 'store_true', 'help': 'not any more'}))),
     Command('logs', 'the last log lines', cmd_logs, (
         (('-f', '--follow'), {'action': 'store_true', 'help': 'go on with new lines'}),
         (('-n', '--lines'), {'type': int, 'default': 20, 'metavar': 'N', 'help': 'how many (20)'}),

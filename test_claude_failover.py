@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import plistlib
 import queue
 import random
 import re
@@ -326,6 +327,10 @@ def read_events(data):
             assert name == b'event: ' + event['type'].encode(), block
             events.append(event)
     return events
+
+
+def needs(path):
+    return unittest.skipUnless(os.path.exists(path), f'{path} is not installed')
 
 
 class ScratchTest(unittest.TestCase):
@@ -5930,6 +5935,74 @@ class ServiceTest(ProgramTest):
 
 
 # ==============================================================================
+# Autostart
+# ==============================================================================
+
+ODD_PATHS = ('/home/me/plain', '/home/me/with space/and "quotes"', "/it's/100%/a & b", '/b\u00fcro/\u4e16\u754c', '/back\\slash/$HOME/x;y')
+
+
+class AutostartTest(ScratchTest):
+    def test_what_launchd_reads_back_is_what_was_meant(self):
+        for path in ODD_PATHS:
+            command = ['/usr/bin/python3', f'{path}/claude_failover.py', '--config', f'{path}/config.json', 'start']
+            read = plistlib.loads(cf.launchd_plist(command, {'SSL_CERT_FILE': path}, f'{path}/out'))
+            self.assertEqual((read['ProgramArguments'], read['EnvironmentVariables'], read['StandardErrorPath']),
+                             (command, {'SSL_CERT_FILE': path}, f'{path}/out'))
+            self.assertEqual((read['RunAtLoad'], read['KeepAlive'], read['ThrottleInterval']), (True, {'SuccessfulExit': False}, 10))
+
+    def test_words_are_quoted_for_systemd(self):
+        for word, quoted in (('plain', '"plain"'), ('a b', '"a b"'), ('a"b', '"a\\"b"'), ('100%', '"100%%"'), ('a\\b', '"a\\\\b"'), ('$X', '"$$X"')):
+            self.assertEqual(cf.systemd_quoted(word, is_command=True), quoted)
+        self.assertEqual(cf.systemd_quoted('A=$X'), '"A=$X"')
+
+    @needs('/usr/bin/systemd-analyze')
+    def test_systemd_accepts_the_unit_whatever_its_paths(self):
+        for number, path in enumerate(ODD_PATHS):
+            folder = self.folder + path
+            os.makedirs(folder)
+            os.symlink(sys.executable, os.path.join(folder, 'python3'))
+            unit = os.path.join(self.folder, f'claude-failover-{number}.service')
+            with open(unit, 'wb') as file:
+                file.write(cf.systemd_unit([os.path.join(folder, 'python3'), f'{folder}/claude_failover.py', 'start'], {'SSL_CERT_FILE': path}))
+            done = subprocess.run(['/usr/bin/systemd-analyze', 'verify', '--user', '--man=no', unit], capture_output=True, text=True,
+                                  env={**os.environ, 'XDG_RUNTIME_DIR': self.folder}, timeout=60)
+            self.assertEqual((done.returncode, done.stderr.replace(self.folder, '')), (0, ''), path)
+
+    def test_the_interpreter_is_one_that_an_upgrade_does_not_take_away(self):
+        cellar = '/opt/homebrew/Cellar/python@3.12/3.12.4/bin/python3.12'
+        links = {'/opt/homebrew/opt/python@3.12/bin/python3.12': cellar, '/opt/homebrew/bin/python3': cellar, '/usr/bin/python3': '/usr/bin/python3.9'}
+
+        def stable(executable, on_path, present):
+            return cf.stable_interpreter(executable, lambda name: on_path, lambda path: path in present, lambda path: links.get(path, path))
+        every = {cellar, *links}
+        for executable, on_path, present, expected in (
+                (cellar, None, every, '/opt/homebrew/opt/python@3.12/bin/python3.12'),
+                (cellar, '/opt/homebrew/bin/python3', every - {'/opt/homebrew/opt/python@3.12/bin/python3.12'}, '/opt/homebrew/bin/python3'),
+                (cellar, '/usr/bin/python3', {cellar, '/usr/bin/python3'}, cellar),
+                ('/usr/bin/python3.9', '/usr/bin/python3', {*every, '/usr/bin/python3.9'}, '/usr/bin/python3.9')):
+            self.assertEqual(stable(executable, on_path, present), expected)
+
+    def test_each_system_has_its_manager_with_absolute_paths_and_what_the_proxy_needs(self):
+        environ = {'HTTPS_PROXY': 'http://proxy:8080', 'SSL_CERT_FILE': '/ca.pem', 'PATH': '/bin', 'ANTHROPIC_API_KEY': 'secret'}
+        for platform, manager, end in (('darwin', 'launchd', 'Library/LaunchAgents/com.github.claude-failover.plist'),
+                                       ('linux', 'systemd', '.config/systemd/user/claude-failover.service'),
+                                       ('win32', 'Windows', 'autostart.cmd')):
+            found = cf.find_autostart('/c/config.json', environ, platform, '/home/me')
+            self.assertEqual((found.manager, found.path.startswith('/home/me/'), found.path.endswith(end)), (manager, True, True))
+            text = found.content.decode()
+            self.assertIn(SCRIPT, text)
+            self.assertIn('/c/config.json', text)
+            self.assertNotIn('secret', text)
+            if manager != 'Windows':
+                for value in ('http://proxy:8080', '/ca.pem', manager):
+                    self.assertIn(value, text)
+        moved = cf.find_autostart('/c', {'XDG_CONFIG_HOME': '/xdg'}, 'linux', '/home/me')
+        self.assertEqual(moved.path, '/xdg/systemd/user/claude-failover.service')
+        with self.assertRaisesRegex(cf.FailoverError, 'plan9'):
+            cf.find_autostart('/c', {}, 'plan9', '/home/me')
+
+
+# ==============================================================================
 # Command line
 # ==============================================================================
 
@@ -6166,6 +6239,64 @@ class CommandLineTest(ScratchTest):
             self.assertIn('stop --now', process.stderr.readline())
             self.assertEqual(self.run_command('stop', '--now').returncode, 0)
             self.assertEqual(process.wait(PATIENCE_S), 0)
+
+    def pretend_systemctl(self, script):
+        """A systemctl that runs a shell script; the path of a file for what it notes."""
+        folder, notes = os.path.join(self.folder, 'bin'), os.path.join(self.folder, 'notes')
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, 'systemctl'), 'w') as file:
+            file.write(f'#!/bin/sh\necho "$@" >> {notes}\n{script}\n')
+        os.chmod(os.path.join(folder, 'systemctl'), 0o755)
+        os.environ['PATH'] = f'{folder}:{os.environ["PATH"]}'
+        return notes
+
+    @needs('/proc')                   # Linux
+    def test_it_is_set_up_to_start_at_login_and_not_any_more(self):
+        self.write_config(self.free_port_document('a'))
+        notes = self.pretend_systemctl('')
+        unit = os.path.join(self.folder, '.config', 'systemd', 'user', 'claude-failover.service')
+        self.assertIn('it does not start at login', self.run_with_proxy('status'))
+        first = self.run_command('setup', '--autostart')
+        self.assertEqual((first.returncode, first.stderr), (0, ''))
+        self.assertIn(f'Wrote {unit}', first.stdout)
+        self.assertIn('loginctl enable-linger', first.stdout)
+        with open(notes) as file:
+            self.assertEqual(file.read(), '--user daemon-reload\n--user enable --now claude-failover.service\n')
+        self.assertIn('started by systemd, as at each login', self.run_with_proxy('status', CLAUDE_FAILOVER_STARTED_BY='systemd'))
+        again = self.run_with_proxy('setup', '--autostart', CLAUDE_FAILOVER_STARTED_BY='systemd')
+        self.assertIn('nothing was changed', again)
+        removed = self.run_command('setup', '--remove-autostart')
+        self.assertEqual((removed.returncode, removed.stderr, os.path.exists(unit)), (0, '', False))
+        self.assertIn('nothing was changed', self.run_command('setup', '--remove-autostart').stdout)
+
+    def run_with_proxy(self, *command, **environ):
+        """What a command says while a proxy runs that was started with some environment."""
+        process, _, _ = self.start(**environ)
+        said = self.run_command(*command).stdout
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE_S)
+        return said
+
+    @needs('/proc')
+    def test_without_a_manager_the_file_is_written_and_what_is_running_goes_on(self):
+        self.write_config(self.free_port_document('a'))
+        self.pretend_systemctl('echo no bus >&2; exit 1')
+        pid, _ = self.daemon()
+        done = self.run_command('setup', '--autostart')
+        self.assertEqual(done.returncode, 0)
+        self.assertIn('(systemctl: no bus); where it runs, do: systemctl --user daemon-reload && systemctl --user enable', done.stderr)
+        self.assertEqual(cf.PidFile(self.path).holder(), pid)
+        self.assertEqual(self.run_command('setup').returncode, 2)
+
+    @needs('/proc')
+    def test_a_proxy_that_runs_by_hand_goes_over_to_the_manager(self):
+        self.write_config(self.free_port_document('a'))
+        self.pretend_systemctl('case "$*" in *enable*) echo broken >&2; exit 1;; esac')
+        pid, _ = self.daemon()
+        done = self.run_command('setup', '--autostart')
+        self.assertIn(f'(pid {pid}) was stopped', done.stdout)
+        self.assertEqual((done.returncode, done.stderr), (1, 'claude-failover: systemd did not start it: systemctl: broken\n'))
+        self.assertIsNone(cf.PidFile(self.path).holder())
 
     def test_settings_are_read_and_written(self):
         self.write_config(make_document('a'))
@@ -6430,10 +6561,6 @@ for await (const model of client.models.list()) models.push(model.id);
 console.log(JSON.stringify([plain.content[0].text, plain._request_id, streamed.content[0].text,
                             streamed.usage.output_tokens, count.input_tokens, models]));
 ''' % (NODE_SDK, OPUS)
-
-
-def needs(path):
-    return unittest.skipUnless(os.path.exists(path), f'{path} is not installed')
 
 
 class RealClientsTest(ProgramTest):
