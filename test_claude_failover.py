@@ -6121,8 +6121,11 @@ class CommandLineTest(ScratchTest):
 
     def test_version_and_help(self):
         self.assertEqual(self.run_command('--version').stdout, f'claude-failover {cf.VERSION}\n')
+        self.assertIn('claude-failover start', self.run_command('start', '--help').stdout)
         for command in cf.COMMANDS:
-            self.assertIn(f'claude-failover {command.name}', self.run_command(command.name, '--help').stdout)
+            with contextlib.redirect_stdout(io.StringIO()) as printed, self.assertRaises(SystemExit):
+                cf.argument_parser().parse_args([command.name, '--help'])
+            self.assertIn(f'claude-failover {command.name}', printed.getvalue())
 
     def test_commands_that_read_the_running_proxy_say_when_there_is_none(self):
         self.write_config(self.free_port_document('a'))
