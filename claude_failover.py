@@ -1233,7 +1233,8 @@ def find_openai_repair(message):
         size, *taken = (int(number) for number in repair[1].split())
         return repair if sum(taken) < size else None
     if repair and repair[0] == 'parameter':
-        return None if re.findall(r'[A-Za-z_]\w*', repair[1])[-1] in ESSENTIAL else repair
+        names = re.findall(r'[A-Za-z_]\w*', repair[1])
+        return repair if names and names[-1] not in ESSENTIAL else None
     return repair
 
 
@@ -1344,6 +1345,7 @@ class Outcome(NamedTuple):
     status: int               # 0 when there was no answer
     message: str
     hint_s: float | None
+    repair: tuple | None = None       # (name, subject) of a REPAIR step
 
 
 def parse_retry_after(value, now):
@@ -1692,8 +1694,8 @@ def describe_error(error, body=b''):
 
 
 def describe_complaint(entry):
-    """'body.top_k: Extra inputs are not permitted', of one entry of FastAPI's `detail`."""
-    place = '.'.join(str(part) for part in as_list(entry.get('loc')))
+    """'top_k: Extra inputs are not permitted', of one entry of FastAPI's `detail`."""
+    place = '.'.join(str(part) for part in as_list(entry.get('loc')) if part != 'body')
     return f'{place}: {entry.get("msg")}'
 
 
@@ -3956,11 +3958,11 @@ class ConfigStore:
 # Exchanges
 # ==============================================================================
 
-def readable(sockets):
-    """Those of some sockets that have bytes, an end or an error waiting, without waiting."""
+def readable(sockets, seconds=0):
+    """Those of some sockets that have bytes, an end or an error waiting, or get them in time."""
     if not hasattr(select, 'poll'):               # Windows
-        return select.select(sockets, [], [], 0)[0]
-    return polled(sockets, select.POLLIN)
+        return select.select(sockets, [], [], seconds)[0]
+    return polled(sockets, select.POLLIN, seconds)
 
 
 def departed(sockets):
@@ -3970,8 +3972,8 @@ def departed(sockets):
     return polled(sockets, select.POLLRDHUP)
 
 
-def polled(sockets, event):
-    """Those of some sockets at which an event, or an error, waits."""
+def polled(sockets, event, seconds=0):
+    """Those of some sockets at which an event, or an error, waits or comes in time."""
     poll = select.poll()
     by_number = {}
     for sock in sockets:
@@ -3979,7 +3981,7 @@ def polled(sockets, event):
         if number >= 0:                           # closed in this moment by its own thread
             by_number[number] = sock
             poll.register(number, event)
-    return [by_number[number] for number, _ in poll.poll(0)]
+    return [by_number[number] for number, _ in poll.poll(seconds * 1000)]
 
 
 def has_left(sock):
@@ -4766,6 +4768,9 @@ class UpstreamResponse:
         if not data:
             self._exchange.check()
             raise UpstreamClosed('it closed the connection')
+        self._note_received(data)
+
+    def _note_received(self, data):
         self.got_bytes = True
         self._exchange.extend(STREAM_IDLE_S)
         self._buffer = self._buffer + data if self._buffer else data
@@ -4821,17 +4826,32 @@ class UpstreamResponse:
             self._in_trailers = not self._left
 
     def wait(self, seconds):
-        """Waits for more of the body; False when none came in that time."""
-        if self.ended or self._buffer:
+        """Waits for more of the answer; False when none came in that time."""
+        is_tls, deadline = hasattr(self._sock, 'pending'), time.monotonic() + seconds
+        while not (self.ended or self._buffer):
+            left = max(0, deadline - time.monotonic())
+            if not (is_tls and self._sock.pending()) and not readable([self._sock], left):
+                return False
+            if not is_tls or self._receive_if_any():
+                return True
+        return True
+
+    def _receive_if_any(self):
+        """Takes what TLS has: a readable socket may hold only a ticket, or half a record.
+        Whether there is something to read now, be it an end."""
+        import ssl
+        self._sock.settimeout(0)
+        try:
+            data = self._sock.recv(RECEIVE_BYTES)
+        except ssl.SSLWantReadError:
+            return False
+        except OSError:               # the next read meets it too
             return True
-        pending = getattr(self._sock, 'pending', None)    # decrypted, and not yet received
-        if pending and pending():
-            return True
-        if not hasattr(select, 'poll'):           # Windows
-            return bool(select.select([self._sock], [], [], seconds)[0])
-        poll = select.poll()
-        poll.register(self._sock.fileno(), select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
+        finally:
+            self._sock.settimeout(None)
+        if data:
+            self._note_received(data)
+        return True
 
     def close(self):
         """Gives the connection back where nothing is left on it, and closes it otherwise."""
@@ -5411,10 +5431,10 @@ class Failover:
         """Notes what a 400 complains of; False when that was left out already."""
         if not serving.request.is_message:
             return False
-        answerer, repair = attempt.model, find_repair(outcome.message)
+        answerer, repair = attempt.model, outcome.repair
         if attempt.key.provider == OPENAI:
             target, body = serving.sent
-            answerer, repair = target[1:3], find_openai_repair(outcome.message)
+            answerer = target[1:3]
             if not changes_request(repair, target, body):
                 return False
         needed = self._repairs_for(serving, answerer)
@@ -5422,7 +5442,8 @@ class Failover:
             return False
         needed.append(repair)
         serving.repaired += 1
-        self._journal.log.info('repair', model=attempt.model, repair=repair[0], subject=repair[1])
+        self._journal.log.info('repair', model=attempt.model, repair=repair[0],
+                               subject=serving.without_secrets(repair[1]))
         return True
 
     def _remember_repairs(self, serving):
@@ -5453,10 +5474,14 @@ class Failover:
     def _classify(self, serving, attempt, upstream, status=None, error=NO_ERROR):
         request, is_openai = serving.request, attempt.key.provider == OPENAI
         answer = Answer(
-            status or upstream.status, upstream.headers, error.type,
-            serving.without_secrets(error.message), self._now(), request.path, attempt.model,
-            attempt.model != request.body.model, error.details)
-        return classify(answer, OPENAI_RULES if is_openai else RULES)
+            status or upstream.status, upstream.headers, error.type, error.message, self._now(),
+            request.path, attempt.model, attempt.model != request.body.model, error.details)
+        outcome = classify(answer, OPENAI_RULES if is_openai else RULES)
+        if outcome.rule.step is Step.REPAIR:
+            find = find_openai_repair if is_openai else find_repair
+            outcome = outcome._replace(repair=find(error.message))
+        # Only now: a credential may be a word that means something in the message.
+        return outcome._replace(message=serving.without_secrets(outcome.message))
 
     def _read_refusal(self, serving, attempt, upstream):
         try:
@@ -5553,7 +5578,7 @@ class Failover:
         if serving.request.body.is_streamed and is_event_stream(upstream):
             return self._read_opening(serving, attempt, upstream, answer, stream_fields)
         try:
-            events = self._read_events(upstream, answer)
+            events = self._read_events(serving, upstream, answer)
         except UpstreamCut as error:
             return self._cut_reply(error)
         except ValueError:
@@ -5570,26 +5595,27 @@ class Failover:
         body = dump_body(message_from_events(events))
         return Reply(outcome, [JSON_TYPE, request_id], body, usage=answer.usage)
 
-    def _read_events(self, upstream, answer):
+    def _read_events(self, serving, upstream, answer):
         """[event, ...] of a whole answer.  Raises ValueError for one that cannot be read."""
-        if not is_event_stream(upstream):
-            return answer.read_whole(upstream.read_all(MAX_BODY_BYTES))
-        events, size = [], 0
+        events, body, size, is_stream = [], [], 0, is_event_stream(upstream)
         try:
             while not answer.is_over:
-                piece = upstream.read()
+                piece = self._read_piece(serving, upstream, answer)
                 if not piece:
                     break
                 size += len(piece)
                 if size > MAX_BODY_BYTES:
                     raise UpstreamCut('it is too long')
-                events += answer.read(piece)
+                if is_stream:
+                    events += answer.read(piece)
+                else:
+                    body.append(piece)
         except UpstreamCut:
             events += answer.read_end(is_cut=True)
             if not answer.is_over:
                 raise
             return events
-        return events + answer.read_end()
+        return events + answer.read_end() if is_stream else answer.read_whole(b''.join(body))
 
     def _cut_reply(self, error):
         return Reply(Outcome(RESET, 0, f'the answer broke off: {error}', None))
@@ -6521,46 +6547,56 @@ class PidFile:
     def acquire(self, patience_s=1.0):
         """Makes this process the one; the pid of the one that is it already, or None."""
         make_private_folder(os.path.dirname(self.path))
-        file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+')
+        file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+b', buffering=0)
         deadline = time.monotonic() + patience_s
-        while not lock_file(file):
-            if time.monotonic() > deadline:       # it is no `status` that only looks
-                with file:
-                    return read_pid(file)
+        while not lock_file(file, is_shared=False):
+            if time.monotonic() > deadline:       # it is no command that only looks
+                file.close()
+                return self.holder() or 0
             time.sleep(POLL_S)
-        file.truncate(0)
-        file.write(f'{os.getpid()}\n')
-        file.flush()
         self._file = file
+        file.truncate(0)
+        file.write(b'%d\n' % os.getpid())
         return None
 
+    def release(self):
+        self._file.truncate(0)
+        self._file.close()
+
     def holder(self):
-        """The pid of the process that runs, or None."""
+        """The pid of the process that runs, or None.  It counts when it was read twice: in
+        between, a process that has just taken the place would have written its own."""
         try:
-            with open(self.path, 'r+') as file:
-                return None if lock_file(file) else read_pid(file)
+            file = open(self.path, 'rb', buffering=0)
         except FileNotFoundError:
             return None
+        with file:
+            before = 0
+            while not lock_file(file, is_shared=True):
+                file.seek(0)
+                text = file.read(20).strip()
+                pid = int(text) if text.isdigit() else 0
+                if pid and pid == before:
+                    return pid
+                before = pid
+                time.sleep(POLL_S)
+        return None
 
 
-def lock_file(file):
-    """Locks an open file until it is closed; False when another process has it."""
+def lock_file(file, is_shared):
+    """Locks an open file until it is closed; False when another process has it.  Those who only
+    look share it, so that they do not take one another for the one."""
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:                         # Windows: a byte behind the text, which stays readable
             import msvcrt
-            os.lseek(file.fileno(), 4096, os.SEEK_SET)
+            file.seek(4096)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            file.seek(0)
     except OSError:
         return False
     return True
-
-
-def read_pid(file):
-    text = file.read(20).strip()
-    return int(text) if text.isdigit() else 0
 
 
 def running_path(config_path):
@@ -6829,6 +6865,8 @@ def cmd_start(options):
         # Not by way of the interpreter's end: it would pull OpenSSL away under threads that
         # are still inside it.
         with contextlib.suppress(OSError):
+            pid_file.release()
+        with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(1 if sys.exc_info()[0] else 0)
 
@@ -6842,9 +6880,9 @@ def start_in_background(options):
     """Starts the proxy in a process of its own, and waits until its ports answer."""
     import subprocess
     refuse_second(PidFile(options.config).holder())
-    output = output_path(options.config)
+    output = f'{output_path(options.config)}.{os.getpid()}'       # two may try at once
     make_private_folder(os.path.dirname(output))
-    with open(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'wb') as file:
+    with open(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 'wb') as file:
         process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), '--config', options.config, 'start'],
             stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, cwd='/',
@@ -6852,10 +6890,12 @@ def start_in_background(options):
     health = await_health(options, process)
     with open(output, encoding='utf-8', errors='replace') as file:
         told = [line.rstrip() for line in file if line.startswith(f'{PROGRAM}: ')]
+    os.replace(output, output_path(options.config))
     if health is None:
         process.kill()
         reason = ' '.join(line[len(PROGRAM) + 2:] for line in told)
-        raise FailoverError(reason or f'It did not start; {output} may say why.')
+        raise FailoverError(reason or f'It did not start; {output_path(options.config)} may say '
+                                      'why.')
     for line in told:
         print(line, file=sys.stderr)
     say(f'{PROGRAM} {health["version"]} runs in the background, pid {process.pid}; '

@@ -802,7 +802,7 @@ class RequestBodiesTest(unittest.TestCase):
                 ("Unsupported value: 'temperature' does not support 0.5 with this model.", 'temperature', gone),
                 ('Unrecognized request argument supplied: reasoning_effort', 'reasoning_effort', gone),
                 ("Unknown parameter: 'parallel_tool_calls'.", 'parallel_tool_calls', gone),
-                ('body.stop: Extra inputs are not permitted', 'stop', gone),
+                ('stop: Extra inputs are not permitted', 'stop', gone),
                 ("property 'stop' is unsupported", 'stop', gone),
                 ('Failed to deserialize the JSON body: unknown field `stop`, expected one of `model`', 'stop', gone),
                 ("Unknown parameter: 'messages[0].extra'.", 'messages', [{'role': 'user', 'content': 'x'}]),
@@ -1064,7 +1064,7 @@ class ClassificationTest(unittest.TestCase):
                            ('{"error":{}}', ('', '{"error":{}}')), ('', ('', '')), ('[]', ('', '[]')),
                            ('{"error":{"type":"x","code":"c","message":"y"}}', ('x c', 'y')),
                            ('{"error":{"code":429,"message":"y"}}', ('429', 'y')), ('{"detail":"no"}', ('', 'no')),
-                           ('{"detail":[{"loc":["body","n"],"msg":"Extra"}]}', ('', 'body.n: Extra')),
+                           ('{"detail":[{"loc":["body","n"],"msg":"Extra"}]}', ('', 'n: Extra')),
                            ('{"object":"error","message":"y","type":"BadRequestError","code":400}', ('BadRequestError 400', 'y')),
                            ('{"error":5}', ('', '{"error":5}')), ('{"error":{"message":{"a":1}}}', ('', "{'a': 1}"))):
             self.assertEqual(cf.read_error(body.encode())[:2], told)
@@ -4293,13 +4293,14 @@ class UpstreamTest(SocketTest):
                         '-addext', 'subjectAltName=DNS:localhost'], check=True, capture_output=True)
         return path
 
-    def tls_server(self):
+    def tls_server(self, before_answer=lambda: None):
         path = self.tls_files()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(path, path + '.key')
 
         def play(sock, number):
             while read_request(sock):
+                before_answer()
                 sock.sendall(plain_answer(b'%d' % number))
         server = RawServer(self, play, lambda sock: context.wrap_socket(sock, server_side=True))
         return server, f'https://localhost:{server.port}', path
@@ -4313,6 +4314,24 @@ class UpstreamTest(SocketTest):
         self.assertEqual([self.get(url) for _ in range(3)], [(200, b'2')] * 3)
         with self.assertRaisesRegex(cf.UpstreamUnreachable, 'certificate not accepted'):
             self.get(url.replace('localhost', '127.0.0.1'))      # the name is verified too
+
+    def test_what_tls_sends_by_itself_is_no_answer(self):
+        asked, go = threading.Event(), threading.Event()
+
+        def before_answer():
+            asked.set()
+            go.wait(PATIENCE_S)
+
+        def wait(response):
+            self.assertTrue(asked.wait(PATIENCE_S))       # by now the server has sent its session tickets
+            self.assertFalse(response.wait(0.01))
+            go.set()
+            self.assertTrue(response.wait(PATIENCE_S))
+        _, url, os.environ['SSL_CERT_FILE'] = self.tls_server(before_answer)
+        response = self.upstream.open(self.wanted(url), self.exchange, 60, wait)
+        self.assertEqual(response.read_all(100), b'1')
+        response.close()
+        self.assertEqual(self.get(url), (200, b'1'))      # over the same connection
 
     def test_a_proxy_is_used_for_far_https_hosts_by_connect(self):
         seen = queue.Queue()
@@ -5096,6 +5115,28 @@ class FailoverTest(unittest.TestCase):
         stream = [SILENCE, f'data: {json.dumps({"error": {"code": "server_error", "message": "no"}})}\n\n'.encode()]
         answered, _ = self.openai_one({'oa': Play(stream=stream)}, keys='', body=messages_body(stream=True))
         self.assertEqual((answered.status, answered.events[-1]['error']['type']), (200, 'api_error'))
+
+    def test_a_credential_that_is_a_word_of_the_message_does_not_change_what_it_means(self):
+        document = make_document(**with_openai('oa', queueWaitMs=0))
+        document['openaiKeys']['oa']['token'] = 'x'
+        too_long = openai_refusal(400, None, "This model's maximum context length is 8192 tokens.")
+        answered = self.serve(self.failover(FakeUpstream(client=too_long), cf.parse_config(document)))
+        self.assertEqual((answered.status, answered.error['message'][:18]), (400, 'prompt is too long'))
+        unsupported = openai_refusal(400, None, "Unsupported parameter: 'max_completion_tokens' is not supported.")
+        answered = self.serve(self.failover(FakeUpstream(client=[unsupported, Play(body=CHAT_HELLO)]), cf.parse_config(document)))
+        self.assertEqual((answered.status, json.loads(self.upstream.sent[-1].body)['max_tokens']), (200, 100))
+
+    def test_a_parameter_that_is_no_name_is_no_parameter(self):
+        for parameter in ('0', '[0]', '-'):
+            play = Play(400, body={'error': {'message': 'Unsupported value', 'param': parameter}})
+            answered, _ = self.openai_one({'oa': play}, keys='')
+            self.assertEqual((answered.status, answered.error['type']), (400, 'invalid_request_error'))
+
+    def test_pings_go_on_while_a_plain_answer_takes_its_time(self):
+        late = Play(body=CHAT_HELLO)
+        late.pieces[:0] = [SILENCE, SILENCE]
+        answered, _ = self.openai_one({'oa': late}, keys='', body=messages_body(stream=True))
+        self.assertEqual([event['type'] for event in answered.events][:3], ['ping', 'ping', 'message_start'])
 
     def test_pings_go_on_while_what_comes_is_nothing_for_the_client(self):
         hidden = chat_stream({'reasoning_content': 'hm'}, finish=None, usage=None, is_done=False)
@@ -6220,6 +6261,25 @@ class CommandLineTest(ScratchTest):
         self.assertIsNone(pid_file.acquire())
         self.addCleanup(pid_file._file.close)
         self.assertEqual((cf.PidFile(self.path).acquire(patience_s=0), cf.PidFile(self.path).holder()), (os.getpid(),) * 2)
+        pid_file.release()
+        self.assertIsNone(cf.PidFile(self.path).holder())
+
+    def test_those_who_look_at_a_pid_file_do_not_take_one_another_for_the_proxy(self):
+        self.write_config(make_document('a'))
+        path = cf.PidFile(self.path).path
+        with open(path, 'wb') as stale:
+            stale.write(b'%d\n' % os.getpid())
+        with open(path, 'rb') as looker:
+            self.assertTrue(cf.lock_file(looker, is_shared=True))
+            self.assertIsNone(cf.PidFile(self.path).holder())
+
+    def test_a_pid_that_is_not_written_yet_is_waited_for(self):
+        self.write_config(make_document('a'))
+        path = cf.PidFile(self.path).path
+        with open(path, 'wb', buffering=0) as file:
+            self.assertTrue(cf.lock_file(file, is_shared=False))
+            with mock.patch('time.sleep', side_effect=lambda seconds: file.write(b'4711\n') if not os.path.getsize(path) else None):
+                self.assertEqual(cf.PidFile(self.path).holder(), 4711)
 
     def test_stop_waits_for_running_answers_unless_it_is_told_not_to(self):
         asked = threading.Event()
