@@ -2532,14 +2532,9 @@ def to_responses(conversation, target):
         out['max_output_tokens'] = max(LEAST_OUTPUT_TOKENS, limit)
     if limits.efforts or target.is_codex:
         out['include'] = ['reasoning.encrypted_content']
-    effort = wanted_effort(body)
-    effort = nearest_effort(effort, limits.efforts) if effort else None
-    if effort:
-        out['reasoning'] = {'effort': effort}
-        if wants_thinking(body)[0]:
-            out['reasoning']['summary'] = 'auto'
+    out.update(responses_reasoning(body, limits))
     if not target.is_codex and limits.sampling == 'always':
-        out.update(sampling_fields(conversation, limits, effort))
+        out.update(sampling_fields(conversation, limits, None))
     schema = json_schema_format(body)
     if schema:
         out['text'] = {'format': {'type': 'json_schema', **schema}}
@@ -2547,6 +2542,16 @@ def to_responses(conversation, target):
     if key and (target.is_codex or target.is_openai):
         out['prompt_cache_key'] = key
     return out
+
+
+def responses_reasoning(body, limits):
+    """Here reasoning and tools go together.  Without `summary` no thinking is ever told."""
+    effort = wanted_effort(body)
+    effort = nearest_effort(effort, limits.efforts) if effort else None
+    if not effort:
+        return {}
+    summary = {'summary': 'auto'} if wants_thinking(body)[0] else {}
+    return {'reasoning': {'effort': effort, **summary}}
 
 
 def with_plain_text(item):
