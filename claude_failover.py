@@ -2330,9 +2330,12 @@ def sampling_fields(conversation, limits, effort):
     return {}
 
 
+def wanted_stops(body):
+    return [stop for stop in as_list(body.get('stop_sequences')) if text_or_none(stop)]
+
+
 def stop_fields(conversation, limits):
-    stops = [stop for stop in as_list(conversation.body.get('stop_sequences'))
-             if isinstance(stop, str) and stop]
+    stops = wanted_stops(conversation.body)
     if not limits.takes_stop or len(stops) > MAX_STOPS:
         return {}                     # MessageEvents watches for them itself
     return {'stop': stops} if stops else {}
@@ -3456,11 +3459,9 @@ WIRES = {
 
 def stops_to_watch(conversation, target):
     """The stop sequences that the upstream is not told of."""
-    stops = tuple(stop for stop in as_list(conversation.body.get('stop_sequences'))
-                  if isinstance(stop, str) and stop)
     is_told = target.wire == CHAT_COMPLETIONS and stop_fields(
         conversation, find_limits(target.model))
-    return () if is_told else stops
+    return () if is_told else tuple(wanted_stops(conversation.body))
 
 
 def changes_request(repair, target, body):
@@ -6911,12 +6912,10 @@ def start_in_background(options):
 
 def await_health(options, process):
     """/health of a process that starts; None when it ended, or does not answer in time."""
-    store = ConfigStore(options.config)
-    with contextlib.suppress(ConfigError):        # it will say so itself
-        store.load()
+    config, _ = read_config(options.config)       # of a broken one the process itself will tell
     deadline = time.monotonic() + START_S
     while process.poll() is None and time.monotonic() < deadline:
-        health = fetch_health(options.config, store.current)
+        health = fetch_health(options.config, config)
         if health and health['pid'] == process.pid:
             return health
         time.sleep(POLL_S)
@@ -6972,7 +6971,7 @@ def cmd_setup(options):
 def start_at_login(options, autostart):
     has_changed = install_autostart(autostart)
     pid = PidFile(options.config).holder()
-    health = fetch_health(options.config, ConfigStore(options.config).current) if pid else None
+    health = fetch_health(options.config, read_config(options.config)[0]) if pid else None
     if not has_changed and health and health['started_by'] == autostart.manager:
         say(f'It starts at login already, by {autostart.manager}: nothing was changed.')
         return 0
@@ -7197,15 +7196,21 @@ def fetch_json(port, path, headers):
         connection.close()
 
 
-def running_health(options):
-    """/health of the running proxy, also when the file that it runs with is broken by now.
-    Raises FailoverError when there is none."""
-    store, problem = ConfigStore(options.config), None
+def read_config(config_path):
+    """(Config, None), or (None, the ConfigError that says why it cannot be read)."""
+    store = ConfigStore(config_path)
     try:
         store.load()
     except ConfigError as error:
-        problem = error
-    health = fetch_health(options.config, None if problem else store.current)
+        return None, error
+    return store.current, None
+
+
+def running_health(options):
+    """/health of the running proxy, also when the file that it runs with is broken by now.
+    Raises FailoverError when there is none."""
+    config, problem = read_config(options.config)
+    health = fetch_health(options.config, config)
     if health is None:
         raise problem or FailoverError(f'not running. Start it with: {RUN} start')
     return health

@@ -1515,8 +1515,6 @@ class RequestTranslationTest(unittest.TestCase):
 # Response translation
 # ==============================================================================
 
-SEARCH = {'type': 'object', 'properties': {}}
-
 
 def answer_of(data, target=CHAT, size=None, **changes):
     """The TranslatedStream that has read these bytes, and the events that it gave."""
@@ -2235,35 +2233,27 @@ class ResponsesWriter:
         if self.rng.random() < 0.2 and not is_cut:
             return [done]
         if isinstance(item, Said):
-            empty, found = {'content': []}, self.text_events(place, whole)
+            empty, found = {'content': []}, self.part_events(
+                place, whole, 'content', 'output_text', 'content_part', 'content_index')
         elif isinstance(item, Thought):
             empty = {'summary': [], 'encrypted_content': item.payload and 'gAAAAbegun'}
-            found = self.summary_events(place, whole)
+            found = self.part_events(
+                place, whole, 'summary', 'reasoning_summary_text', 'reasoning_summary_part', 'summary_index')
         else:
             empty, found = {'arguments': ''}, self.argument_events(place, whole, is_cut)
         added = self.event('output_item.added', place, item={**whole, **empty, 'status': 'in_progress'})
         return [added, *found] if is_cut else [added, *found, done]
 
-    def text_events(self, place, item):
+    def part_events(self, place, item, parts, text, part, index):
+        """Of each part: the beginning, its text in deltas, and twice its end."""
         found = []
-        for number, part in enumerate(item['content']):
-            where = {'place': place, 'item_id': item['id'], 'content_index': number}
-            found += [self.event('content_part.added', **where, part={**part, 'text': ''})]
-            found += [self.event('output_text.delta', **where, delta=piece)
-                      for piece in snipped(self.rng, part['text'])]
-            found += [self.event('output_text.done', **where, text=part['text']),
-                      self.event('content_part.done', **where, part=part)]
-        return found
-
-    def summary_events(self, place, item):
-        found = []
-        for number, part in enumerate(item['summary']):
-            where = {'place': place, 'item_id': item['id'], 'summary_index': number}
-            found += [self.event('reasoning_summary_part.added', **where, part={**part, 'text': ''})]
-            found += [self.event('reasoning_summary_text.delta', **where, delta=piece)
-                      for piece in snipped(self.rng, part['text'])]
-            found += [self.event('reasoning_summary_text.done', **where, text=part['text']),
-                      self.event('reasoning_summary_part.done', **where, part=part)]
+        for number, content in enumerate(item[parts]):
+            where = {'place': place, 'item_id': item['id'], index: number}
+            found += [self.event(f'{part}.added', **where, part={**content, 'text': ''})]
+            found += [self.event(f'{text}.delta', **where, delta=piece)
+                      for piece in snipped(self.rng, content['text'])]
+            found += [self.event(f'{text}.done', **where, text=content['text']),
+                      self.event(f'{part}.done', **where, part=content)]
         return found
 
     def argument_events(self, place, item, is_cut):
