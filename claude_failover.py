@@ -43,9 +43,11 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Client connections      request heads and bodies read strictly, answers written once
     Upstream                connections that are reused, answers that are read strictly
     Failover                one request from its plan to its answer
+    Autostart               the files by which launchd or systemd starts it at login
+    Tool setup              how Claude Code and shells come to use the proxy, and undo
     HTTP server             the guard, ROUTES, a listener for each profile
     Service                 the App: puts the parts together, reloads, stops
-    Autostart               the files by which launchd or systemd starts it at login
+    Doctor                  what can be found out of a proxy and its surroundings
     Command line            COMMANDS: printing happens only here
     Main
 
@@ -345,6 +347,21 @@ def format_duration(seconds):
     return f'{days} d {hours} h' if hours else f'{days} d'
 
 
+def count_of(number, noun):
+    """'1 answer', '2 answers'."""
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
+def local_url(port):
+    return f'http://localhost:{port}'
+
+
+def tilde(path):
+    """A path as it is written with ~ for the home folder."""
+    home = os.path.expanduser('~')
+    return '~' + path[len(home):] if path.startswith(home + os.sep) else path
+
+
 def utc_text(unix_s):
     """A unix time as '2026-03-01T12:00:00.123Z'."""
     seconds = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(unix_s))
@@ -366,8 +383,8 @@ def make_private_folder(folder):
     os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
-def write_atomically(path, data):
-    """Replaces the file by `data`, private and whole or not at all.
+def write_atomically(path, data, mode=0o600):
+    """Replaces the file by `data`, whole or not at all; private unless it had another mode.
 
     The temporary file stands in the real folder of the file, so that a symbolic link (a
     dotfiles repository) stays one and the final rename stays within one file system.
@@ -377,6 +394,8 @@ def write_atomically(path, data):
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, 'wb') as file:
+            if mode != 0o600:
+                os.chmod(temporary, mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -384,6 +403,23 @@ def write_atomically(path, data):
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def folder_locked(path):
+    """Locks the folder of a file against other processes of ours."""
+    folder = os.path.dirname(os.path.realpath(path))
+    try:
+        make_private_folder(folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise FailoverError(f'{folder} cannot be used ({error.strerror}).') from error
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)          # and with it the lock goes
 
 
 # ==============================================================================
@@ -3833,6 +3869,41 @@ class Journal:
         self.log.write(level, 'request', **record)
 
 
+def describe_record(record):
+    """A log line's fields as a person reads them, without time, level and event."""
+    if record.get('event') == 'request':
+        return describe_request(record)
+    return ' '.join(f'{name}={describe_field(value)}' for name, value in record.items()
+                    if value not in (None, '') and name not in ('time', 'level', 'event'))
+
+
+def describe_field(value):
+    return printable(value if isinstance(value, str) else json.dumps(value))
+
+
+def local_time(text):
+    """'2026-03-01T12:00:00.123Z' -> '2026-03-01 13:00:00' where the clock shows that."""
+    try:
+        moment = datetime.fromisoformat(str(text).replace('Z', '+00:00'))
+        return moment.astimezone().strftime('%Y-%m-%d %H:%M:%S')
+    except (ValueError, OverflowError, OSError):
+        return printable(text)[:19]
+
+
+def describe_request(record):
+    """'POST /v1/messages claude-opus-5-5 200 in 1234 ms: personal 429 -> work 200'."""
+    parts = (record.get('method'), record.get('path'),
+             record.get('fallback') or record.get('model'),
+             record.get('status') or record.get('outcome'), f'in {record.get("duration_ms")} ms')
+    text = ' '.join(str(part) for part in parts if part)
+    attempts = record.get('attempts') or ()
+    if attempts:
+        text += ': ' + ' -> '.join(f'{a["key"]} {a["status"] or a["result"]}' for a in attempts)
+    if record.get('error') or record.get('outcome') == 'client_gone':
+        text += f' ({record.get("error") or "the client left"})'
+    return printable(text)
+
+
 # ==============================================================================
 # Configuration store
 # ==============================================================================
@@ -3882,7 +3953,7 @@ class ConfigStore:
         changed.  Raises ConfigError, when the file is wrong too: a broken file is never
         overwritten.
         """
-        with self._lock, self._folder_locked():
+        with self._lock, folder_locked(self.path):
             while True:
                 signature = self._look()
                 config = edit(self._read())
@@ -3944,20 +4015,18 @@ class ConfigStore:
             self.notice = (f'{self.path} is readable by others (mode {mode:o}) and that cannot '
                            'be changed from here: make it 600.')
 
-    @contextlib.contextmanager
-    def _folder_locked(self):
-        folder = os.path.dirname(os.path.realpath(self.path))
-        try:
-            make_private_folder(folder)
-            descriptor = os.open(folder, os.O_RDONLY)
-        except OSError as error:
-            raise FailoverError(f'{folder} cannot be used ({error.strerror}).') from error
-        try:
-            if fcntl:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)      # and with it the lock goes
+
+def running_path(config_path):
+    return os.path.join(os.path.dirname(config_path), 'running.json')
+
+
+def output_path(config_path):
+    """Where a process in the background writes what it would tell a terminal."""
+    return os.path.join(os.path.dirname(config_path), 'logs', f'{PROGRAM}.out')
+
+
+def log_path(config_path):
+    return os.path.join(os.path.dirname(config_path), 'logs', f'{PROGRAM}.log')
 
 
 # ==============================================================================
@@ -4631,7 +4700,7 @@ def build_request(request, key, base_url, token, data, betas):
     credentials = request.credentials
     if key.id != CLIENT_REF:
         is_oauth = key.oauth or token.startswith('sk-ant-oat')
-        credentials = [('authorization', f'Bearer {token}') if is_oauth else ('x-api-key', token)]
+        credentials = [key_field(token, is_oauth)]
         if is_oauth and OAUTH_BETA not in betas:
             betas = [*betas, OAUTH_BETA]
     lines = [f'{request.method} {base.path}{request.target} HTTP/1.1', f'host: {base.host_field}']
@@ -4643,6 +4712,11 @@ def build_request(request, key, base_url, token, data, betas):
     lines.append('accept-encoding: identity')
     head = '\r\n'.join(lines) + '\r\n' + request.forwarded_head + '\r\n'
     return UpstreamRequest(base, request.method, head.encode('latin-1'), data)
+
+
+def key_field(token, is_bearer):
+    """The header field that carries a token."""
+    return ('authorization', f'Bearer {token}') if is_bearer else ('x-api-key', token)
 
 
 def build_openai_request(target, token, body, session):
@@ -5042,6 +5116,72 @@ def outbound_proxy(base):
 
 def is_loopback(host):
     return host == 'localhost' or host == '::1' or host.startswith('127.')
+
+
+class KeyTest(NamedTuple):
+    """What a server said to a key."""
+    is_valid: bool
+    status: int               # 0: no answer
+    message: str
+    ms: int
+    url: str
+
+
+def test_key(config, key, upstream, exchange, clock=time.monotonic, now=time.time):
+    """Asks a key's server for its list of models, which costs nothing; the KeyTest."""
+    started, url = clock(), ''
+
+    def tested(is_valid, status, message):
+        return KeyTest(is_valid, status, redact(message), round((clock() - started) * 1000), url)
+    try:
+        token = usable_token(key, now())
+        target = find_target(config, key, token, None)
+        wanted = build_key_test(target, key, token)
+        url = f'{wanted.base.scheme}://{wanted.base.host_field}{models_path(target)}'
+        response = upstream.open(wanted, exchange, CONNECT_S)
+        try:
+            message = read_error(response.read_all(MAX_ERROR_BODY_BYTES)).message
+        finally:
+            response.close()
+    except TokenUnavailable as error:
+        return tested(False, 0, str(error))
+    except (UpstreamUnreachable, UpstreamCut, UpstreamTimeout) as error:
+        return tested(False, 0, str(error) or 'no answer in time')
+    message = message.replace(token, mask_token(token))
+    status = response.status
+    if status < 300:
+        return tested(True, status, 'the key is accepted')
+    if status in (404, 405):          # a compatible server without such a list
+        return tested(True, status, 'the server has no list of models, but did not refuse the key')
+    return tested(status == 429, status, message or 'refused')
+
+
+def models_path(target):
+    """Where a target's server lists its models."""
+    path = urllib.parse.urlsplit(target.base_url).path.rstrip('/')
+    if target.wire == MESSAGES:
+        return f'{parse_base_url(target.base_url).path}{MODELS_PATH}?limit=1'
+    if target.is_codex:
+        return f'{path}/models?client_version={VERSION}'
+    end = WIRES[target.wire].path
+    return (path[:-len(end)] if path.endswith(end) else path or '/v1') + '/models'
+
+
+def build_key_test(target, key, token):
+    """The UpstreamRequest of a KeyTest."""
+    base = parse_base_url(target.base_url)
+    fields = [('host', base.host_field), ('accept-encoding', 'identity'),
+              ('user-agent', f'{PROGRAM}/{VERSION}')]
+    if target.wire == MESSAGES:
+        is_oauth = key.oauth or token.startswith('sk-ant-oat')
+        fields += [('anthropic-version', '2023-06-01'), key_field(token, is_oauth)]
+        fields += [('anthropic-beta', OAUTH_BETA)] if is_oauth else []
+    else:
+        fields.append(key_field(token, is_bearer=True))
+    if target.is_codex:
+        fields.append(('chatgpt-account-id', account_id(jwt_claims(token))))
+    lines = [f'GET {models_path(target)} HTTP/1.1', *(f'{n}: {v}' for n, v in fields)]
+    return UpstreamRequest(base, 'GET', ('\r\n'.join(lines) + '\r\n\r\n').encode('latin-1'), b'')
 
 
 # ==============================================================================
@@ -6008,6 +6148,599 @@ def failure_message(failed, final):
 
 
 # ==============================================================================
+# Autostart
+# ==============================================================================
+# How the system's own manager starts the proxy at login: what its file holds is made from
+# values; only at the end of the section is anything written or run.
+
+LAUNCHD_LABEL = 'com.github.claude-failover'
+SYSTEMD_UNIT = f'{PROGRAM}.service'
+#: What the proxy needs of the environment in which it was set up.
+CARRIED_VARIABLES = ('HTTPS_PROXY', 'https_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE',
+                     'SSL_CERT_DIR')
+#: How long the manager waits before it starts a proxy again that failed.
+RESTART_S = 10
+
+
+class Autostart(NamedTuple):
+    """One manager's way: a file, and the commands that put it into force and out of it."""
+    manager: str              # 'launchd', 'systemd' or 'Windows'
+    path: str
+    content: bytes
+    probe: tuple              # (command, ...): work where the manager does
+    enable: tuple
+    disable: tuple
+    restart: tuple
+    hint: str = ''
+
+
+def launchd_plist(command, environment, output):
+    """The LaunchAgent's file (man launchd.plist); `command` is a list of arguments."""
+    import plistlib
+    return plistlib.dumps({
+        'Label': LAUNCHD_LABEL, 'ProgramArguments': command, 'EnvironmentVariables': environment,
+        'RunAtLoad': True, 'KeepAlive': {'SuccessfulExit': False}, 'ThrottleInterval': RESTART_S,
+        'ProcessType': 'Interactive', 'WorkingDirectory': '/',
+        'StandardOutPath': output, 'StandardErrorPath': output})
+
+
+def systemd_unit(command, environment):
+    """The user unit's file (man systemd.service).  It logs to the journal."""
+    if re.search(r'["\'\\$]', command[0]):       # not in a program's name, but in an argument
+        command = ['/usr/bin/env', *command]
+    words = ' '.join(systemd_quoted(word, is_command=True) for word in command)
+    variables = ''.join(f'Environment={systemd_quoted(f"{name}={value}")}\n'
+                        for name, value in environment.items())
+    return (f'[Unit]\nDescription={PROGRAM}: a local proxy for Claude Code\n\n'
+            f'[Service]\nExecStart={words}\n{variables}Restart=on-failure\n'
+            f'RestartSec={RESTART_S}\nTimeoutStopSec={DRAIN_S + 5}\nUMask=0077\n\n'
+            f'[Install]\nWantedBy=default.target\n').encode()
+
+
+def systemd_quoted(word, is_command=False):
+    """A word in quotes as systemd reads it: % begins a specifier everywhere, and $ a variable
+    in a command."""
+    word = word.replace('\\', '\\\\').replace('"', '\\"').replace('%', '%%')
+    return '"' + (word.replace('$', '$$') if is_command else word) + '"'
+
+
+def stable_interpreter(executable, which, exists=os.path.exists, realpath=os.path.realpath):
+    """A path of this Python that its next upgrade does not take away: of Homebrew's versioned
+    folders (Cellar) the links to them."""
+    real = realpath(executable)
+    by_link = re.sub(r'/Cellar/([^/]+)/[^/]+/', r'/opt/\1/', executable)
+    for path in (by_link, which('python3'), executable):
+        if path and '/Cellar/' not in path and exists(path) and realpath(path) == real:
+            return path
+    return executable
+
+
+def find_autostart(config_path, environ=os.environ, platform=sys.platform, home=None):
+    """The Autostart of this system for a configuration.  Raises FailoverError where there is
+    none."""
+    import shutil
+    home = home or os.path.expanduser('~')
+    python = stable_interpreter(getattr(sys, '_base_executable', None) or sys.executable,
+                                shutil.which)
+    command = [python, os.path.abspath(__file__), '--config', config_path, 'start']
+    environment = {name: environ[name] for name in CARRIED_VARIABLES if environ.get(name)}
+    if platform == 'darwin':
+        return launchd_autostart(home, command, environment, output_path(config_path))
+    if platform.startswith('linux'):
+        return systemd_autostart(environ.get('XDG_CONFIG_HOME') or os.path.join(home, '.config'),
+                                 command, environment)
+    if platform == 'win32':
+        return windows_autostart(home, command)
+    raise FailoverError(f'Starting at login is not known for {platform}.')
+
+
+def launchd_autostart(home, command, environment, output):
+    path = os.path.join(home, 'Library', 'LaunchAgents', f'{LAUNCHD_LABEL}.plist')
+    environment = {**environment, STARTED_BY: 'launchd'}
+    domain = f'gui/{os.getuid()}'
+    out = ('launchctl', 'bootout', f'{domain}/{LAUNCHD_LABEL}')
+    return Autostart('launchd', path, launchd_plist(command, environment, output),
+                     (('launchctl', 'print', domain),),
+                     (('launchctl', 'bootstrap', domain, path),), (out,),
+                     (('launchctl', 'kickstart', '-k', f'{domain}/{LAUNCHD_LABEL}'),))
+
+
+def systemd_autostart(folder, command, environment):
+    path = os.path.join(folder, 'systemd', 'user', SYSTEMD_UNIT)
+    environment = {**environment, STARTED_BY: 'systemd'}
+    systemctl = ('systemctl', '--user')
+    return Autostart(
+        'systemd', path, systemd_unit(command, environment),
+        ((*systemctl, 'daemon-reload'),), ((*systemctl, 'enable', '--now', SYSTEMD_UNIT),),
+        ((*systemctl, 'disable', '--now', SYSTEMD_UNIT),),
+        ((*systemctl, 'restart', SYSTEMD_UNIT),),
+        'It starts when you log in; to have it run without that: loginctl enable-linger')
+
+
+def windows_autostart(home, command):
+    """A logon task that runs a one-line script; not tried on a real Windows so far."""
+    import subprocess
+    path = os.path.join(home, '.config', PROGRAM, 'autostart.cmd')
+    line = f'@{subprocess.list2cmdline(command)}\r\n'
+    return Autostart(
+        'Windows', path, line.encode(), (),
+        (('schtasks', '/Create', '/F', '/SC', 'ONLOGON', '/TN', PROGRAM, '/TR', path),),
+        (('schtasks', '/Delete', '/F', '/TN', PROGRAM),),
+        (('schtasks', '/Run', '/TN', PROGRAM),))
+
+
+def is_installed(autostart):
+    """Whether the manager's file is there, as it is written now or as it was before."""
+    return os.path.exists(autostart.path)
+
+
+def install_autostart(autostart):
+    """Writes the manager's file; whether that changed anything.  The folders are the user's, with
+    the usual mode: the manager reads them."""
+    try:
+        with open(autostart.path, 'rb') as file:
+            if file.read() == autostart.content:
+                return False
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(autostart.path), exist_ok=True)
+    write_atomically(autostart.path, autostart.content)
+    return True
+
+
+def remove_autostart(autostart):
+    """Takes the file away; whether it was there."""
+    try:
+        os.unlink(autostart.path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def start_commands(autostart, content):
+    """What a manager's file starts, in a form that can be compared."""
+    if autostart.manager == 'launchd':
+        import plistlib
+        return plistlib.loads(content).get('ProgramArguments')
+    return [line for line in content.splitlines() if line.startswith((b'ExecStart=', b'@'))]
+
+
+def run_commands(commands):
+    """Runs a manager's commands; why one failed, or None."""
+    import subprocess
+    for command in commands:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f'{command[0]}: {error_reason(error)}'
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            return f'{command[0]}: {last[0] if last else f"exit status {done.returncode}"}'
+    return None
+
+
+# ==============================================================================
+# Tool setup
+# ==============================================================================
+# How Claude Code and the shells come to use the proxy, and how that is undone.  What their
+# files become is made from texts, and leaves all else in them as it is; only at the end of the
+# section is anything read or written.
+
+BASE_URL_VARIABLE, TOKEN_VARIABLE = 'ANTHROPIC_BASE_URL', 'ANTHROPIC_AUTH_TOKEN'
+#: With a token of any kind Claude Code starts without a login and without a question.
+ANY_TOKEN = PROGRAM
+BLOCK_START, BLOCK_END = f'# >>> {PROGRAM} >>>', f'# <<< {PROGRAM} <<<'
+BLOCK = re.compile(f'^{BLOCK_START}.*?^{BLOCK_END}[^\n]*(?:\n|\\Z)', re.DOTALL | re.MULTILINE)
+JSON_SPACE = re.compile(r'[ \t\r\n]*')
+CURSOR_NOTE = ("Cursor cannot use a proxy on this machine: its servers make the calls. Nothing is "
+               'to be set.')
+
+
+class ToolError(FailoverError):
+    """A tool's file that is left alone, and why."""
+    status, type = 409, 'invalid_request_error'
+
+
+class Member(NamedTuple):
+    """One member of a JSON object, and where it stands in the text."""
+    name: str
+    value: object
+    start: int                # of its name
+    value_start: int
+    end: int
+
+
+def json_members(text, start):
+    """[Member, ...] of the object whose brace is at `start` of a valid JSON text."""
+    decode = json.JSONDecoder().raw_decode
+    members, position = [], json_position(text, start + 1)
+    while text[position] != '}':
+        name, end = decode(text, position)
+        value_start = json_position(text, text.index(':', end) + 1)
+        value, end = decode(text, value_start)
+        members.append(Member(name, value, position, value_start, end))
+        position = json_position(text, end)
+        position = json_position(text, position + (text[position] == ','))
+    return members
+
+
+def json_position(text, start):
+    """Where the next token of a JSON text begins."""
+    return JSON_SPACE.match(text, start).end()
+
+
+def set_member(text, start, name, value):
+    """The text in which the object at `start` has this member: in its old place, or behind the
+    others and written like them."""
+    members = json_members(text, start)
+    for member in reversed(members):              # of two with one name the last counts
+        if member.name == name:
+            return text[:member.value_start] + json.dumps(value) + text[member.end:]
+    entry = f'{json.dumps(name)}: {json.dumps(value)}'
+    if not members:
+        before, after = empty_object_gaps(text, start)
+        return text[:start + 1] + before + entry + after + text[text.index('}', start):]
+    last = members[-1]
+    begins_line = text[:last.start].rstrip(' \t').endswith('\n')
+    gap = f',{newline_of(text)}{line_indent(text, last.start)}' if begins_line else ', '
+    return text[:last.end] + gap + entry + text[last.end:]
+
+
+def empty_object_gaps(text, start):
+    """White space before and after the first member of an object: lines of their own, but in a
+    text that is all one line."""
+    is_outermost = not text[:start].strip('\ufeff \t\r\n')
+    if not is_outermost and '\n' not in text.strip():
+        return '', ''
+    outer = line_indent(text, start)
+    return newline_of(text) + (outer * 2 or '  '), newline_of(text) + outer
+
+
+def drop_member(text, start, name):
+    """The text in which the object at `start` lacks this member."""
+    members = json_members(text, start)
+    index = next(i for i, member in enumerate(members) if member.name == name)
+    member = members[index]
+    if index + 1 < len(members):
+        first, last = member.start, members[index + 1].start
+    elif index:
+        first, last = members[index - 1].end, member.end
+    else:
+        first, last = start + 1, text.index('}', member.end)
+    return text[:first] + text[last:]
+
+
+def newline_of(text):
+    return '\r\n' if '\r\n' in text else '\n'
+
+
+def line_indent(text, position):
+    """The white space with which the line of a position begins."""
+    line_start = text.rfind('\n', 0, position) + 1
+    return re.compile(r'[ \t]*').match(text, line_start).group()
+
+
+# -- Claude Code's settings ----------------------------------------------------
+
+def read_settings(text):
+    """The settings in a text; none in an empty one.  Raises ToolError where Claude Code could
+    not read them either (it takes no comments, and passes over such a file)."""
+    try:
+        return loads_object(text.lstrip('\ufeff')) if text.strip('\ufeff \t\r\n') else {}
+    except ValueError as error:
+        raise ToolError(f'is not valid JSON ({error}): correct it, and run setup again') from error
+
+
+def settings_environment(text):
+    """The `env` of settings; None where it is no object."""
+    env = read_settings(text).get('env', {})
+    if not isinstance(env, dict):
+        raise ToolError('has an "env" that is no object: correct it, and run setup again')
+    return env
+
+
+def settings_with(text, variables):
+    """Settings whose `env` holds these variables; nothing else in the text changes."""
+    settings_environment(text)
+    text = text if text.strip('\ufeff \t\r\n') else '{}\n'
+    start = text.index('{')
+    for name, value in variables.items():
+        if 'env' not in read_settings(text):
+            text = set_member(text, start, 'env', {})
+        text = set_member(text, env_start(text), name, value)
+    return text
+
+
+def settings_without(text, ours, previous):
+    """Settings without those of our variables that still have a value of `ours`; they get their
+    `previous` one back where there was one."""
+    for name, value in settings_environment(text).items():
+        if name not in previous or value not in ours:
+            continue
+        if previous[name] is not None:
+            text = set_member(text, env_start(text), name, previous[name])
+            continue
+        text = drop_member(text, env_start(text), name)
+        if not settings_environment(text):
+            text = drop_member(text, text.index('{'), 'env')
+    return text
+
+
+def env_start(text):
+    """Where the object of `env` begins."""
+    members = json_members(text, text.index('{'))
+    return [member.value_start for member in members if member.name == 'env'][-1]
+
+
+# -- shells ----------------------------------------------------------------------
+
+def with_block(line_format, text, variables):
+    """A shell's start-up file with our block: in its old place, or at the end."""
+    newline = newline_of(text)
+    lines = [line_format.format(name, value) for name, value in variables.items()]
+    block = newline.join([BLOCK_START, *lines, BLOCK_END]) + newline
+    if BLOCK.search(text):
+        return BLOCK.sub(lambda match: block, text, count=1)
+    if text and not text.endswith('\n'):
+        text += newline
+    return text + block
+
+
+def without_block(text, ours, previous):
+    return BLOCK.sub('', text)
+
+
+def block_environment(text):
+    """The variables that our block sets."""
+    block = BLOCK.search(text)
+    return dict(re.findall(r"^[a-z -]+ (\w+)[ =]'(.*)'\r?$", block.group(), re.MULTILINE)
+                if block else ())
+
+
+# -- which tools there are -------------------------------------------------------
+
+class UserTool(NamedTuple):
+    """One tool: where its file is, and how that is read and edited."""
+    id: str
+    name: str
+    place: Callable           # ToolSetup -> the file's path
+    write: Callable           # (text, variables) -> text
+    remove: Callable          # (text, ours, previous) -> text
+    read: Callable            # text -> {variable: value, ...} that it sets
+    when: str                 # when a change takes effect
+
+
+def shell(name, place, line_format):
+    return UserTool(name, name, place, functools.partial(with_block, line_format), without_block,
+                    block_environment, 'in new terminals')
+
+
+TOOLS = (
+    UserTool('claude-code', 'Claude Code',
+             lambda setup: os.path.join(setup.claude_folder, 'settings.json'),
+             settings_with, settings_without, settings_environment, 'in new sessions'),
+    shell('zsh', lambda setup: os.path.join(setup.environ.get('ZDOTDIR') or setup.home, '.zshrc'),
+          "export {}='{}'"),
+    # On a Mac every terminal is a login shell.
+    shell('bash', lambda setup: os.path.join(
+        setup.home, '.bash_profile' if setup.platform == 'darwin' else '.bashrc'),
+        "export {}='{}'"),
+    shell('fish', lambda setup: os.path.join(
+        setup.environ.get('XDG_CONFIG_HOME') or os.path.join(setup.home, '.config'), 'fish',
+        'config.fish'), "set -gx {} '{}'"),
+)
+TOOL_IDS = tuple(tool.id for tool in TOOLS)
+
+
+class ToolState(NamedTuple):
+    tool: UserTool
+    path: str
+    is_found: bool            # on this machine
+    url: str | None           # where the tool sends its requests, as far as its file says
+    problem: str | None       # why its file is left alone
+
+
+class Change(NamedTuple):
+    """What became of a tool's file, or would; a text is None where there is no file."""
+    tool: UserTool
+    path: str
+    before: str | None
+    after: str | None
+
+    @property
+    def is_change(self):
+        return self.before != self.after
+
+
+class ToolSetup:
+    """The tools of one user, and the record of what was changed in their files."""
+
+    def __init__(self, config_path, home=None, environ=os.environ, platform=sys.platform):
+        self.home = home or os.path.expanduser('~')
+        self.environ, self.platform = environ, platform
+        self.claude_folder = (environ.get('CLAUDE_CONFIG_DIR')
+                              or os.path.join(self.home, '.claude'))
+        self.record_path = os.path.join(os.path.dirname(config_path), 'setup.json')
+
+    def states(self):
+        """[ToolState, ...] of every tool."""
+        return [self.state(tool) for tool in TOOLS]
+
+    def state(self, tool):
+        path = tool.place(self)
+        try:
+            url, problem = tool.read(read_text(path) or '').get(BASE_URL_VARIABLE), None
+        except (OSError, ToolError) as error:
+            url, problem = None, describe_tool_error(error)
+        return ToolState(tool, path, self.is_found(tool), url, problem)
+
+    def is_found(self, tool):
+        """Whether a tool is used on this machine."""
+        path = tool.place(self)
+        if tool.id != 'claude-code':
+            shell = os.path.basename(self.environ.get('SHELL', ''))
+            return os.path.lexists(path) or shell == tool.id
+        import shutil
+        return os.path.isdir(self.claude_folder) or bool(shutil.which('claude'))
+
+    def has_cursor(self):
+        import shutil
+        places = (os.path.join(self.home, '.cursor'), '/Applications/Cursor.app')
+        return any(map(os.path.exists, places)) or bool(shutil.which('cursor'))
+
+    def configure(self, tool, url, access_token=None, is_dry=False):
+        """Has a tool use the proxy at `url`; the Change.  Raises ToolError, OSError."""
+        path = tool.place(self)
+        with self._records(is_dry) as records:
+            before = read_text(path)
+            text, record = before or '', records.get(path)
+            base = original_text(tool, text, record, {url})
+            wanted = {BASE_URL_VARIABLE: url}
+            if tool.id == 'claude-code' and (access_token or not self._has_login(base)):
+                wanted[TOKEN_VARIABLE] = access_token or ANY_TOKEN
+            current = tool.read(text)
+            if all(current.get(name) == value for name, value in wanted.items()):
+                return Change(tool, path, before, before)
+            change = Change(tool, path, before, tool.write(base, wanted))
+            refuse_read_only(path)
+            if not is_dry:
+                was_there = record['existed'] if record else before is not None
+                records[path] = make_record(tool, base, change.after, was_there, wanted)
+                self._save(records)   # first: undo can do with a record of what did not happen
+                write_text(path, change.after)
+        return change
+
+    def _has_login(self, settings_text):
+        """Whether Claude Code has a credential of its own already."""
+        settings = read_settings(settings_text)
+        env = settings_environment(settings_text)
+        names = ('ANTHROPIC_API_KEY', TOKEN_VARIABLE, 'CLAUDE_CODE_OAUTH_TOKEN')
+        if settings.get('apiKeyHelper') or any(env.get(n) or self.environ.get(n) for n in names):
+            return True
+        if os.path.exists(os.path.join(self.claude_folder, '.credentials.json')):
+            return True
+        folder = self.environ.get('CLAUDE_CONFIG_DIR') or self.home
+        try:                          # a Mac keeps the login itself in its keychain
+            state = loads_object(read_text(os.path.join(folder, '.claude.json')) or '{}')
+        except (OSError, ValueError):
+            return False
+        return bool(state.get('oauthAccount') or state.get('primaryApiKey'))
+
+    def undo(self, tool, ours, is_dry=False):
+        """Gives a tool's file back as it was before; where it was edited since, takes out what
+        has a value of `ours`.  The Change.  Raises ToolError, OSError."""
+        path = tool.place(self)
+        with self._records(is_dry) as records:
+            before, record = read_text(path), records.pop(path, None)
+            after = before
+            if before is not None:
+                after = original_text(tool, before, record, ours)
+                is_empty = after.strip() in ('', '{}')
+                after = None if is_empty and record and not record['existed'] else after
+            change = Change(tool, path, before, after)
+            if change.is_change:
+                refuse_read_only(path)
+            if not is_dry:
+                if change.is_change:
+                    write_text(path, after)
+                self._save(records)
+        return change
+
+    @contextlib.contextmanager
+    def _records(self, is_dry):
+        """{path: record, ...}, for one process at a time."""
+        lock = contextlib.nullcontext() if is_dry else folder_locked(self.record_path)
+        with lock:
+            try:
+                records = loads_object(read_text(self.record_path) or '{}')
+            except ValueError:        # then undo takes out what looks like ours
+                records = {}
+            yield records
+
+    def _save(self, records):
+        if records:
+            write_atomically(self.record_path, json.dumps(records, indent=2).encode() + b'\n')
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.record_path)
+
+
+def make_record(tool, before, after, was_there, variables):
+    """What undo needs to know: the edit as [position, text before, text after], and the hash of
+    the text that came of it."""
+    start = len(os.path.commonprefix([before, after]))
+    end = len(os.path.commonprefix([before[start:][::-1], after[start:][::-1]]))
+    old = tool.read(before)
+    return {'tool': tool.id, 'existed': was_there, 'digest': text_digest(after),
+            'edit': [start, before[start:len(before) - end], after[start:len(after) - end]],
+            'values': list(variables.values()),
+            'previous': {name: old.get(name) for name in variables}}
+
+
+def original_text(tool, text, record, ours):
+    """A tool's text as it was before setup, from the record if it fits, else without `ours`."""
+    if record and record['digest'] == text_digest(text):
+        start, before, after = record['edit']
+        return text[:start] + before + text[start + len(after):]
+    previous = record['previous'] if record else {BASE_URL_VARIABLE: None, TOKEN_VARIABLE: None}
+    return tool.remove(text, {*ours, ANY_TOKEN, *(record['values'] if record else ())}, previous)
+
+
+def text_digest(text):
+    return hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()
+
+
+def read_text(path):
+    """A file's text, each byte of it kept; None when there is none."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read().decode('utf-8', 'surrogateescape')
+    except FileNotFoundError:
+        return None
+
+
+def refuse_read_only(path):
+    """Raises ToolError for a file that its owner made read-only, on purpose or by a generator."""
+    if os.path.exists(path) and not os.stat(path).st_mode & stat.S_IWUSR:
+        raise ToolError('is read-only: make it writable, or change it where it is made')
+
+
+def write_text(path, text):
+    """Replaces a file, its mode and links kept; with None, removes it."""
+    if text is None:
+        os.unlink(path)
+        return
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except FileNotFoundError:
+        mode = 0o600
+        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
+    write_atomically(path, text.encode('utf-8', 'surrogateescape'), mode)
+
+
+def describe_tool_error(error):
+    return str(error) if isinstance(error, ToolError) else f'cannot be used ({error.strerror})'
+
+
+def own_values(config, ports):
+    """The values by which a variable in a tool's file is known as set by setup: our addresses,
+    and the access token.  `ports` are those that are open: {profile: port}."""
+    profiles = config.profiles.values() if config else ()
+    numbers = {*(profile.port for profile in profiles), *ports.values()}
+    own = {local_url(port) for port in numbers if port}
+    return {*own, config.access_token} if config and config.access_token else own
+
+
+def describe_setup(change, url):
+    return f'now uses {url} ({change.tool.when})' if change.is_change else f'uses {url} already'
+
+
+def describe_undo(change):
+    if not change.is_change:
+        return 'holds nothing of ours'
+    return 'is removed: setup made it' if change.after is None else 'does not use the proxy now'
+
+
+# ==============================================================================
 # HTTP server
 # ==============================================================================
 # Loopback is no boundary: any web page can send requests here.  So every request passes the
@@ -6050,7 +6783,7 @@ def guard(head, port, config):
     names = {host, host.rpartition(':')[0]}       # an allowed name stands for every port
     if host.lower() not in own_hosts and not names & set(config.allowed_hosts):
         raise Forbidden(f'The Host {printable(host)[:80]!r} is not this proxy: use '
-                        f'http://localhost:{port}, or add it to "allowedHosts".')
+                        f'{local_url(port)}, or add it to "allowedHosts".')
     origin = headers.get('origin')
     is_allowed = origin in config.allowed_origins
     if origin is not None and not is_allowed and origin != f'http://{host}':
@@ -6605,19 +7338,6 @@ def lock_file(file, is_shared):
     return True
 
 
-def running_path(config_path):
-    return os.path.join(os.path.dirname(config_path), 'running.json')
-
-
-def output_path(config_path):
-    """Where a process in the background writes what it would tell a terminal."""
-    return os.path.join(os.path.dirname(config_path), 'logs', f'{PROGRAM}.out')
-
-
-def log_path(config_path):
-    return os.path.join(os.path.dirname(config_path), 'logs', f'{PROGRAM}.log')
-
-
 def harden_process():
     """Files private from their first moment, no memory dumps, sockets enough."""
     os.umask(0o077)
@@ -6634,162 +7354,291 @@ def harden_process():
 
 
 # ==============================================================================
-# Autostart
+# Doctor
 # ==============================================================================
-# How the system's own manager starts the proxy at login: what its file holds is made from
-# values; only at the end of the section is anything written or run.
+# What can be found out from outside of a configuration, of the proxy that runs with it, and of
+# all that both need.  Findings are texts; masking what is in them is left to who prints them.
 
-LAUNCHD_LABEL = 'com.github.claude-failover'
-SYSTEMD_UNIT = f'{PROGRAM}.service'
-#: What the proxy needs of the environment in which it was set up.
-CARRIED_VARIABLES = ('HTTPS_PROXY', 'https_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE',
-                     'SSL_CERT_DIR')
-#: How long the manager waits before it starts a proxy again that failed.
-RESTART_S = 10
+def fetch_health(config_path, config):
+    """/health of the proxy that runs with this configuration file; None when none does.
 
-
-class Autostart(NamedTuple):
-    """One manager's way: a file, and the commands that put it into force and out of it."""
-    manager: str              # 'launchd', 'systemd' or 'Windows'
-    path: str
-    content: bytes
-    probe: tuple              # (command, ...): work where the manager does
-    enable: tuple
-    disable: tuple
-    hint: str = ''
-
-
-def launchd_plist(command, environment, output):
-    """The LaunchAgent's file (man launchd.plist); `command` is a list of arguments."""
-    import plistlib
-    return plistlib.dumps({
-        'Label': LAUNCHD_LABEL, 'ProgramArguments': command, 'EnvironmentVariables': environment,
-        'RunAtLoad': True, 'KeepAlive': {'SuccessfulExit': False}, 'ThrottleInterval': RESTART_S,
-        'ProcessType': 'Interactive', 'WorkingDirectory': '/',
-        'StandardOutPath': output, 'StandardErrorPath': output})
-
-
-def systemd_unit(command, environment):
-    """The user unit's file (man systemd.service).  It logs to the journal."""
-    if re.search(r'["\'\\$]', command[0]):       # not in a program's name, but in an argument
-        command = ['/usr/bin/env', *command]
-    words = ' '.join(systemd_quoted(word, is_command=True) for word in command)
-    variables = ''.join(f'Environment={systemd_quoted(f"{name}={value}")}\n'
-                        for name, value in environment.items())
-    return (f'[Unit]\nDescription={PROGRAM}: a local proxy for Claude Code\n\n'
-            f'[Service]\nExecStart={words}\n{variables}Restart=on-failure\n'
-            f'RestartSec={RESTART_S}\nTimeoutStopSec={DRAIN_S + 5}\nUMask=0077\n\n'
-            f'[Install]\nWantedBy=default.target\n').encode()
-
-
-def systemd_quoted(word, is_command=False):
-    """A word in quotes as systemd reads it: % begins a specifier everywhere, and $ a variable
-    in a command."""
-    word = word.replace('\\', '\\\\').replace('"', '\\"').replace('%', '%%')
-    return '"' + (word.replace('$', '$$') if is_command else word) + '"'
-
-
-def stable_interpreter(executable, which, exists=os.path.exists, realpath=os.path.realpath):
-    """A path of this Python that its next upgrade does not take away: of Homebrew's versioned
-    folders (Cellar) the links to them."""
-    real = realpath(executable)
-    by_link = re.sub(r'/Cellar/([^/]+)/[^/]+/', r'/opt/\1/', executable)
-    for path in (by_link, which('python3'), executable):
-        if path and '/Cellar/' not in path and exists(path) and realpath(path) == real:
-            return path
-    return executable
-
-
-def find_autostart(config_path, environ=os.environ, platform=sys.platform, home=None):
-    """The Autostart of this system for a configuration.  Raises FailoverError where there is
-    none."""
-    import shutil
-    home = home or os.path.expanduser('~')
-    python = stable_interpreter(getattr(sys, '_base_executable', None) or sys.executable,
-                                shutil.which)
-    command = [python, os.path.abspath(__file__), '--config', config_path, 'start']
-    environment = {name: environ[name] for name in CARRIED_VARIABLES if environ.get(name)}
-    if platform == 'darwin':
-        return launchd_autostart(home, command, environment, output_path(config_path))
-    if platform.startswith('linux'):
-        return systemd_autostart(environ.get('XDG_CONFIG_HOME') or os.path.join(home, '.config'),
-                                 command, environment)
-    if platform == 'win32':
-        return windows_autostart(home, command)
-    raise FailoverError(f'Starting at login is not known for {platform}.')
-
-
-def launchd_autostart(home, command, environment, output):
-    path = os.path.join(home, 'Library', 'LaunchAgents', f'{LAUNCHD_LABEL}.plist')
-    environment = {**environment, STARTED_BY: 'launchd'}
-    domain = f'gui/{os.getuid()}'
-    out = ('launchctl', 'bootout', f'{domain}/{LAUNCHD_LABEL}')
-    return Autostart('launchd', path, launchd_plist(command, environment, output),
-                     (('launchctl', 'print', domain),),
-                     (('launchctl', 'bootstrap', domain, path),), (out,))
-
-
-def systemd_autostart(folder, command, environment):
-    path = os.path.join(folder, 'systemd', 'user', SYSTEMD_UNIT)
-    environment = {**environment, STARTED_BY: 'systemd'}
-    systemctl = ('systemctl', '--user')
-    return Autostart(
-        'systemd', path, systemd_unit(command, environment),
-        ((*systemctl, 'daemon-reload'),), ((*systemctl, 'enable', '--now', SYSTEMD_UNIT),),
-        ((*systemctl, 'disable', '--now', SYSTEMD_UNIT),),
-        'It starts when you log in; to have it run without that: loginctl enable-linger')
-
-
-def windows_autostart(home, command):
-    """A logon task that runs a one-line script; not tried on a real Windows so far."""
-    import subprocess
-    path = os.path.join(home, '.config', PROGRAM, 'autostart.cmd')
-    line = f'@{subprocess.list2cmdline(command)}\r\n'
-    return Autostart(
-        'Windows', path, line.encode(), (),
-        (('schtasks', '/Create', '/F', '/SC', 'ONLOGON', '/TN', PROGRAM, '/TR', path),),
-        (('schtasks', '/Delete', '/F', '/TN', PROGRAM),))
-
-
-def is_installed(autostart):
-    """Whether the manager's file is there, as it is written now or as it was before."""
-    return os.path.exists(autostart.path)
-
-
-def install_autostart(autostart):
-    """Writes the manager's file; whether that changed anything.  The folders are the user's, with
-    the usual mode: the manager reads them."""
-    try:
-        with open(autostart.path, 'rb') as file:
-            if file.read() == autostart.content:
-                return False
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(autostart.path), exist_ok=True)
-    write_atomically(autostart.path, autostart.content)
-    return True
-
-
-def remove_autostart(autostart):
-    """Takes the file away; whether it was there."""
-    try:
-        os.unlink(autostart.path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def run_commands(commands):
-    """Runs a manager's commands; why one failed, or None."""
-    import subprocess
-    for command in commands:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return f'{command[0]}: {error_reason(error)}'
-        if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            return f'{command[0]}: {last[0] if last else f"exit status {done.returncode}"}'
+    It is looked for where it said that it is, and where `config` (None: broken) says so.
+    """
+    ports = [profile.port for profile in config.profiles.values()] if config else []
+    note = running_path(config_path)
+    with contextlib.suppress(OSError, ValueError), open(note, 'rb') as file:     # none: none runs
+        ports = [*as_dict(loads_object(file.read()).get('ports')).values(), *ports]
+    headers = {'x-api-key': config.access_token} if config and config.access_token else {}
+    for port in dict.fromkeys(port for port in ports if is_whole(port) and 0 < port < 65536):
+        health = fetch_json(port, '/health', headers)
+        if health and health.get('program') == PROGRAM:
+            return health
     return None
+
+
+def fetch_json(port, path, headers):
+    """The JSON object at a port of this machine; None when there is none."""
+    connection = http.client.HTTPConnection(LISTEN_HOST, port, timeout=3)
+    try:
+        connection.request('GET', path, headers=headers)
+        return loads_object(connection.getresponse().read())
+    except (OSError, ValueError, http.client.HTTPException):
+        return None                   # nothing there, or another program
+    finally:
+        connection.close()
+
+
+def load_config(config_path):
+    """The Config in a file.  Raises ConfigError."""
+    store = ConfigStore(config_path)
+    store.load()
+    return store.current
+
+
+def read_config(config_path):
+    """(Config, None), or (None, the ConfigError that says why it cannot be read)."""
+    try:
+        return load_config(config_path), None
+    except ConfigError as error:
+        return None, error
+
+
+def open_ports(health):
+    """{profile: port} of a running proxy; {} where none runs."""
+    return {p['name']: p['port'] for p in health['profiles'] if p['port']} if health else {}
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+    topic: str
+    text: str
+    remedy: str = ''          # what to do; '' where all is well
+
+
+#: A clock that is off by more than this makes certificates and reset times wrong.
+CLOCK_TOLERANCE_S = 300
+#: Failures that the report lists, and how much of the log's end they are looked for in.
+LAST_FAILURES = 5
+LOG_TAIL_BYTES = 256 * 1024
+
+
+def diagnose(config_path):
+    """Yields the Findings, the quick ones first.  Sends no token but in test_key, and spends
+    nothing."""
+    store, problem = ConfigStore(config_path), None
+    try:
+        store.load()
+    except ConfigError as error:
+        problem = error
+    config = store.current            # the defaults, where the file is wrong
+    health = fetch_health(config_path, config)
+    yield find_program()
+    yield from find_configuration(store, problem)
+    yield from find_proxy(config_path, config, health)
+    yield from find_keys(config, health)
+    yield from find_environment()
+    yield from find_tools(config_path, config, health)
+    yield from find_autostart_state(config_path)
+    yield from find_upstreams(config)
+    yield from find_failures(log_path(config_path))
+
+
+def find_program():
+    import platform
+    import ssl
+    return Finding('program', f'{PROGRAM} {VERSION} at {tilde(os.path.abspath(__file__))}, Python '
+                              f'{platform.python_version()}, {ssl.OPENSSL_VERSION}, '
+                              f'{platform.platform()}')
+
+
+def find_configuration(store, problem):
+    config, path = store.current, tilde(store.path)
+    if problem:
+        yield Finding('configuration', str(problem), 'correct the file where it says so')
+        return
+    count = f'{count_of(len(config.keys), "key")}, {count_of(len(config.profiles), "profile")}'
+    is_there = os.path.exists(store.path)
+    yield Finding('configuration', f'{path}: {count}' if is_there else f'{path}: none yet')
+    if store.notice:
+        yield Finding('configuration', store.notice, f'chmod 600 {path}')
+    for name in unknown_fields(config):
+        yield Finding('configuration', f'the field {name} is not known',
+                      'correct its spelling, or take it out')
+
+
+def find_proxy(config_path, config, health):
+    """The running proxy and the ports."""
+    pid = PidFile(config_path).holder()
+    if health is None:
+        stuck = f'process {pid} runs, but no port of it answers'
+        yield Finding('proxy', stuck if pid else 'not running',
+                      f'{RUN} restart --now' if pid else f'{RUN} start -d')
+        for profile in config.profiles.values():
+            yield from find_port(profile)
+        return
+    told = (f'{health["version"]} runs, pid {health["pid"]}, for '
+            f'{format_duration(health["uptime_s"])}, started by {health["started_by"]}, '
+            f'status {health["status"]}')
+    is_old = health['version'] != VERSION
+    yield Finding('proxy', told, f'{RUN} restart: it is another version' if is_old else '')
+    for problem in health['problems']:
+        yield Finding('proxy', problem, f'mend that; it is looked at again every {RELOAD_S} s')
+    for profile in health['profiles']:
+        where = local_url(profile['port']) if profile['port'] else 'has no open port'
+        yield Finding('port', f'profile {profile["name"]}: {where}',
+                      '' if profile['port'] else 'give it another "port"')
+
+
+def find_port(profile):
+    """Whether a port could be opened, of a proxy that does not run."""
+    if not profile.port:
+        return
+    with socket.socket() as sock:
+        is_taken = sock.connect_ex((LISTEN_HOST, profile.port)) == 0
+    yield Finding('port', f'{profile.port} of profile {profile.name} is '
+                          + ('taken by another program' if is_taken else 'free'),
+                  'end that program, or give the profile another "port"' if is_taken else '')
+
+
+def find_keys(config, health):
+    """Each key as the running proxy has it; where none runs, whether its token can be read."""
+    states = {(key['provider'], key['id']): key for key in health['keys']} if health else {}
+    for key in config.keys.values():
+        known, problem = states.get((key.provider, key.id)), token_problem(key)
+        state = f'{known["state"]}, {count_of(known["answers"], "answer")}' if known else 'idle'
+        yield Finding('key', f'{key.ref} ({mask_token(key.token)}): {problem or state}',
+                      'give the key a token that can be read' if problem else '')
+
+
+def find_environment():
+    names = ('HTTPS_PROXY', 'https_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE', 'SSL_CERT_DIR')
+    for name in names:
+        value = os.environ.get(name)
+        if not value:
+            continue
+        is_missing = name.startswith('SSL') and not os.path.exists(value)
+        shown = re.sub(r'//[^/@]*@', '//...@', value)         # a proxy's password
+        yield Finding('environment', f'{name}={shown}',
+                      'name a file that exists, or unset it' if is_missing else '')
+
+
+def find_tools(config_path, config, health):
+    ours = own_values(config, open_ports(health))
+    for tool, path, is_found, url, problem in ToolSetup(config_path).states():
+        if problem:
+            yield Finding('tool', f'{tool.name}: {tilde(path)} {problem}', 'correct the file')
+        elif url:
+            is_stale = url.startswith('http://localhost:') and url not in ours
+            yield Finding('tool', f'{tool.name}: uses {url}',
+                          f'no profile has this port: {RUN} setup' if is_stale else '')
+        elif is_found:
+            yield Finding('tool', f'{tool.name}: does not use the proxy ({RUN} setup)')
+
+
+def find_autostart_state(config_path):
+    try:
+        autostart = find_autostart(config_path)
+    except FailoverError as error:
+        yield Finding('autostart', str(error))
+        return
+    if not is_installed(autostart):
+        yield Finding('autostart', 'it does not start at login')
+        return
+    with open(autostart.path, 'rb') as file:
+        content = file.read()
+    is_same = start_commands(autostart, content) == start_commands(autostart, autostart.content)
+    yield Finding('autostart', f'{autostart.manager} starts it at login: {tilde(autostart.path)}'
+                  + ('' if is_same else ', but another program or configuration'),
+                  '' if is_same else f'{RUN} setup --autostart renews it')
+
+
+def find_upstreams(config):
+    """Each server that keys are sent to, and what it says to them."""
+    upstream, watcher = Upstream(), Watcher()
+    watcher.start()
+    keys = [key for key in config.keys.values() if is_served(config, key)]
+    dead = set()
+    near, far = socket.socketpair()   # nobody leaves at its other end
+    with near, far:
+        def asked(ask):
+            with watcher.watching(Exchange(near)) as exchange:
+                return ask(exchange)
+        for url in dict.fromkeys([server_of(config, key) for key in keys]
+                                 or [config.anthropic_base_url]):
+            finding = asked(functools.partial(find_server, upstream, url))
+            if finding.remedy and finding.topic == 'server':
+                dead.add(url)
+            yield finding
+        for key in keys:
+            if server_of(config, key) not in dead and not token_problem(key):
+                yield key_finding(key, asked(functools.partial(test_key, config, key, upstream)))
+    upstream.close_idle()
+
+
+def server_of(config, key):
+    """The base URL to which a key's requests go; without its token the one for API keys."""
+    try:
+        token = read_token(key.token)
+    except TokenUnavailable:
+        token = ''
+    return find_target(config, key, token, None).base_url
+
+
+def find_server(upstream, url, exchange):
+    """Whether a server can be reached: name, TLS, HTTP, and what time it is there."""
+    base = parse_base_url(url)
+    head = f'HEAD {base.path or "/"} HTTP/1.1\r\nhost: {base.host_field}\r\n\r\n'.encode('latin-1')
+    started = time.monotonic()
+    try:
+        response = upstream.open(UpstreamRequest(base, 'HEAD', head, b''), exchange, CONNECT_S)
+    except (UpstreamUnreachable, UpstreamTimeout) as error:
+        return Finding('server', f'{url}: {error or "no answer in time"}',
+                       'look at the network, HTTPS_PROXY and SSL_CERT_FILE')
+    response.close()
+    ms = round((time.monotonic() - started) * 1000)
+    off_s = clock_offset_s(response.headers.get('date'), time.time())
+    text = f'{url}: reached, {response.status} in {ms} ms'
+    if abs(off_s) > CLOCK_TOLERANCE_S:
+        return Finding('clock', f"{text}; this machine's clock is {format_duration(abs(off_s))} "
+                                f'{"ahead" if off_s > 0 else "behind"}', 'set the clock')
+    return Finding('server', text)
+
+
+def clock_offset_s(date, now):
+    """By how much a clock is ahead of a Date field; 0 without one."""
+    try:
+        return now - email.utils.parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def key_finding(key, tested):
+    text = f'{key.ref} at {tested.url}: {tested.status or "no answer"}, {tested.message}'
+    command = 'add-openai-key' if key.provider == OPENAI else 'add-key'
+    return Finding('key', text, '' if tested.is_valid else
+                   f'correct or replace it: {RUN} remove-key {key.id}, {RUN} {command}')
+
+
+def find_failures(path):
+    """The last failures that the log tells of."""
+    try:
+        with open(path, 'rb') as file:
+            file.seek(max(0, os.path.getsize(path) - LOG_TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        yield Finding('log', f'{tilde(path)}: none yet')
+        return
+    failures = collections.deque(maxlen=LAST_FAILURES)
+    for line in lines:
+        with contextlib.suppress(ValueError):     # the first one may be cut
+            record = loads_object(line)
+            if record.get('level') in ('warn', 'error'):
+                failures.append(record)
+    yield Finding('log', f'{tilde(path)}: {len(failures)} of the last warnings and errors follow'
+                  if failures else f'{tilde(path)}: no warnings')
+    for record in failures:
+        yield Finding('log', f'{local_time(record.get("time"))} {record.get("level")} '
+                             f'{record.get("event")} {describe_record(record)[:300]}')
 
 
 # ==============================================================================
@@ -6824,11 +7673,6 @@ class Style:
 
 def say(text=''):
     print(text, flush=True)
-
-
-def count_of(number, noun):
-    """'1 answer', '2 answers'."""
-    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
 
 
 def complain(text):
@@ -6954,18 +7798,116 @@ def end_process(options, pid, is_now):
 
 def cmd_restart(options):
     pid = PidFile(options.config).holder()
+    manager = running_manager(options) if pid is not None else None
     if pid is not None:
         end_process(options, pid, options.now)
-    return start_in_background(options)
+    if manager is None:
+        return start_in_background(options)
+    problem = run_commands(manager.restart)
+    if problem:
+        raise FailoverError(f'{manager.manager} did not start it again: {problem}')
+    say(f'{manager.manager} has started it again.')
+    return 0
+
+
+def running_manager(options):
+    """The Autostart by whose manager the running proxy was started, or None."""
+    health = fetch_health(options.config, read_config(options.config)[0])
+    if not health or health['started_by'] == 'hand':
+        return None
+    autostart = find_autostart(options.config)
+    return autostart if health['started_by'] == autostart.manager else None
 
 
 def cmd_setup(options):
-    if options.autostart == options.remove_autostart:
-        raise UsageError(f'Say one of: {RUN} setup --autostart, {RUN} setup --remove-autostart')
-    autostart = find_autostart(options.config)
+    if sum((options.autostart, options.remove_autostart, options.undo)) > 1:
+        raise UsageError('Say only one of --autostart, --remove-autostart and --undo.')
     if options.remove_autostart:
-        return remove_from_login(autostart)
-    return start_at_login(options, autostart)
+        return remove_from_login(find_autostart(options.config))
+    if options.autostart:
+        return start_at_login(options, find_autostart(options.config))
+    return undo_tools(options) if options.undo else set_up_tools(options)
+
+
+def set_up_tools(options):
+    config = load_config(options.config)
+    url, setup = profile_url(options, config), ToolSetup(options.config)
+    found = [tool for tool in TOOLS if setup.is_found(tool)]
+    failed = edit_tools(
+        options, chosen_tools(options, found), setup, config,
+        lambda tool: setup.configure(tool, url, config.access_token, options.dry_run),
+        lambda change: describe_setup(change, url))
+    say(f'Other tools (Aider, the SDKs): set {BASE_URL_VARIABLE}={url}, with any API key.')
+    if setup.has_cursor():
+        say(CURSOR_NOTE)
+    if config.access_token:
+        say(f'The access token is not written for shells: set {TOKEN_VARIABLE} to it yourself.')
+    if not options.dry_run:
+        say(f'Undo with: {RUN} setup --undo')
+        if not fetch_health(options.config, config):
+            say(f'Start the proxy with: {RUN} start -d')
+    return failed
+
+
+def undo_tools(options):
+    config, _ = read_config(options.config)       # a broken one is no reason to be stuck with us
+    setup, health = ToolSetup(options.config), fetch_health(options.config, config)
+    ours = own_values(config, open_ports(health))
+    return edit_tools(options, chosen_tools(options, TOOLS), setup, config,
+                      lambda tool: setup.undo(tool, ours, options.dry_run), describe_undo)
+
+
+def edit_tools(options, tools, setup, config, edit, describe):
+    """Edits the files of some tools and tells of each; 1 when one of them was left alone."""
+    rows, failed = [], 0
+    for tool in tools:
+        try:
+            change = edit(tool)
+        except (OSError, ToolError) as error:
+            failed = 1
+            complain(f'{tool.name}: {tilde(tool.place(setup))} {describe_tool_error(error)}.')
+            continue
+        if options.dry_run and change.is_change:
+            say_diff(change, config)
+        elif change.before is not None or change.is_change:
+            rows.append((tool.name, tilde(change.path), describe(change)))
+    if rows:
+        say_table(rows, indent='')
+    if not tools:
+        say('No tool with a file of its own was found here; --only names one all the same.')
+    return failed
+
+
+def chosen_tools(options, found):
+    """The tools that --only names, or those `found`, without those that --skip names."""
+    tools = [tool for tool in TOOLS if tool.id in options.only] if options.only else found
+    return [tool for tool in tools if tool.id not in options.skip]
+
+
+def say_diff(change, config):
+    """What would change in a file, without a secret."""
+    import difflib
+    before, after = ((text or '').splitlines() for text in (change.before, change.after))
+    name = tilde(change.path)
+    for line in difflib.unified_diff(before, after, name, name, n=1, lineterm=''):
+        if config and config.access_token:
+            line = line.replace(config.access_token, mask_token(config.access_token))
+        say(printable(redact(line)))
+
+
+def profile_url(options, config):
+    """Where the profile that --profile names listens.  Raises UsageError."""
+    name = options.profile or ('default' if 'default' in config.profiles else
+                               next(iter(config.profiles)))
+    if name not in config.profiles:
+        raise UsageError(f'There is no profile {printable(name)!r}. There are: '
+                         f'{", ".join(map(printable, config.profiles))}.')
+    port = config.profiles[name].port or open_ports(
+        fetch_health(options.config, config)).get(name)
+    if not port:
+        raise UsageError(f'Profile {name} has port 0, so its port is known only while it runs: '
+                         f'start the proxy, or give it a "port" in {options.config}.')
+    return local_url(port)
 
 
 def start_at_login(options, autostart):
@@ -7041,11 +7983,11 @@ def stop_on_signals(app):
 def say_started(app):
     style, config = Style(sys.stdout), app.store.current
     say(f'{style.bold(PROGRAM)} {VERSION}; Ctrl-C stops it')
-    say_table([[printable(name), f'http://localhost:{port}']
+    say_table([[printable(name), local_url(port)]
                for name, port in app.ports().items()])
     say(f'Keys       {describe_keys(config)}')
     missing = '' if os.path.exists(DASHBOARD_PATH) else f' (needs dashboard.html beside {RUN[8:]})'
-    say(f'Dashboard  http://localhost:{next(iter(app.ports().values()))}/dashboard{missing}')
+    say(f'Dashboard  {local_url(next(iter(app.ports().values())))}/dashboard{missing}')
     say(f'Log        {app.log.path}')
     for warning in start_warnings(app):
         complain(warning)
@@ -7139,9 +8081,7 @@ def cmd_remove_key(options):
 
 
 def cmd_list_keys(options):
-    store = ConfigStore(options.config)
-    store.load()
-    config = store.current
+    config = load_config(options.config)
     health = fetch_health(options.config, config)
     states = {(k['provider'], k['id']): k['state'] for k in health['keys']} if health else {}
     unknown = 'not loaded yet' if health else 'not running'
@@ -7167,45 +8107,6 @@ def cmd_list_keys(options):
     return 0
 
 
-def fetch_health(config_path, config):
-    """/health of the proxy that runs with this configuration file; None when none does.
-
-    It is looked for where it said that it is, and where `config` (None: broken) says so.
-    """
-    ports = [profile.port for profile in config.profiles.values()] if config else []
-    note = running_path(config_path)
-    with contextlib.suppress(OSError, ValueError), open(note, 'rb') as file:     # none: none runs
-        ports = [*as_dict(loads_object(file.read()).get('ports')).values(), *ports]
-    headers = {'x-api-key': config.access_token} if config and config.access_token else {}
-    for port in dict.fromkeys(port for port in ports if is_whole(port) and 0 < port < 65536):
-        health = fetch_json(port, '/health', headers)
-        if health and health.get('program') == PROGRAM:
-            return health
-    return None
-
-
-def fetch_json(port, path, headers):
-    """The JSON object at a port of this machine; None when there is none."""
-    connection = http.client.HTTPConnection(LISTEN_HOST, port, timeout=3)
-    try:
-        connection.request('GET', path, headers=headers)
-        return loads_object(connection.getresponse().read())
-    except (OSError, ValueError, http.client.HTTPException):
-        return None                   # nothing there, or another program
-    finally:
-        connection.close()
-
-
-def read_config(config_path):
-    """(Config, None), or (None, the ConfigError that says why it cannot be read)."""
-    store = ConfigStore(config_path)
-    try:
-        store.load()
-    except ConfigError as error:
-        return None, error
-    return store.current, None
-
-
 def running_health(options):
     """/health of the running proxy, also when the file that it runs with is broken by now.
     Raises FailoverError when there is none."""
@@ -7226,22 +8127,20 @@ def cmd_config(options):
         return get_setting(options)
     health = running_health(options)
     port = next((profile['port'] for profile in health['profiles'] if profile['port']), None)
-    url = f'http://localhost:{port}/dashboard'
+    url = f'{local_url(port)}/dashboard'
     say(url if open_browser(url) else f'Open this address in a browser: {url}')
     return 0
 
 
 def get_setting(options):
-    store = ConfigStore(options.config)
-    store.load()
-    values = {setting.name: getattr(store.current, attribute_name(setting.name))
-              for setting in SETTINGS}
+    config = load_config(options.config)
+    values = {setting.name: getattr(config, attribute_name(setting.name)) for setting in SETTINGS}
     if options.field is None:
         hidden = {'accessToken': mask_token(values['accessToken'] or '') or None}
         say_json({**values, **hidden})
         return 0
     if options.field not in values:
-        change_settings(store.current, {options.field: None})         # says what there is
+        change_settings(config, {options.field: None})        # says what there is
     value = values[options.field]
     say(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return 0
@@ -7321,7 +8220,7 @@ def describe_start(options, health):
 
 
 def say_ports(health):
-    say_table([[printable(profile['name']), f'http://localhost:{profile["port"]}'
+    say_table([[printable(profile['name']), local_url(profile['port'])
                 if profile['port'] else 'not open'] for profile in health['profiles']])
 
 
@@ -7344,6 +8243,33 @@ def say_keys(health, style):
         if cooling['message']:
             text += f', "{printable(cooling["message"])[:100]}"'
         say(style.bad(text) if cooling['needs_attention'] else style.warn(text))
+
+
+def cmd_doctor(options):
+    style, is_well = Style(sys.stdout), True
+    for finding in diagnose(options.config):
+        mark = style.bad('WRONG') if finding.remedy else style.good('ok   ')
+        say(f'{mark}  {finding.topic:<13}  {printable(redact(finding.text))}')
+        if finding.remedy:
+            is_well = False
+            say(f'{"":22}-> {printable(redact(finding.remedy))}')
+    return 0 if is_well else 1
+
+
+def cmd_completion(options):
+    """Every shell's own way to complete a command's name; files are left to the shell."""
+    names = ' '.join(command.name for command in COMMANDS)
+    for name in (PROGRAM, SCRIPT_NAME):
+        say(COMPLETIONS[options.shell].format(name=name, commands=names))
+    return 0
+
+
+#: zsh reads bash's by way of its own bashcompinit.
+COMPLETIONS = {
+    'bash': "complete -o default -W '{commands}' {name}",
+    'zsh': "autoload -Uz bashcompinit && bashcompinit && "
+           "complete -o default -W '{commands}' {name}",
+    'fish': "complete -c {name} -f -n __fish_use_subcommand -a '{commands}'"}
 
 
 def cmd_logs(options):
@@ -7403,42 +8329,10 @@ def say_log_line(line, as_json, style):
         record = None
     if as_json or record is None:
         return say(printable(text))
-    when = local_time(record.pop('time', ''))
-    level, event = printable(record.pop('level', '')), printable(record.pop('event', ''))
-    if event == 'request':
-        told = describe_request(record)
-    else:
-        told = ' '.join(f'{name}={describe_field(value)}' for name, value in record.items()
-                        if value not in (None, ''))
+    level, event = printable(record.get('level', '')), printable(record.get('event', ''))
     paint = {'error': style.bad, 'warn': style.warn, 'debug': style.dim}.get(level, str)
-    say(f'{style.dim(when)} {paint(f"{level:5}")} {event} {told}')
-
-
-def describe_field(value):
-    return printable(value if isinstance(value, str) else json.dumps(value))
-
-
-def local_time(text):
-    """'2026-03-01T12:00:00.123Z' -> '2026-03-01 13:00:00' where the clock shows that."""
-    try:
-        moment = datetime.fromisoformat(str(text).replace('Z', '+00:00'))
-        return moment.astimezone().strftime('%Y-%m-%d %H:%M:%S')
-    except (ValueError, OverflowError, OSError):
-        return printable(text)[:19]
-
-
-def describe_request(record):
-    """'POST /v1/messages claude-opus-5-5 200 in 1234 ms: personal 429 -> work 200'."""
-    parts = (record.get('method'), record.get('path'),
-             record.get('fallback') or record.get('model'),
-             record.get('status') or record.get('outcome'), f'in {record.get("duration_ms")} ms')
-    text = ' '.join(str(part) for part in parts if part)
-    attempts = record.get('attempts') or ()
-    if attempts:
-        text += ': ' + ' -> '.join(f'{a["key"]} {a["status"] or a["result"]}' for a in attempts)
-    if record.get('error') or record.get('outcome') == 'client_gone':
-        text += f' ({record.get("error") or "the client left"})'
-    return printable(text)
+    say(f'{style.dim(local_time(record.get("time", "")))} {paint(f"{level:5}")} {event} '
+        f'{describe_record(record)}')
 
 
 class Command(NamedTuple):
@@ -7489,10 +8383,23 @@ COMMANDS = (
         (('value',), {'nargs': '?', 'help': 'JSON or a text; null: the default; -: from standard '
                                             'input'}),
         (('--path',), {'action': 'store_true', 'help': "print the configuration file's path"}))),
-    Command('setup', 'have the proxy start at login, or not any more', cmd_setup, (
-        (('--autostart',), {'action': 'store_true',
-                            'help': 'start at login, by launchd or systemd, and now'}),
-        (('--remove-autostart',), {'action': 'store_true', 'help': 'not any more'}))),
+    Command('setup', 'have Claude Code and shells use the proxy, or start it at login',
+            cmd_setup, (
+                (('--only',), {'nargs': '+', 'choices': TOOL_IDS, 'default': (),
+                               'help': 'these tools, found or not'}),
+                (('--skip',), {'nargs': '+', 'choices': TOOL_IDS, 'default': (),
+                               'help': 'all but these'}),
+                (('--profile',), {'metavar': 'NAME', 'help': 'use the port of this profile'}),
+                (('--dry-run',), {'action': 'store_true', 'help': 'only show what would change'}),
+                (('--undo',), {'action': 'store_true', 'help': 'give files back as they were'}),
+                (('--autostart',), {'action': 'store_true',
+                                    'help': 'start at login, by launchd or systemd, and now'}),
+                (('--remove-autostart',), {'action': 'store_true',
+                                           'help': 'do not start at login any more'}))),
+    Command('doctor', 'look for whatever is wrong, and say what to do; a report for an issue',
+            cmd_doctor),
+    Command('completion', 'print what makes a shell complete these commands', cmd_completion, (
+        (('shell',), {'choices': ('bash', 'zsh', 'fish')}),)),
     Command('logs', 'the last log lines', cmd_logs, (
         (('-f', '--follow'), {'action': 'store_true', 'help': 'go on with new lines'}),
         (('-n', '--lines'), {'type': int, 'default': 20, 'metavar': 'N', 'help': 'how many (20)'}),

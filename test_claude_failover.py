@@ -329,6 +329,11 @@ def read_events(data):
     return events
 
 
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as sock:
+        return sock.getsockname()[1]
+
+
 def needs(path):
     return unittest.skipUnless(os.path.exists(path), f'{path} is not installed')
 
@@ -5458,6 +5463,298 @@ class FailoverTest(unittest.TestCase):
 
 
 # ==============================================================================
+# Autostart
+# ==============================================================================
+
+ODD_PATHS = ('/home/me/plain', '/home/me/with space/and "quotes"', "/it's/100%/a & b", '/b\u00fcro/\u4e16\u754c', '/back\\slash/$HOME/x;y')
+
+
+class AutostartTest(ScratchTest):
+    def test_what_launchd_reads_back_is_what_was_meant(self):
+        for path in ODD_PATHS:
+            command = ['/usr/bin/python3', f'{path}/claude_failover.py', '--config', f'{path}/config.json', 'start']
+            read = plistlib.loads(cf.launchd_plist(command, {'SSL_CERT_FILE': path}, f'{path}/out'))
+            self.assertEqual((read['ProgramArguments'], read['EnvironmentVariables'], read['StandardErrorPath']),
+                             (command, {'SSL_CERT_FILE': path}, f'{path}/out'))
+            self.assertEqual((read['RunAtLoad'], read['KeepAlive'], read['ThrottleInterval']), (True, {'SuccessfulExit': False}, 10))
+
+    def test_words_are_quoted_for_systemd(self):
+        for word, quoted in (('plain', '"plain"'), ('a b', '"a b"'), ('a"b', '"a\\"b"'), ('100%', '"100%%"'), ('a\\b', '"a\\\\b"'), ('$X', '"$$X"')):
+            self.assertEqual(cf.systemd_quoted(word, is_command=True), quoted)
+        self.assertEqual(cf.systemd_quoted('A=$X'), '"A=$X"')
+
+    @needs('/usr/bin/systemd-analyze')
+    def test_systemd_accepts_the_unit_whatever_its_paths(self):
+        for number, path in enumerate(ODD_PATHS):
+            folder = self.folder + path
+            os.makedirs(folder)
+            os.symlink(sys.executable, os.path.join(folder, 'python3'))
+            unit = os.path.join(self.folder, f'claude-failover-{number}.service')
+            with open(unit, 'wb') as file:
+                file.write(cf.systemd_unit([os.path.join(folder, 'python3'), f'{folder}/claude_failover.py', 'start'], {'SSL_CERT_FILE': path}))
+            done = subprocess.run(['/usr/bin/systemd-analyze', 'verify', '--user', '--man=no', unit], capture_output=True, text=True,
+                                  env={**os.environ, 'XDG_RUNTIME_DIR': self.folder}, timeout=60)
+            self.assertEqual((done.returncode, done.stderr.replace(self.folder, '')), (0, ''), path)
+
+    def test_the_interpreter_is_one_that_an_upgrade_does_not_take_away(self):
+        cellar = '/opt/homebrew/Cellar/python@3.12/3.12.4/bin/python3.12'
+        links = {'/opt/homebrew/opt/python@3.12/bin/python3.12': cellar, '/opt/homebrew/bin/python3': cellar, '/usr/bin/python3': '/usr/bin/python3.9'}
+
+        def stable(executable, on_path, present):
+            return cf.stable_interpreter(executable, lambda name: on_path, lambda path: path in present, lambda path: links.get(path, path))
+        every = {cellar, *links}
+        for executable, on_path, present, expected in (
+                (cellar, None, every, '/opt/homebrew/opt/python@3.12/bin/python3.12'),
+                (cellar, '/opt/homebrew/bin/python3', every - {'/opt/homebrew/opt/python@3.12/bin/python3.12'}, '/opt/homebrew/bin/python3'),
+                (cellar, '/usr/bin/python3', {cellar, '/usr/bin/python3'}, cellar),
+                ('/usr/bin/python3.9', '/usr/bin/python3', {*every, '/usr/bin/python3.9'}, '/usr/bin/python3.9')):
+            self.assertEqual(stable(executable, on_path, present), expected)
+
+    def test_each_system_has_its_manager_with_absolute_paths_and_what_the_proxy_needs(self):
+        environ = {'HTTPS_PROXY': 'http://proxy:8080', 'SSL_CERT_FILE': '/ca.pem', 'PATH': '/bin', 'ANTHROPIC_API_KEY': 'secret'}
+        for platform, manager, end in (('darwin', 'launchd', 'Library/LaunchAgents/com.github.claude-failover.plist'),
+                                       ('linux', 'systemd', '.config/systemd/user/claude-failover.service'),
+                                       ('win32', 'Windows', 'autostart.cmd')):
+            found = cf.find_autostart('/c/config.json', environ, platform, '/home/me')
+            self.assertEqual((found.manager, found.path.startswith('/home/me/'), found.path.endswith(end)), (manager, True, True))
+            text = found.content.decode()
+            self.assertIn(SCRIPT, text)
+            self.assertIn('/c/config.json', text)
+            self.assertNotIn('secret', text)
+            if manager != 'Windows':
+                for value in ('http://proxy:8080', '/ca.pem', manager):
+                    self.assertIn(value, text)
+        moved = cf.find_autostart('/c', {'XDG_CONFIG_HOME': '/xdg'}, 'linux', '/home/me')
+        self.assertEqual(moved.path, '/xdg/systemd/user/claude-failover.service')
+        with self.assertRaisesRegex(cf.FailoverError, 'plan9'):
+            cf.find_autostart('/c', {}, 'plan9', '/home/me')
+
+
+# ==============================================================================
+# Tool setup
+# ==============================================================================
+
+URL = 'http://localhost:4080'
+#: Claude Code's settings as they may be, all of them valid.
+SETTINGS_TEXTS = (
+    '', '{}', '{}\n', ' {\n}\n', '{"model": "opus"}', '{"a":{"}":"}"},"env":{"X":"}"}}', '{"env":{}}',
+    '{\n  "model": "opus",\n  "permissions": {\n    "allow": ["Bash(echo:*)"]\n  }\n}\n',
+    '{\n\t"env": {\n\t\t"X": "1"\n\t},\n\t"b": [1,  2]\n}', '{\r\n    "a": 1\r\n}\r\n', '\ufeff{\n  "a": 1\n}\n',
+    '{\n  "env": {\n    "ANTHROPIC_BASE_URL": "https://other.example"\n  }\n}\n', '{"a": 1, "a": 2}', '{"\u00fc": "\u4e16"}')
+RC_TEXTS = ('', 'alias x=y\n', 'alias x=y', 'export A=1\r\nexport B=2\r\n', 'a\n\n\n')
+
+
+class ToolSetupTest(ScratchTest):
+    def setUp(self):
+        super().setUp()
+        self.settings = os.path.join(self.folder, '.claude', 'settings.json')
+        self.zshrc = os.path.join(self.folder, '.zshrc')
+        self.environ = {}
+
+    def setup(self, platform='linux'):
+        return cf.ToolSetup(self.path, self.folder, self.environ, platform)
+
+    def tool(self, id):
+        return next(tool for tool in cf.TOOLS if tool.id == id)
+
+    def put(self, path, text):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb') as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+
+    def get(self, path):
+        with open(path, 'rb') as file:
+            return file.read()
+
+    def configure(self, id='claude-code', url=URL, **options):
+        return self.setup().configure(self.tool(id), url, **options)
+
+    def undo(self, id='claude-code', *ours):
+        return self.setup().undo(self.tool(id), {URL, *ours})
+
+    def environment(self):
+        return json.loads(self.get(self.settings).decode('utf-8-sig')).get('env')
+
+    def test_settings_gain_two_variables_and_change_in_nothing_else(self):
+        for text in SETTINGS_TEXTS:
+            with self.subTest(text=text):
+                self.put(self.settings, text)
+                self.assertTrue(self.configure().is_change)
+                before = json.loads(text.lstrip('\ufeff') or '{}')
+                wanted = {'ANTHROPIC_BASE_URL': URL, 'ANTHROPIC_AUTH_TOKEN': 'claude-failover'}
+                after = json.loads(self.get(self.settings).decode('utf-8-sig'))
+                self.assertEqual(after, {**before, 'env': {**before.get('env', {}), **wanted}})
+                self.assertEqual(list(after), list({**before, 'env': {}}))    # and in the same order
+                kept = [line for line in text.splitlines() if line.strip(' {}[],') and 'ANTHROPIC' not in line]
+                self.assertEqual([line for line in kept if line.rstrip(',') not in self.get(self.settings).decode()
+                                  and '\n' in text.strip()], [])
+                self.assertFalse(self.configure().is_change)
+                self.undo()
+                self.assertEqual(self.get(self.settings), text.encode())
+                self.assertFalse(os.path.exists(self.setup().record_path))
+
+    def test_new_lines_of_settings_look_like_the_old_ones(self):
+        for text, after in (
+                ('{"a": 1}', '{"a": 1, "env": {"ANTHROPIC_BASE_URL": "u"}}'),
+                ('{\n\t"a": 1\n}\n', '{\n\t"a": 1,\n\t"env": {\n\t\t"ANTHROPIC_BASE_URL": "u"\n\t}\n}\n'),
+                ('{\r\n "env": {\r\n  "X": "1"\r\n }\r\n}', '{\r\n "env": {\r\n  "X": "1",\r\n  "ANTHROPIC_BASE_URL": "u"\r\n }\r\n}'),
+                ('', '{\n  "env": {\n    "ANTHROPIC_BASE_URL": "u"\n  }\n}\n')):
+            self.assertEqual(cf.settings_with(text, {'ANTHROPIC_BASE_URL': 'u'}), after)
+
+    def test_a_start_up_file_gains_a_marked_block_and_gets_each_byte_back(self):
+        lines = {'zsh': "export ANTHROPIC_BASE_URL='http://localhost:4080'", 'bash': "export ANTHROPIC_BASE_URL='http://localhost:4080'",
+                 'fish': "set -gx ANTHROPIC_BASE_URL 'http://localhost:4080'"}
+        for id, line in lines.items():
+            path = self.tool(id).place(self.setup())
+            for text in RC_TEXTS + (b'caf\xe9 # latin-1\n',):
+                with self.subTest(tool=id, text=text):
+                    self.put(path, text)
+                    self.configure(id)
+                    self.assertIn(f'# >>> claude-failover >>>\n{line}\n# <<< claude-failover <<<\n',
+                                  self.get(path).decode('latin-1').replace('\r\n', '\n'))
+                    self.assertFalse(self.configure(id).is_change)
+                    self.configure(id, 'http://localhost:5000')
+                    self.assertEqual(self.get(path).count(b'>>> claude-failover'), 1)
+                    self.undo(id)
+                    self.assertEqual(self.get(path), text if isinstance(text, bytes) else text.encode())
+
+    @needs('/usr/bin/zsh')
+    @needs('/usr/bin/fish')
+    def test_the_shells_read_the_blocks(self):
+        for id, command in (('zsh', ('/usr/bin/zsh', '-i')), ('bash', ('/bin/bash', '-i')), ('fish', ('/usr/bin/fish',))):
+            self.configure(id)
+            done = subprocess.run([*command, '-c', 'printenv ANTHROPIC_BASE_URL'], capture_output=True, text=True, timeout=60,
+                                  env={'HOME': self.folder, 'PATH': '/usr/bin:/bin'}, stdin=subprocess.DEVNULL)
+            self.assertEqual(done.stdout.strip().splitlines()[-1:], [URL], done.stderr)
+
+    def test_a_file_that_setup_made_is_taken_away_again(self):
+        for id in cf.TOOL_IDS:
+            path = self.tool(id).place(self.setup())
+            change = self.configure(id)
+            self.assertEqual((change.before, stat.S_IMODE(os.stat(path).st_mode)), (None, 0o600))
+            self.assertIsNone(self.undo(id).after)
+            self.assertFalse(os.path.exists(path))
+
+    def test_what_a_user_edited_since_stays_when_ours_goes(self):
+        self.put(self.settings, '{\n  "a": 1\n}\n')
+        self.configure()
+        self.put(self.settings, self.get(self.settings).replace(b'"a": 1', b'"a": 2').replace(b'env": {', b'env": {\n    "X": "y",'))
+        self.undo()
+        self.assertEqual(json.loads(self.get(self.settings)), {'a': 2, 'env': {'X': 'y'}})
+        self.put(self.zshrc, 'one\n')
+        self.configure('zsh')
+        self.put(self.zshrc, self.get(self.zshrc) + b'two\n')
+        self.undo('zsh')
+        self.assertEqual(self.get(self.zshrc), b'one\ntwo\n')
+
+    def test_an_address_that_was_there_before_comes_back_also_after_edits(self):
+        before = '{"env": {"ANTHROPIC_BASE_URL": "https://other.example", "X": "1"}}'
+        self.put(self.settings, before)
+        self.configure()
+        self.put(self.settings, self.get(self.settings) + b'\n')
+        self.undo()
+        self.assertEqual(self.environment(), {'ANTHROPIC_BASE_URL': 'https://other.example', 'X': '1'})
+
+    def test_an_address_that_a_user_set_since_is_not_ours(self):
+        self.configure()
+        self.put(self.settings, '{"env": {"ANTHROPIC_BASE_URL": "https://other.example", "ANTHROPIC_AUTH_TOKEN": "claude-failover"}}')
+        self.undo()
+        self.assertEqual(self.environment(), {'ANTHROPIC_BASE_URL': 'https://other.example'})
+
+    def test_without_a_record_what_looks_like_ours_goes(self):
+        self.put(self.settings, '{"a": 1}')
+        self.configure(url='http://localhost:5000')
+        for record in ('{ broken', None):
+            self.put(self.setup().record_path, record) if record else os.unlink(self.setup().record_path)
+            self.undo()
+            self.assertEqual(self.environment(), {'ANTHROPIC_BASE_URL': 'http://localhost:5000'})    # not of this configuration
+            self.undo('claude-code', 'http://localhost:5000')
+            self.assertIsNone(self.environment())
+            self.configure(url='http://localhost:5000')
+
+    def test_a_second_address_still_gives_the_first_text_back(self):
+        self.put(self.settings, '{"a": 1}')
+        self.configure()
+        self.configure(url='http://localhost:5000')
+        self.assertEqual(self.environment()['ANTHROPIC_BASE_URL'], 'http://localhost:5000')
+        self.undo()
+        self.assertEqual(self.get(self.settings), b'{"a": 1}')
+
+    def test_a_token_is_set_only_where_there_is_no_login_or_one_is_asked_for(self):
+        credentials, state = os.path.join(self.folder, '.claude', '.credentials.json'), os.path.join(self.folder, '.claude.json')
+        for prepare in (lambda: self.put(credentials, '{}'), lambda: self.put(state, '{"oauthAccount": {"x": 1}}'),
+                        lambda: self.put(self.settings, '{"apiKeyHelper": "x"}'), lambda: self.environ.update(ANTHROPIC_API_KEY='x'),
+                        lambda: self.put(self.settings, '{"env": {"ANTHROPIC_AUTH_TOKEN": "mine"}}')):
+            prepare()
+            self.configure()
+            self.assertNotIn('claude-failover', self.get(self.settings).decode())
+            self.configure(access_token='open-sesame')
+            self.assertEqual(self.environment()['ANTHROPIC_AUTH_TOKEN'], 'open-sesame')
+            self.undo()
+            shutil.rmtree(os.path.join(self.folder, '.claude'))
+            self.environ.clear()
+            if os.path.exists(state):
+                os.unlink(state)
+
+    def test_files_that_must_not_be_touched_are_left_alone_with_the_reason(self):
+        for text, words in (('{ broken', 'not valid JSON'), ('{"a": 1,}', 'not valid JSON'), ('// c\n{}', 'not valid JSON'),
+                            ('[1]', 'not valid JSON'), ('{"env": []}', 'no object'), ('[' * 100_000, 'not valid JSON')):
+            self.put(self.settings, text)
+            for edit in (self.configure, self.undo):
+                with self.subTest(text=text[:20], edit=edit), self.assertRaisesRegex(cf.ToolError, words):
+                    edit()
+            self.assertEqual(self.get(self.settings), text.encode())
+        self.put(self.zshrc, 'a\n')
+        os.chmod(self.zshrc, 0o444)
+        with self.assertRaisesRegex(cf.ToolError, 'read-only'):
+            self.configure('zsh')
+        os.unlink(self.zshrc)
+        os.mkdir(self.zshrc)
+        with self.assertRaises(IsADirectoryError):
+            self.configure('zsh')
+        self.assertEqual(self.setup().state(self.tool('zsh')).problem, 'cannot be used (Is a directory)')
+
+    def test_mode_and_links_of_a_file_stay(self):
+        real = os.path.join(self.folder, 'dotfiles', 'zshrc')
+        self.put(real, 'a\n')
+        os.chmod(real, 0o640)
+        os.symlink(real, self.zshrc)
+        self.configure('zsh')
+        self.assertTrue(os.path.islink(self.zshrc))
+        self.assertEqual(stat.S_IMODE(os.stat(real).st_mode), 0o640)
+        self.assertIn(b'localhost', self.get(real))
+        self.undo('zsh')
+        self.assertEqual((self.get(real), os.path.islink(self.zshrc)), (b'a\n', True))
+
+    def test_a_dry_run_writes_nothing(self):
+        self.put(self.zshrc, 'a\n')
+        self.assertTrue(self.configure('zsh', is_dry=True).is_change)
+        self.assertEqual(self.get(self.zshrc), b'a\n')
+        self.configure('zsh')
+        self.assertTrue(self.setup().undo(self.tool('zsh'), set(), is_dry=True).is_change)
+        self.assertIn(b'localhost', self.get(self.zshrc))
+
+    def test_a_full_disk_leaves_the_file_as_it_was(self):
+        self.put(self.zshrc, 'a\n')
+        with mock.patch('os.fsync', side_effect=OSError(28, 'No space left on device')), self.assertRaises(OSError):
+            self.configure('zsh')
+        self.assertEqual((self.get(self.zshrc), os.listdir(os.path.dirname(self.path))), (b'a\n', []))
+
+    def test_tools_are_found_where_they_are_used(self):
+        self.environ.update(SHELL='/bin/bash')
+        with mock.patch('shutil.which', return_value=None):
+            found = {state.tool.id: state.is_found for state in self.setup().states()}
+            self.assertEqual(found, {'claude-code': False, 'zsh': False, 'bash': True, 'fish': False})
+            self.put(self.settings, '{}')
+            self.put(os.path.join(self.folder, '.config', 'fish', 'config.fish'), '')
+            found = {state.tool.id: state.is_found for state in self.setup().states()}
+        self.assertEqual(found, {'claude-code': True, 'zsh': False, 'bash': True, 'fish': True})
+        self.environ.update(CLAUDE_CONFIG_DIR='/claude', ZDOTDIR='/z', XDG_CONFIG_HOME='/x')
+        self.assertEqual([tool.place(self.setup('darwin')).replace(self.folder, '') for tool in cf.TOOLS],
+                         ['/claude/settings.json', '/z/.zshrc', '/.bash_profile', '/x/fish/config.fish'])
+
+
+# ==============================================================================
 # HTTP server
 # ==============================================================================
 
@@ -5467,6 +5764,8 @@ class PretendAnthropic:
 
     def __init__(self, test):
         self.limited = set()
+        self.refused = set()          # key ids that get a 401
+        self.fields = ''              # more header lines of every answer
         self.limits = lambda body: False      # requests that any key answers with 429
         self.seen = []                # [(key id, method, path, body), ...]
         self.gone = threading.Event() # a client of ours left in the middle of an answer
@@ -5501,7 +5800,10 @@ class PretendAnthropic:
         return True
 
     def _answer(self, key, path, body):
-        fields = 'request-id: req_upstream\r\ncontent-type: application/json\r\n'
+        fields = f'request-id: req_upstream\r\ncontent-type: application/json\r\n{self.fields}'
+        if key in self.refused:
+            error = json.dumps(api_error('authentication_error', 'bad key')).encode()
+            return plain_answer(error, '401 Unauthorized', fields)
         if key in self.limited or body and self.limits(body):
             error = json.dumps(api_error('rate_limit_error', 'slow down')).encode()
             return plain_answer(error, '429 Too Many Requests', fields + 'retry-after: 3000\r\n')
@@ -5856,29 +6158,25 @@ class ServiceTest(ProgramTest):
         document['profiles'] = {name: {'port': port} for name, port in ports.items()}
         return document
 
-    def free_port(self):
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            return sock.getsockname()[1]
-
     def health(self, port):
         return self.send('GET', '/health', port=port, host='localhost').json
 
     def test_profiles_appear_move_and_vanish_with_the_file(self):
-        one, two = self.free_port(), self.free_port()
+        one, two = free_port(), free_port()
         self.reload(self.profiles(default=one, second=two))
         self.assertEqual(self.app.ports(), {'default': one, 'second': two})
         self.assertEqual(self.health(two)['status'], 'ok')
         self.reload(self.profiles(default=one))
         with self.assertRaises(ConnectionRefusedError):
             self.health(two)
-        moved = self.free_port()
+        moved = free_port()
         self.reload(self.profiles(default=moved))
         self.assertEqual(self.health(moved)['profiles'][0]['port'], moved)
         self.reload(self.profiles(renamed=moved))
         self.assertEqual(self.health(moved)['profiles'][0]['name'], 'renamed')
 
     def test_a_running_answer_survives_the_end_of_its_profile(self):
-        port = self.free_port()
+        port = free_port()
         self.reload(self.profiles(default=self.port, second=port))
         self.anthropic.hold = threading.Event()
         answers = queue.Queue()
@@ -5905,7 +6203,7 @@ class ServiceTest(ProgramTest):
             self.assertEqual(self.app.ports(), {'default': self.port})
 
     def test_profiles_may_swap_their_ports(self):
-        one, two = self.free_port(), self.free_port()
+        one, two = free_port(), free_port()
         self.reload(self.profiles(default=one, second=two))
         self.reload(self.profiles(default=two, second=one))
         self.assertEqual((self.app.ports(), self.app.port_problems), ({'default': two, 'second': one}, {}))
@@ -5966,71 +6264,120 @@ class ServiceTest(ProgramTest):
 
 
 # ==============================================================================
-# Autostart
+# Doctor
 # ==============================================================================
 
-ODD_PATHS = ('/home/me/plain', '/home/me/with space/and "quotes"', "/it's/100%/a & b", '/b\u00fcro/\u4e16\u754c', '/back\\slash/$HOME/x;y')
+class DoctorTest(ProgramTest):
+    def setUp(self):
+        super().setUp()
+        os.environ['SHELL'] = '/bin/zsh'
+        patch = mock.patch('shutil.which', return_value=None)
+        patch.start()
+        self.addCleanup(patch.stop)
 
+    def findings(self, path=None):
+        return list(cf.diagnose(path or self.path))
 
-class AutostartTest(ScratchTest):
-    def test_what_launchd_reads_back_is_what_was_meant(self):
-        for path in ODD_PATHS:
-            command = ['/usr/bin/python3', f'{path}/claude_failover.py', '--config', f'{path}/config.json', 'start']
-            read = plistlib.loads(cf.launchd_plist(command, {'SSL_CERT_FILE': path}, f'{path}/out'))
-            self.assertEqual((read['ProgramArguments'], read['EnvironmentVariables'], read['StandardErrorPath']),
-                             (command, {'SSL_CERT_FILE': path}, f'{path}/out'))
-            self.assertEqual((read['RunAtLoad'], read['KeepAlive'], read['ThrottleInterval']), (True, {'SuccessfulExit': False}, 10))
+    def wrong(self, *topics):
+        """[(topic, text), ...] of what is wrong, of some topics."""
+        return [(f.topic, f.text) for f in self.findings() if f.remedy and (not topics or f.topic in topics)]
 
-    def test_words_are_quoted_for_systemd(self):
-        for word, quoted in (('plain', '"plain"'), ('a b', '"a b"'), ('a"b', '"a\\"b"'), ('100%', '"100%%"'), ('a\\b', '"a\\\\b"'), ('$X', '"$$X"')):
-            self.assertEqual(cf.systemd_quoted(word, is_command=True), quoted)
-        self.assertEqual(cf.systemd_quoted('A=$X'), '"A=$X"')
+    def test_all_is_well_where_everything_is(self):
+        cf.ToolSetup(self.path).configure(cf.TOOLS[1], f'http://localhost:{self.port}')
+        pid_file = cf.PidFile(self.path)
+        pid_file.acquire()
+        self.addCleanup(pid_file.release)
+        findings = self.findings()
+        self.assertEqual([f for f in findings if f.remedy], [])
+        told = '\n'.join(f'{f.topic} {f.text}' for f in findings)
+        for words in (f'claude-failover {cf.VERSION}', 'config.json: 2 keys, 1 profile', f'pid {os.getpid()}', f'default: http://localhost:{self.port}',
+                      'anthropic:a (sk-ant-api...cdef): ready, 0 answers', f'zsh: uses http://localhost:{self.port}',
+                      f'{self.anthropic.url}: reached, 200', f'anthropic:b at {self.anthropic.url}/v1/models?limit=1: 200, the key is accepted'):
+            self.assertIn(words, told)
+        self.assertNotIn('0123456789', told)
+        self.assertEqual({(method, path) for _, method, path, _ in self.anthropic.seen}, {('HEAD', '/'), ('GET', '/v1/models?limit=1')})
 
-    @needs('/usr/bin/systemd-analyze')
-    def test_systemd_accepts_the_unit_whatever_its_paths(self):
-        for number, path in enumerate(ODD_PATHS):
-            folder = self.folder + path
-            os.makedirs(folder)
-            os.symlink(sys.executable, os.path.join(folder, 'python3'))
-            unit = os.path.join(self.folder, f'claude-failover-{number}.service')
-            with open(unit, 'wb') as file:
-                file.write(cf.systemd_unit([os.path.join(folder, 'python3'), f'{folder}/claude_failover.py', 'start'], {'SSL_CERT_FILE': path}))
-            done = subprocess.run(['/usr/bin/systemd-analyze', 'verify', '--user', '--man=no', unit], capture_output=True, text=True,
-                                  env={**os.environ, 'XDG_RUNTIME_DIR': self.folder}, timeout=60)
-            self.assertEqual((done.returncode, done.stderr.replace(self.folder, '')), (0, ''), path)
+    def test_what_is_wrong_is_found_with_its_remedy(self):
+        cf.ToolSetup(self.path).configure(cf.TOOLS[1], 'http://localhost:1')
+        document = make_document('a', anthropicBaseUrl=self.anthropic.url, queueWaitMS=1, **with_openai('o', openaiBaseUrl='http://localhost:9'))
+        document['keys']['e'] = {'token': 'env:NOT_SET'}
+        self.reload(document)
+        os.environ['SSL_CERT_FILE'] = '/nowhere'
+        self.anthropic.refused.add('a')
+        self.send()
+        wrong = dict(self.wrong())
+        self.assertIn('queueWaitMS is not known', wrong['configuration'])
+        self.assertIn('zsh: uses http://localhost:1', wrong['tool'])
+        self.assertIn('SSL_CERT_FILE=/nowhere', wrong['environment'])
+        self.assertEqual(wrong['server'], 'http://localhost:9: localhost: Connection refused')
+        self.assertEqual(self.wrong('key'), [('key', 'anthropic:e (env:NOT_SET): environment variable NOT_SET is not set'),
+                                             ('key', f'anthropic:a at {self.anthropic.url}/v1/models?limit=1: 401, bad key')])
+        self.stop()
+        self.assertIn('cooldown key=a reason=auth_failed', ' '.join(f.text for f in self.findings() if f.topic == 'log'))
+        self.assertIn(('proxy', 'not running'), self.wrong())
 
-    def test_the_interpreter_is_one_that_an_upgrade_does_not_take_away(self):
-        cellar = '/opt/homebrew/Cellar/python@3.12/3.12.4/bin/python3.12'
-        links = {'/opt/homebrew/opt/python@3.12/bin/python3.12': cellar, '/opt/homebrew/bin/python3': cellar, '/usr/bin/python3': '/usr/bin/python3.9'}
+    def test_a_clock_that_is_off_is_found(self):
+        for date, off_s in (('Tue, 14 Nov 2023 22:13:20 GMT', 0), ('Tue, 14 Nov 2023 22:03:20 GMT', 600), (None, 0), ('soon', 0)):
+            self.assertEqual(cf.clock_offset_s(date, START), off_s)
+        self.anthropic.fields = 'date: Tue, 14 Nov 2023 22:13:20 GMT\r\n'
+        self.assertIn('clock is', dict(self.wrong('clock'))['clock'])
 
-        def stable(executable, on_path, present):
-            return cf.stable_interpreter(executable, lambda name: on_path, lambda path: path in present, lambda path: links.get(path, path))
-        every = {cellar, *links}
-        for executable, on_path, present, expected in (
-                (cellar, None, every, '/opt/homebrew/opt/python@3.12/bin/python3.12'),
-                (cellar, '/opt/homebrew/bin/python3', every - {'/opt/homebrew/opt/python@3.12/bin/python3.12'}, '/opt/homebrew/bin/python3'),
-                (cellar, '/usr/bin/python3', {cellar, '/usr/bin/python3'}, cellar),
-                ('/usr/bin/python3.9', '/usr/bin/python3', {*every, '/usr/bin/python3.9'}, '/usr/bin/python3.9')):
-            self.assertEqual(stable(executable, on_path, present), expected)
+    def test_a_broken_configuration_and_a_taken_port_are_found(self):
+        self.stop()
+        self.write_config('{ broken')
+        self.assertIn('is not valid JSON', dict(self.wrong('configuration'))['configuration'])
+        taken = RawServer(self, lambda sock, number: None)
+        document = make_document('a', anthropicBaseUrl=self.anthropic.url)
+        document['profiles']['default']['port'] = taken.port
+        self.write_config(document)
+        self.assertEqual(self.wrong('port'), [('port', f'{taken.port} of profile default is taken by another program')])
 
-    def test_each_system_has_its_manager_with_absolute_paths_and_what_the_proxy_needs(self):
-        environ = {'HTTPS_PROXY': 'http://proxy:8080', 'SSL_CERT_FILE': '/ca.pem', 'PATH': '/bin', 'ANTHROPIC_API_KEY': 'secret'}
-        for platform, manager, end in (('darwin', 'launchd', 'Library/LaunchAgents/com.github.claude-failover.plist'),
-                                       ('linux', 'systemd', '.config/systemd/user/claude-failover.service'),
-                                       ('win32', 'Windows', 'autostart.cmd')):
-            found = cf.find_autostart('/c/config.json', environ, platform, '/home/me')
-            self.assertEqual((found.manager, found.path.startswith('/home/me/'), found.path.endswith(end)), (manager, True, True))
-            text = found.content.decode()
-            self.assertIn(SCRIPT, text)
-            self.assertIn('/c/config.json', text)
-            self.assertNotIn('secret', text)
-            if manager != 'Windows':
-                for value in ('http://proxy:8080', '/ca.pem', manager):
-                    self.assertIn(value, text)
-        moved = cf.find_autostart('/c', {'XDG_CONFIG_HOME': '/xdg'}, 'linux', '/home/me')
-        self.assertEqual(moved.path, '/xdg/systemd/user/claude-failover.service')
-        with self.assertRaisesRegex(cf.FailoverError, 'plan9'):
-            cf.find_autostart('/c', {}, 'plan9', '/home/me')
+    @needs('/proc')
+    def test_an_autostart_of_another_program_is_found(self):
+        autostart = cf.find_autostart(self.path)
+        cf.install_autostart(autostart)
+        self.assertEqual(self.wrong('autostart'), [])
+        cf.install_autostart(autostart._replace(content=autostart.content.replace(b'claude_failover.py', b'moved.py')))
+        self.assertIn('another program', self.wrong('autostart')[0][1])
+        plist = cf.find_autostart('/c', {}, 'darwin', '/home/me')
+        self.assertEqual(cf.start_commands(plist, plist.content)[1:], [SCRIPT, '--config', '/c', 'start'])
+
+    def test_each_servers_answer_to_a_key_is_judged(self):
+        def tested(key, config=self.app.store.current):
+            near, far = socket.socketpair()
+            with near, far:
+                return cf.test_key(config, key, upstream, cf.Exchange(near))
+        upstream = cf.Upstream()
+        self.addCleanup(upstream.close_idle)
+        anthropic = self.app.store.current.keys['anthropic:a']
+        for status, is_valid in (('200 OK', True), ('401 Unauthorized', False), ('403 Forbidden', False), ('404 Not Found', True),
+                                 ('429 Too Many Requests', True), ('500 Internal Server Error', False)):
+            body = json.dumps(api_error('x', f'about {token_of("a")}')).encode()
+            server = RawServer(self, lambda sock, number, s=status, b=body: (read_request(sock), sock.sendall(plain_answer(b, s))))
+            outcome = tested(anthropic._replace(base_url=server.url))
+            self.assertEqual((outcome.is_valid, outcome.status), (is_valid, int(status[:3])))
+            self.assertNotIn('0123456789', outcome.message)
+        asked = []
+
+        def note(sock, number):
+            asked.append(read_request(sock)[0].decode())
+            sock.sendall(plain_answer(b'{}'))
+        url = RawServer(self, note).url
+        for provider, token, base_url, path, field in (
+                ('anthropic', 'sk-ant-oat01-x', f'{url}/prefix/v1', '/prefix/v1/models?limit=1', 'authorization: Bearer sk-ant-oat01-x'),
+                ('anthropic', 'sk-ant-api03-x', url, '/v1/models?limit=1', 'x-api-key: sk-ant-api03-x'),
+                ('openai', 'none', f'{url}/v1', '/v1/models', 'authorization: Bearer none'), ('openai', 'none', url, '/v1/models', 'Bearer'),
+                ('openai', 'none', f'{url}/v1/chat/completions', '/v1/models', 'Bearer')):
+            outcome = tested(anthropic._replace(provider=provider, token=token, base_url=base_url))
+            self.assertTrue(asked[-1].startswith(f'GET {path} HTTP/1.1\r\n'), asked[-1])
+            self.assertIn(field, asked[-1])
+            self.assertEqual(outcome.url, url + path)
+        config = self.app.store.current._replace(codex_base_url=f'{url}/codex')
+        tested(anthropic._replace(provider='openai', token=make_login(exp=4_000_000_000)), config)
+        self.assertTrue(asked[-1].startswith(f'GET /codex/models?client_version={cf.VERSION} '))
+        self.assertIn('chatgpt-account-id: acc-1', asked[-1])
+        self.assertEqual(tested(anthropic._replace(token='env:NOPE'))[:3], (False, 0, 'environment variable NOPE is not set'))
+        self.assertEqual(tested(anthropic._replace(base_url='http://localhost:9'))[:2], (False, 0))
 
 
 # ==============================================================================
@@ -6067,8 +6414,7 @@ class CommandLineTest(ScratchTest):
     def free_port_document(self, *keys, **changes):
         """A document with a fixed free port, so that other commands find the proxy."""
         document = make_document(*keys, **changes)
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            document['profiles']['default']['port'] = sock.getsockname()[1]
+        document['profiles']['default']['port'] = free_port()
         return document
 
     def test_keys_are_added_listed_and_removed_without_showing_a_token(self):
@@ -6339,7 +6685,6 @@ class CommandLineTest(ScratchTest):
         self.assertEqual(done.returncode, 0)
         self.assertIn('(systemctl: no bus); where it runs, do: systemctl --user daemon-reload && systemctl --user enable', done.stderr)
         self.assertEqual(cf.PidFile(self.path).holder(), pid)
-        self.assertEqual(self.run_command('setup').returncode, 2)
 
     @needs('/proc')
     def test_a_proxy_that_runs_by_hand_goes_over_to_the_manager(self):
@@ -6350,6 +6695,73 @@ class CommandLineTest(ScratchTest):
         self.assertIn(f'(pid {pid}) was stopped', done.stdout)
         self.assertEqual((done.returncode, done.stderr), (1, 'claude-failover: systemd did not start it: systemctl: broken\n'))
         self.assertIsNone(cf.PidFile(self.path).holder())
+
+    @needs('/proc')
+    def test_a_proxy_that_a_manager_started_is_restarted_by_it(self):
+        self.write_config(self.free_port_document('a'))
+        notes = self.pretend_systemctl('')
+        self.run_command('setup', '--autostart')
+        os.unlink(notes)
+        printed = self.run_with_proxy('restart', CLAUDE_FAILOVER_STARTED_BY='systemd')
+        self.assertEqual(printed, 'systemd has started it again.\n')
+        with open(notes) as file:
+            self.assertEqual(file.read(), '--user restart claude-failover.service\n')
+
+    def test_tools_are_set_up_and_given_back_by_command(self):
+        self.write_config({**self.free_port_document('a'), 'accessToken': 'open-sesame'})
+        port = self.read_config()['profiles']['default']['port']
+        zshrc = os.path.join(self.folder, '.zshrc')
+        with open(zshrc, 'w') as file:
+            file.write(f'export KEY={token_of("z")}\n')
+        dry = self.run_command('setup', '--dry-run', '--only', 'claude-code', 'zsh')
+        self.assertEqual((dry.returncode, dry.stderr), (0, ''))
+        self.assertIn(f"+export ANTHROPIC_BASE_URL='http://localhost:{port}'", dry.stdout)
+        for secret in ('sesame', '0123456789'):
+            self.assertNotIn(secret, dry.stdout)
+        done = self.run_command('setup', SHELL='/bin/zsh')
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        self.assertRegex(done.stdout, rf'zsh +~/.zshrc +now uses http://localhost:{port} \(in new terminals\)')
+        self.assertNotIn('fish', done.stdout)
+        self.assertIn('set ANTHROPIC_AUTH_TOKEN to it yourself', done.stdout)
+        self.assertIn('setup --undo', done.stdout)
+        self.assertIn(f'uses http://localhost:{port} already', self.run_command('setup', '--skip', 'bash').stdout)
+        self.write_config('{ broken')                 # no reason to be stuck
+        undone = self.run_command('setup', '--undo')
+        self.assertEqual((undone.returncode, undone.stderr), (0, ''))
+        with open(zshrc) as file:
+            self.assertEqual(file.read(), f'export KEY={token_of("z")}\n')
+
+    def test_setup_says_what_it_leaves_alone_and_goes_on_with_the_rest(self):
+        self.write_config(self.free_port_document('a'))
+        os.mkdir(os.path.join(self.folder, '.claude'))
+        with open(os.path.join(self.folder, '.claude', 'settings.json'), 'w') as file:
+            file.write('// mine')
+        os.mkdir(os.path.join(self.folder, '.cursor'))
+        done = self.run_command('setup', '--only', 'claude-code', 'zsh')
+        self.assertEqual(done.returncode, 1)
+        self.assertIn('Claude Code: ~/.claude/settings.json is not valid JSON', done.stderr)
+        self.assertRegex(done.stdout, 'zsh +~/.zshrc +now uses')
+        self.assertIn('Cursor cannot use a proxy on this machine', done.stdout)
+        for arguments, words in ((('--profile', 'nope'), "no profile 'nope'. There are: default"), (('--undo', '--autostart'), 'only one'),
+                                 (('--only', 'emacs'), 'invalid choice')):
+            done = self.run_command('setup', *arguments)
+            self.assertEqual((done.returncode, done.stdout), (2, ''))
+            self.assertIn(words, done.stderr)
+
+    def test_a_profile_whose_port_the_system_chose_is_set_up_while_it_runs(self):
+        self.write_config(make_document('a'))
+        self.assertIn('port 0', self.run_command('setup').stderr)
+        self.assertIn(f'http://localhost:{self.start()[1]} (in new', self.run_command('setup', '--only', 'zsh').stdout)
+
+    def test_completions_name_every_command(self):
+        for shell in ('bash', 'zsh', 'fish'):
+            printed = self.run_command('completion', shell).stdout
+            for command in cf.COMMANDS:
+                self.assertIn(command.name, printed)
+        check = ("source /dev/stdin; COMP_WORDS=(claude-failover doc); COMP_CWORD=1; "
+                 "compgen -W \"$(complete -p claude-failover | sed -E \"s/.*'(.*)'.*/\\1/\")\" doc")
+        done = subprocess.run(['bash', '-c', check], input=self.run_command('completion', 'bash').stdout, capture_output=True, text=True)
+        self.assertEqual((done.stdout, done.stderr), ('doctor\n', ''))
 
     def test_settings_are_read_and_written(self):
         self.write_config(make_document('a'))
@@ -6616,6 +7028,11 @@ console.log(JSON.stringify([plain.content[0].text, plain._request_id, streamed.c
 ''' % (NODE_SDK, OPUS)
 
 
+#: Claude Code calls nobody but the API then.
+QUIET_CLAUDE = {'DISABLE_AUTOUPDATER': '1', 'DISABLE_TELEMETRY': '1', 'DISABLE_ERROR_REPORTING': '1',
+                'CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC': '1'}
+
+
 class RealClientsTest(ProgramTest):
     """Claude Code and the official SDKs, through the proxy, with the first key at its limit."""
 
@@ -6648,8 +7065,7 @@ class RealClientsTest(ProgramTest):
         paths = [os.path.join(self.folder, name) for name in names]
         printed = self.run_client(
             [CLAUDE, '-p', ' and '.join(f'write {path}' for path in paths), '--output-format', 'json', '--allowedTools', 'Write'],
-            ANTHROPIC_BASE_URL=f'http://localhost:{self.port}', ANTHROPIC_AUTH_TOKEN='any', DISABLE_AUTOUPDATER='1',
-            DISABLE_TELEMETRY='1', DISABLE_ERROR_REPORTING='1', CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC='1')
+            ANTHROPIC_BASE_URL=f'http://localhost:{self.port}', ANTHROPIC_AUTH_TOKEN='any', **QUIET_CLAUDE)
         result = json.loads(printed)
         self.assertEqual((result['is_error'], result['result']), (False, 'Done: file written.'))
         for path in paths:
@@ -6686,6 +7102,31 @@ class RealClientsTest(ProgramTest):
         history = json.dumps(answered[-1]['messages'])
         self.assertIn('"call_1"', history)            # OpenAI's call is in what Claude sees
         self.assertNotIn('gAAAsealed', history)       # its sealed reasoning is not
+
+    @needs(CLAUDE)
+    def test_claude_code_works_after_add_key_setup_and_start_and_gets_its_files_back(self):
+        def run(*command, **environ):
+            done = subprocess.run([sys.executable, SCRIPT, *command], capture_output=True, text=True, timeout=60,
+                                  input=token_of('b'), env={**os.environ, **environ})
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stdout
+        self.path = os.path.join(self.folder, '.config', 'claude-failover', 'config.json')
+        self.write_config({'anthropicBaseUrl': self.anthropic.url, 'profiles': {'default': {'port': free_port()}}})
+        settings, task = os.path.join(self.folder, '.claude', 'settings.json'), os.path.join(self.folder, 'task.txt')
+        os.mkdir(os.path.dirname(settings))
+        before = '{\n  "cleanupPeriodDays": 20\n}\n'
+        with open(settings, 'w') as file:
+            file.write(before)
+        run('add-key', '-')
+        run('setup', '--only', 'claude-code')
+        run('start', '-d')
+        self.addCleanup(run, 'stop', '--now')
+        printed = self.run_client([CLAUDE, '-p', f'write {task}', '--output-format', 'json', '--allowedTools', 'Write'], **QUIET_CLAUDE)
+        self.assertEqual(json.loads(printed)['result'], 'Done: file written.')
+        self.assertTrue(os.path.exists(task))
+        run('setup', '--undo')
+        with open(settings) as file:
+            self.assertEqual(file.read(), before)
 
     @needs(CLAUDE)
     def test_claude_code_finishes_a_task_that_uses_tools(self):
