@@ -45,6 +45,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Failover                one request from its plan to its answer
     Autostart               the files by which launchd or systemd starts it at login
     Tool setup              how Claude Code and shells come to use the proxy, and undo
+    API                     what the dashboard and scripts ask for
     HTTP server             the guard, ROUTES, a listener for each profile
     Service                 the App: puts the parts together, reloads, stops
     Doctor                  what can be found out of a proxy and its surroundings
@@ -72,6 +73,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import select
@@ -182,6 +184,16 @@ MAX_LOG_LINES = 10_000
 LOG_DELAY_S = 0.05
 #: Requests that /health lists.
 RECENT_REQUESTS = 100
+#: The minutes of which the dashboard draws a picture, and the times to first byte kept of one.
+HISTORY_MINUTES = 60
+MAX_TTFBS = 500
+#: News that may wait for one dashboard: some seconds of a busy log.
+MAX_NEWS = 1000
+#: How often a dashboard hears of the state at the most, and of nothing at the least.
+STATUS_S = 1
+KEEP_ALIVE_S = 15
+#: How much of the log's end is read to show its last lines: some 1,000 of them.
+LOG_TAIL_BYTES = 512 * 1024
 
 HOP_BY_HOP = frozenset((
     'connection', 'keep-alive', 'proxy-authenticate', 'proxy-authorization', 'proxy-connection',
@@ -207,11 +219,13 @@ MODELS_PATH = '/v1/models'
 class FailoverError(Exception):
     """An error that knows how it is answered: to API clients with `status` and `type` in
     Anthropic's shape, on the command line with its text and `exit_status`.  What its text
-    quotes may be anything that a user typed: tokens in it are masked."""
+    quotes may be anything that a user typed: tokens in it are masked.  `details` go into the
+    answer's error too: `field` names what was wrong in a body."""
     status, type, exit_status = 500, 'api_error', 1
 
-    def __init__(self, message):
+    def __init__(self, message, **details):
         super().__init__(redact(message))
+        self.details = details
 
 
 class ConfigError(FailoverError):
@@ -233,8 +247,8 @@ class UsageError(FailoverError):
 
 class BadRequest(FailoverError):
     """A client's request that is refused before it is planned."""
-    def __init__(self, message, status=400, type='invalid_request_error'):
-        super().__init__(message)
+    def __init__(self, message, status=400, type='invalid_request_error', **details):
+        super().__init__(message, **details)
         self.status, self.type = status, type
 
 
@@ -266,9 +280,9 @@ class UpstreamUnreachable(Exception):
         self.reason, self.connected = reason, connected
 
 
-def error_json(type, message):
+def error_json(type, message, **details):
     """An error in Anthropic's shape, as bytes."""
-    error = {'type': 'error', 'error': {'type': type, 'message': message}}
+    error = {'type': 'error', 'error': {'type': type, 'message': message, **details}}
     return json.dumps(error).encode()
 
 
@@ -449,6 +463,7 @@ class Key(NamedTuple):
     base_url: str | None = None
     api: str | None = None    # of an OpenAI key: its wire format, instead of openaiApi
     model_mapping: dict = {}  # of an OpenAI key: asked before the profile's and the general one
+    added_at: str | None = None
 
     def __repr__(self):       # a traceback must not show the token
         return f'Key({self.ref})'
@@ -670,7 +685,7 @@ def setting_value(document, setting):
         # What may hold a password is not repeated.
         is_secret = setting.name == 'accessToken' or '@' in str(value) or '?' in str(value)
         shown = '' if is_secret else f', not {json.dumps(value)[:60]}'
-        raise ConfigError(f'{setting.name} {complaint}{shown}.')
+        raise ConfigError(f'{setting.name} {complaint}{shown}.', field=setting.name)
     return value
 
 
@@ -682,38 +697,40 @@ def parse_key(provider, field, id, entry):
     token = entry.get('token')
     if not isinstance(token, str) or not token.strip():
         raise ConfigError(f'{field} has no token: give it "token" (the secret, "env:NAME" or '
-                          '"file:PATH"), or take the key out of the file.')
+                          '"file:PATH"), or take the key out of the file.', field='token')
     token = token.strip()
     if not TOKEN.fullmatch(token) and not token.startswith('file:'):
         raise ConfigError(f'{field}.token holds a space or a character that no token has: '
-                          'copy it again.')
+                          'copy it again.', field='token')
     if token == 'env:' or token.startswith('file:') and token[5:6] not in ('/', '~'):
         raise ConfigError(f'{field}.token must name a variable ("env:NAME") or a whole path '
-                          '("file:/path" or "file:~/path").')
+                          '("file:/path" or "file:~/path").', field='token')
     for name, check in KEY_FIELD_CHECKS.items():
         check_field(field, entry, name, check)
     oauth = entry.get('type') in ('oauth', 'oauth_token')
     return Key(f'{provider}:{id}', id, provider, token, entry.get('label') or id, oauth,
-               entry.get('baseUrl'), entry.get('api'), entry.get('modelMapping') or {})
+               entry.get('baseUrl'), entry.get('api'), entry.get('modelMapping') or {},
+               entry.get('addedAt'))
 
 
 def check_field(field, entry, name, check):
     """Raises ConfigError for a wrong optional field; null is as good as absent."""
     complaint = None if entry.get(name) is None else check(entry[name])
     if complaint:
-        raise ConfigError(f'{field}.{name} {complaint}.')
+        raise ConfigError(f'{field}.{name} {complaint}.', field=name)
 
 
 def parse_profile(name, entry, keys):
     field = f'profiles.{printable(name)}'
     if not name or len(name) > 64 or not name.isprintable():
-        raise ConfigError(f'{field}: a profile\'s name must have 1 to 64 printable characters.')
+        raise ConfigError(f'{field}: a profile\'s name must have 1 to 64 printable characters.',
+                          field='name')
     if not isinstance(entry, dict):
         raise ConfigError(f'{field} must be an object with a "port".')
     port = entry.get('port')
     if not is_whole(port) or not 0 <= port <= 65535:
         raise ConfigError(f'{field}.port must be a number from 1 to 65535 without quotes '
-                          f'(0: any free one), not {json.dumps(port)[:60]}.')
+                          f'(0: any free one), not {json.dumps(port)[:60]}.', field='port')
     check_field(field, entry, 'openaiModelMapping', check_model_map)
     return Profile(name, port, tuple(parse_order(field, entry, keys)),
                    entry.get('openaiModelMapping') or {})
@@ -738,7 +755,7 @@ def parse_order(field, entry, keys):
 def order_list(field, value):
     complaint = check_texts(value)
     if complaint:
-        raise ConfigError(f'{field} {complaint}.')
+        raise ConfigError(f'{field} {complaint}.', field=field.rpartition('.')[2])
     return value
 
 
@@ -749,7 +766,8 @@ def refuse_missing(field, names, known, prefix=''):
         meant = ' or '.join(f'"{ref}"' for ref in known if ref.partition(':')[2] == name)
         remedy = (f'write {meant}' if meant else
                   'add that key, or take the name out of the order')
-        raise ConfigError(f'{field} names {printable(name)!r}, which is no key: {remedy}.')
+        raise ConfigError(f'{field} names {printable(name)!r}, which is no key: {remedy}.',
+                          field=field.rpartition('.')[2])
 
 
 def refuse_shared_ports(profiles):
@@ -758,7 +776,8 @@ def refuse_shared_ports(profiles):
         other = seen.setdefault(profile.port, profile) if profile.port else profile
         if other is not profile:
             raise ConfigError(f'profiles.{profile.name}.port is {profile.port}, which profile '
-                              f'{other.name} has already: give each its own port.')
+                              f'{other.name} has already: give each its own port.',
+                              field='port')
 
 
 def dump_config(config):
@@ -778,16 +797,9 @@ def add_key(config, provider, token, label, added_at, base_url=None):
 
     Raises ConfigError when the token is there already or cannot be one.
     """
-    token = token.strip()
-    if not token:
-        raise ConfigError('The token is empty: nothing was added.')
-    for key in config.keys.values():
-        if key.token == token:
-            raise ConfigError(f'This token is there already, as key {key.id}.')
-    refuse_foreign_token(provider, token, base_url)
-    if SECRET.search(label):
-        raise ConfigError('The label looks like a token: the token comes first, then the label.')
-    document = copy.deepcopy(config.document)
+    token = new_token(config, provider, token, base_url)
+    refuse_token_as_label(label)
+    document = document_with_profiles(config)
     entries = document.get(KEY_FIELDS[provider]) or {}
     document[KEY_FIELDS[provider]] = entries
     if provider == OPENAI and not entries:
@@ -797,23 +809,36 @@ def add_key(config, provider, token, label, added_at, base_url=None):
                    'addedAt': added_at}
     if base_url:
         entries[id]['baseUrl'] = base_url
-    profiles = document.get('profiles') or {'default': {'port': DEFAULT_PORT}}
-    document['profiles'] = profiles
-    for name, profile in profiles.items():
+    for name, profile in document['profiles'].items():
         append_to_orders(profile, config.profiles[name].order, provider, id)
     edited = parse_config(document)
     return edited, edited.keys[f'{provider}:{id}']
 
 
-def refuse_foreign_token(provider, token, base_url):
+def new_token(config, provider, token, base_url):
+    """A token that may become a key's.  Raises ConfigError when it is there already, or is
+    another provider's."""
+    token = token.strip()
+    if not token:
+        raise ConfigError('The token is empty: nothing was changed.', field='token')
+    for key in config.keys.values():
+        if key.token == token:
+            raise ConfigError(f'This token is there already, as key {key.id}.', field='token')
     is_anthropic = token.startswith('sk-ant-')
     if provider == OPENAI and is_anthropic and not base_url:
-        raise ConfigError('This is an Anthropic token ("sk-ant-"): add it with add-key.')
+        raise ConfigError('This is an Anthropic token ("sk-ant-"): add it with add-key.',
+                          field='token')
     if provider == OPENAI or base_url or is_anthropic or token.startswith(('env:', 'file:')):
-        return
+        return token
     raise ConfigError('An Anthropic token begins with "sk-ant-" (or is "env:NAME" or '
                       '"file:PATH"); a key for another server needs --base-url, an OpenAI token '
-                      'add-openai-key.')
+                      'add-openai-key.', field='token')
+
+
+def refuse_token_as_label(label):
+    if SECRET.search(label):
+        raise ConfigError('The label looks like a token: the token comes first, then the label.',
+                          field='label')
 
 
 def token_type(provider, token):
@@ -839,8 +864,9 @@ def append_to_orders(profile, order, provider, id):
 
 def free_id(label, taken):
     base = re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')[:40] or 'key'
-    candidates = [base, *(f'{base}-{n}' for n in range(2, len(taken) + 3))]
-    return next(id for id in candidates if id not in taken)
+    candidates = [base, *(f'{base}-{n}' for n in range(2, len(taken) + 4))]
+    # An address of the API ends in `reorder`, where others have an id.
+    return next(id for id in candidates if id not in taken and id != 'reorder')
 
 
 def remove_key(config, key_id):
@@ -863,6 +889,114 @@ def remove_key(config, key_id):
     return parse_config(document)
 
 
+def edit_key(config, ref, changes):
+    """The Config in which a key has another label, token or baseUrl: {'label': 'Work', ...};
+    None takes a base URL away.  Raises UnknownKey, ConfigError."""
+    if ref not in config.keys:
+        raise UnknownKey(ref.partition(':')[2])
+    key = config.keys[ref]
+    document = copy.deepcopy(config.document)
+    entry = document[KEY_FIELDS[key.provider]][key.id]
+    entry.update({name: value for name, value in changes.items() if value is not None})
+    if changes.get('baseUrl', '') is None:
+        entry.pop('baseUrl', None)
+    if 'token' in changes:
+        others = config._replace(keys={r: k for r, k in config.keys.items() if r != ref})
+        entry['token'] = new_token(others, key.provider, changes['token'], entry.get('baseUrl'))
+        entry['type'] = token_type(key.provider, entry['token'])
+    refuse_token_as_label(changes.get('label') or '')
+    return parse_config(document)
+
+
+def add_profile(config, name, port=None, orders=None):
+    """The Config with another profile, on the next free port when none is given.  `orders`
+    may hold keyOrder, openaiKeyOrder or priorityOrder.  Raises ConfigError."""
+    refuse_profile_name(config, name)
+    ports = {profile.port for profile in config.profiles.values()}
+    free = next(p for p in range(max(ports | {DEFAULT_PORT}) + 1, 2 ** 20) if p not in ports)
+    document = document_with_profiles(config)
+    document['profiles'][name] = {'port': free if port is None else port, **(orders or {})}
+    return parse_config(document)
+
+
+def edit_profile(config, name, changes):
+    """The Config in which a profile has another name, port or order.  Raises UnknownProfile,
+    ConfigError."""
+    refuse_unknown_profile(config, name)
+    changes = dict(changes)
+    new_name = changes.pop('name', None) or name
+    if new_name != name:
+        refuse_profile_name(config, new_name)
+    document = document_with_profiles(config)
+    document['profiles'][name].update(changes)
+    document['profiles'] = {new_name if old == name else old: entry        # in its old place
+                            for old, entry in document['profiles'].items()}
+    return parse_config(document)
+
+
+def remove_profile(config, name):
+    """The Config without a profile.  Raises UnknownProfile, and ConfigError for the last one."""
+    refuse_unknown_profile(config, name)
+    if len(config.profiles) == 1:
+        raise ConfigError('The last profile cannot be removed: nothing would be served.')
+    document = document_with_profiles(config)
+    del document['profiles'][name]
+    return parse_config(document)
+
+
+def order_keys(config, name, provider, ids):
+    """The Config in which a profile has one provider's keys in this order, each at a place where
+    that provider had one.  Raises UnknownProfile, ConfigError."""
+    refuse_unknown_profile(config, name)
+    field = ORDER_FIELDS[provider]
+    refuse_missing(f'profiles.{printable(name)}.{field}', ids, config.keys, f'{provider}:')
+    named = [f'{provider}:{id}' for id in dict.fromkeys(ids)]
+    order = config.profiles[name].order
+    places = [ref for ref in order if ref.startswith(f'{provider}:')]
+    wanted = iter([*named, *(ref for ref in places if ref not in named)])
+    return order_profile(config, name,
+                         [next(wanted) if ref in places else ref for ref in order])
+
+
+def order_profile(config, name, refs):
+    """The Config in which a profile has this order of both providers.  Orders of one provider
+    are kept in step, for the Node program.  Raises UnknownProfile, ConfigError."""
+    refuse_unknown_profile(config, name)
+    document = document_with_profiles(config)
+    document['profiles'][name]['priorityOrder'] = list(refs)
+    edited = parse_config(document)
+    entry, order = document['profiles'][name], edited.profiles[name].order
+    for provider, field in ORDER_FIELDS.items():
+        entry[field] = [edited.keys[ref].id for ref in order
+                        if ref.startswith(f'{provider}:')]
+    return parse_config(document)
+
+
+class UnknownProfile(ConfigError):
+    status, type = 404, 'not_found_error'
+
+
+def refuse_unknown_profile(config, name):
+    if name not in config.profiles:
+        raise UnknownProfile(f'There is no profile {printable(name)!r}. There are: '
+                             f'{", ".join(map(printable, config.profiles))}.', field='profile')
+
+
+def refuse_profile_name(config, name):
+    if name in config.profiles:
+        raise ConfigError(f'There is a profile {printable(name)!r} already.', field='name')
+    if name == 'priority':            # an address of the API
+        raise ConfigError('A profile cannot be called priority: choose another name.',
+                          field='name')
+
+
+def document_with_profiles(config):
+    """A copy of the document in which the default profile is spelt out."""
+    document = copy.deepcopy(config.document)
+    document['profiles'] = document.get('profiles') or {'default': {'port': DEFAULT_PORT}}
+    return document
+
+
 def change_settings(config, changes):
     """The Config with other top-level settings, {name: value}; None brings back a default.
 
@@ -873,7 +1007,7 @@ def change_settings(config, changes):
     for name, value in changes.items():
         if name not in known:
             raise ConfigError(f'There is no setting {printable(name)[:60]!r}. '
-                              f'There are: {", ".join(sorted(known))}.')
+                              f'There are: {", ".join(sorted(known))}.', field=name)
         document[name] = value
         if value is None:
             del document[name]
@@ -1472,6 +1606,67 @@ def seconds_to_regained_access(answer):
     if not match:
         return None
     return parse_reset(f'{match.group(1)}T{match.group(2) or "00:00"}:00Z', answer.now)
+
+
+class Limit(NamedTuple):
+    """One rate limit as an answer's header fields told of it."""
+    name: str                 # '5h', '7d', 'requests', 'input tokens' ...
+    used: float               # 0 to 1
+    resets_s: float | None    # seconds from then
+    status: str | None        # 'allowed', 'allowed_warning', 'rejected' of the unified ones
+
+
+LIMIT_FIELD = re.compile(
+    r'anthropic-ratelimit-unified-(?P<unified>.+)-utilization|'
+    r'anthropic-ratelimit-(?P<plain>(?!unified).+)-remaining|'
+    r'x-ratelimit-remaining-(?P<openai>.+)|x-codex-(?P<codex>.+)-used-percent')
+
+
+def read_limits(headers, now):
+    """[Limit, ...] of Anthropic's, OpenAI's and Codex's header fields, in their order."""
+    limits = []
+    for field, value in headers.items():
+        match = LIMIT_FIELD.fullmatch(field)
+        if match:
+            with contextlib.suppress(ValueError, ZeroDivisionError):      # an unreadable number
+                limits.append(READ_LIMIT[match.lastgroup](headers, match.group(match.lastgroup),
+                                                          float(value), now))
+    return [limit for limit in limits if math.isfinite(limit.used)]
+
+
+def unified_limit(headers, name, used, now):
+    field = f'anthropic-ratelimit-unified-{name}-'
+    return Limit(name, used, parse_reset(headers.get(field + 'reset'), now),
+                 headers.get(field + 'status'))
+
+
+def plain_limit(headers, name, remaining, now):
+    field = f'anthropic-ratelimit-{name}-'
+    used = 1 - remaining / float(headers.get(field + 'limit', 0))
+    reset = parse_reset(headers.get(field + 'reset'), now)
+    return Limit(name.replace('-', ' '), used, reset, None)
+
+
+def openai_limit(headers, name, remaining, now):
+    used = 1 - remaining / float(headers.get(f'x-ratelimit-limit-{name}', 0))
+    return Limit(name, used, parse_duration(headers.get(f'x-ratelimit-reset-{name}')), None)
+
+
+def codex_limit(headers, name, percent, now):
+    field = f'x-codex-{name}-'
+    hours = float(headers.get(field + 'window-minutes', 0)) / 60
+    called = f'{hours / 24:g}d' if hours >= 48 else f'{hours:g}h' if hours else name
+    return Limit(called, percent / 100, parse_duration(headers.get(field + 'reset-after-seconds')),
+                 None)
+
+
+READ_LIMIT = {'unified': unified_limit, 'plain': plain_limit, 'openai': openai_limit,
+              'codex': codex_limit}
+
+
+def tells_limits(headers):
+    return any(name.startswith(('anthropic-ratelimit-', 'x-ratelimit-', 'x-codex-'))
+               for name in headers)
 
 
 def says(pattern):
@@ -3527,6 +3722,7 @@ class Cooling(NamedTuple):
     model: str | None      # None: every model
     until: float              # on this object's clock
     outcome: Outcome
+    length_s: float = 0
 
 
 class Ticket:
@@ -3570,7 +3766,7 @@ class Cooldowns:
             seconds = min(max(1, self._length_locked(slot, outcome, now)), limit_s)
             current = self._cooling.get(slot)
             if seconds > 0 and not (current and current.until >= now + seconds):
-                self._cooling[slot] = Cooling(key, slot[1], now + seconds, outcome)
+                self._cooling[slot] = Cooling(key, slot[1], now + seconds, outcome, seconds)
             self._prune_locked(now)
             self._wake_locked()
         return seconds
@@ -3732,6 +3928,51 @@ LEVELS = ('debug', 'info', 'warn', 'error')
 LINE_ENCODER = json.JSONEncoder(default=str)
 
 
+class Subscription:
+    """What one dashboard still has to hear: ('log', JSON text), ...  One that does not keep up
+    is given up, never waited for."""
+
+    def __init__(self):
+        self._news = queue.Queue(MAX_NEWS)
+        self.is_over = False
+
+    def offer(self, event, text):
+        try:
+            self._news.put_nowait((event, text))
+        except queue.Full:
+            self.is_over = True
+
+    def next(self, seconds):
+        """The next piece of news, or None when none comes in that time."""
+        try:
+            return self._news.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+
+class EventBus:
+    """Passes news on to the dashboards that are open; without one it costs a look."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self.subscriptions = ()       # replaced whole, so that publishers need no lock
+
+    def publish(self, event, text):
+        for subscription in self.subscriptions:
+            subscription.offer(event, text)
+
+    @contextlib.contextmanager
+    def subscription(self):
+        subscription = Subscription()
+        with self._lock:
+            self.subscriptions += (subscription,)
+        try:
+            yield subscription
+        finally:
+            with self._lock:
+                self.subscriptions = tuple(s for s in self.subscriptions if s is not subscription)
+
+
 class JsonLog:
     """One JSON object a line, rotated to PATH.1 at `max_bytes`.
 
@@ -3739,8 +3980,8 @@ class JsonLog:
     under one lock, would make all requests wait in line (a third of their throughput).
     """
 
-    def __init__(self, path, level='info', max_bytes=5_242_880, now=time.time):
-        self.path, self._now = path, now
+    def __init__(self, path, level='info', max_bytes=5_242_880, now=time.time, bus=None):
+        self.path, self._now, self._bus = path, now, bus or EventBus()
         self._lock = threading.Lock()             # held for appending and rotating
         self._lines = collections.deque(maxlen=MAX_LOG_LINES)
         self._has_lines = threading.Event()
@@ -3762,7 +4003,9 @@ class JsonLog:
         if LEVELS.index(level) < self._least:
             return
         record = {'time': utc_text(self._now()), 'level': level, 'event': event, **fields}
-        self._lines.append(redact(LINE_ENCODER.encode(record)).encode() + b'\n')
+        line = redact(LINE_ENCODER.encode(record))
+        self._lines.append(line.encode() + b'\n')
+        self._bus.publish('log', line)
         if not self._is_started:
             self.flush()
         elif not self._has_lines.is_set():
@@ -3822,19 +4065,68 @@ class JsonLog:
         self.write('error', event, **fields)
 
 
-class Metrics:
-    """Counters since the start, and the last finished requests."""
+def last_lines(path, count):
+    """The last lines of a log, its rotated file's before its own; at most LOG_TAIL_BYTES."""
+    lines = []
+    for name in (path, path + '.1'):
+        with contextlib.suppress(OSError), open(name, 'rb') as file:       # none is there
+            start = max(0, os.path.getsize(name) - LOG_TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().splitlines()[bool(start):] + lines     # the first may be cut
+        if len(lines) >= count:
+            break
+    return lines[-count:]
+
+
+class Minute:
+    """What finished in one minute."""
 
     def __init__(self):
+        self.counts = collections.Counter()
+        self.ttfbs_ms = []            # as far as MAX_TTFBS
+
+    def add(self, record):
+        self.counts[record['outcome']] += 1
+        self.counts['rescued'] += is_rescued(record)
+        if 'ttfb_ms' in record and len(self.ttfbs_ms) < MAX_TTFBS:
+            self.ttfbs_ms.append(record['ttfb_ms'])
+
+    def told(self):
+        counts = {name: self.counts[name] for name in (*OUTCOMES, 'rescued')}
+        ordered = sorted(self.ttfbs_ms)
+        if not ordered:
+            return counts
+        return {**counts, 'ttfb_p50_ms': ordered[len(ordered) // 2],
+                'ttfb_p95_ms': ordered[int(len(ordered) * 0.95)]}
+
+
+OUTCOMES = ('answered', 'failed', 'refused', 'client_gone')
+
+
+def is_rescued(record):
+    """Whether a request was answered only because another key or model, or a wait, helped."""
+    return record['outcome'] == 'answered' and bool(
+        len(record['attempts']) > 1 or record.get('fallback') or record.get('queued_ms'))
+
+
+class Metrics:
+    """Counters since the start, the last hour by minutes, the last finished requests, and what
+    each key's last answer told of its rate limits."""
+
+    def __init__(self, now=time.time):
+        self._now = now
         self._lock = threading.Lock()
         self._counts = collections.Counter()
         self._served_by = collections.Counter()     # key's ref -> answers
         self._recent = collections.deque(maxlen=RECENT_REQUESTS)
+        self._minutes = {}            # unix minute -> Minute, oldest first
+        self._limits = {}             # key's ref -> (unix seconds, header fields)
 
     def finished(self, record):
         """Counts one finished request; `record` is what the log line says of it."""
         attempts = record['attempts']
         keys = {(attempt['provider'], attempt['key']) for attempt in attempts}
+        minute = int(self._now() // 60)
         with self._lock:
             counts = self._counts
             counts['requests'] += 1
@@ -3847,24 +4139,54 @@ class Metrics:
             if record.get('key'):
                 self._served_by[f'{record.get("provider")}:{record["key"]}'] += 1
             self._recent.append(record)
+            if minute not in self._minutes:
+                self._minutes[minute] = Minute()
+                if len(self._minutes) > HISTORY_MINUTES:
+                    del self._minutes[next(iter(self._minutes))]
+            self._minutes[minute].add(record)
+
+    def note_limits(self, ref, headers):
+        """Keeps an answer's header fields, if they tell of rate limits; read when asked for."""
+        if tells_limits(headers):
+            self._limits[ref] = self._now(), headers
+
+    def limits(self, ref):
+        """(unix seconds of the answer, [Limit, ...]) for a key; (None, []) without one."""
+        noted, headers = self._limits.get(ref, (None, {}))
+        return noted, read_limits(headers, noted)
 
     def snapshot(self):
         """{'requests': 3, 'answered': 2, ..., 'by_key': {...}} and the recent, newest first."""
-        names = ('requests', 'answered', 'failed', 'refused', 'client_gone', 'rotations',
-                 'fallbacks', 'queued', 'input_tokens', 'output_tokens')
+        names = ('requests', *OUTCOMES, 'rotations', 'fallbacks', 'queued', 'input_tokens',
+                 'output_tokens')
         with self._lock:
             counts = {name: self._counts[name] for name in names}
-            return {**counts, 'by_key': dict(self._served_by)}, list(reversed(self._recent))
+            by_key, recent = dict(self._served_by), list(reversed(self._recent))
+        by_provider = collections.Counter()
+        for ref, count in by_key.items():
+            by_provider[ref.partition(':')[0]] += count
+        return {**counts, 'by_key': by_key, 'by_provider': dict(by_provider)}, recent
+
+    def history(self):
+        """[{'minute': unix seconds, 'answered': 5, ...}, ...] of the last hour's minutes in which
+        something finished."""
+        first = int(self._now() // 60) - HISTORY_MINUTES
+        with self._lock:
+            return [{'minute': minute * 60, **of_minute.told()}
+                    for minute, of_minute in self._minutes.items() if minute > first]
 
 
 class Journal:
-    """The log and the counters together: where a finished request is told."""
+    """The log, the counters and the dashboards together: where a finished request is told."""
 
-    def __init__(self, log, metrics):
-        self.log, self.metrics = log, metrics
+    def __init__(self, log, metrics, bus=None, now=time.time):
+        self.log, self.metrics, self._bus, self._now = log, metrics, bus or EventBus(), now
 
     def finished(self, record):
+        record = {'time': utc_text(self._now()), **record}
         self.metrics.finished(record)
+        if self._bus.subscriptions:
+            self._bus.publish('request', redact(LINE_ENCODER.encode(record)))
         level = 'warn' if record['outcome'] == 'failed' else 'info'
         self.log.write(level, 'request', **record)
 
@@ -4686,6 +5008,15 @@ def find_target(config, key, token, model):
     return Target(key.api or config.openai_api, base_url, model, is_openai=is_openai)
 
 
+def server_of(config, key):
+    """The base URL to which a key's requests go; without its token the one for API keys."""
+    try:
+        token = read_token(key.token)
+    except TokenUnavailable:
+        token = ''
+    return find_target(config, key, token, None).base_url
+
+
 class UpstreamRequest(NamedTuple):
     """One attempt as it is sent."""
     base: BaseUrl
@@ -5388,7 +5719,7 @@ class Failover:
             attempt = serving.plan[index]
             if serving.stopped or attempt.kind in serving.given_up:
                 continue
-            if serving.dead_ends and self._base_url(serving, attempt) in serving.dead_ends:
+            if serving.dead_ends and server_of(serving.config, attempt.key) in serving.dead_ends:
                 continue
             cooling = self._blocking(serving, attempt)
             if cooling and (serving.request.is_message or not cooling.outcome.rule.waits):
@@ -5399,14 +5730,6 @@ class Failover:
             if self._try(serving, attempt, self._is_alone(serving, attempt, index)):
                 return True
         return False
-
-    def _base_url(self, serving, attempt):
-        """Where an attempt goes; a token that cannot be read now goes nowhere."""
-        try:
-            token = read_token(attempt.key.token)
-        except TokenUnavailable:
-            token = ''
-        return find_target(serving.config, attempt.key, token, attempt.model).base_url
 
     def _is_alone(self, serving, attempt, index):
         """Whether no later attempt with this model could be made now."""
@@ -5475,7 +5798,7 @@ class Failover:
 
     def _note_dead_end(self, serving, attempt, rule):
         """Another key of an unreachable host would fail alike; a reset gets one more try."""
-        base_url = self._base_url(serving, attempt)
+        base_url = server_of(serving.config, attempt.key)
         if rule is RESET:
             serving.resets[base_url] = serving.resets.get(base_url, 0) + 1
         if rule is UNREACHABLE or serving.resets.get(base_url, 0) > 1:
@@ -5619,6 +5942,8 @@ class Failover:
 
     def _classify(self, serving, attempt, upstream, status=None, error=NO_ERROR):
         request, is_openai = serving.request, attempt.key.provider == OPENAI
+        if attempt.key.id != CLIENT_REF:
+            self._journal.metrics.note_limits(attempt.key.ref, upstream.headers)
         answer = Answer(
             status or upstream.status, upstream.headers, error.type, error.message, self._now(),
             request.path, attempt.model, attempt.model != request.body.model, error.details)
@@ -6171,6 +6496,8 @@ class Autostart(NamedTuple):
     enable: tuple
     disable: tuple
     restart: tuple
+    at_login: tuple           # into force from the next login on, and out of it then: what runs
+    not_at_login: tuple       # goes on
     hint: str = ''
 
 
@@ -6242,7 +6569,8 @@ def launchd_autostart(home, command, environment, output):
     return Autostart('launchd', path, launchd_plist(command, environment, output),
                      (('launchctl', 'print', domain),),
                      (('launchctl', 'bootstrap', domain, path),), (out,),
-                     (('launchctl', 'kickstart', '-k', f'{domain}/{LAUNCHD_LABEL}'),))
+                     (('launchctl', 'kickstart', '-k', f'{domain}/{LAUNCHD_LABEL}'),),
+                     (), ())          # it reads the folder at each login
 
 
 def systemd_autostart(folder, command, environment):
@@ -6254,6 +6582,8 @@ def systemd_autostart(folder, command, environment):
         ((*systemctl, 'daemon-reload'),), ((*systemctl, 'enable', '--now', SYSTEMD_UNIT),),
         ((*systemctl, 'disable', '--now', SYSTEMD_UNIT),),
         ((*systemctl, 'restart', SYSTEMD_UNIT),),
+        ((*systemctl, 'daemon-reload'), (*systemctl, 'enable', SYSTEMD_UNIT)),
+        ((*systemctl, 'disable', SYSTEMD_UNIT),),
         'It starts when you log in; to have it run without that: loginctl enable-linger')
 
 
@@ -6262,11 +6592,10 @@ def windows_autostart(home, command):
     import subprocess
     path = os.path.join(home, '.config', PROGRAM, 'autostart.cmd')
     line = f'@{subprocess.list2cmdline(command)}\r\n'
-    return Autostart(
-        'Windows', path, line.encode(), (),
-        (('schtasks', '/Create', '/F', '/SC', 'ONLOGON', '/TN', PROGRAM, '/TR', path),),
-        (('schtasks', '/Delete', '/F', '/TN', PROGRAM),),
-        (('schtasks', '/Run', '/TN', PROGRAM),))
+    create = (('schtasks', '/Create', '/F', '/SC', 'ONLOGON', '/TN', PROGRAM, '/TR', path),)
+    delete = (('schtasks', '/Delete', '/F', '/TN', PROGRAM),)
+    return Autostart('Windows', path, line.encode(), (), create, delete,
+                     (('schtasks', '/Run', '/TN', PROGRAM),), create, delete)
 
 
 def is_installed(autostart):
@@ -6741,10 +7070,10 @@ def describe_undo(change):
 
 
 # ==============================================================================
-# HTTP server
+# API
 # ==============================================================================
-# Loopback is no boundary: any web page can send requests here.  So every request passes the
-# guard first, whatever its path.
+# What the dashboard and scripts ask for.  The addresses and the names of the Node program are
+# kept, so that its scripts go on working.  No answer holds a token.
 
 class Call(NamedTuple):
     """One request to a route."""
@@ -6755,16 +7084,35 @@ class Call(NamedTuple):
     profile_name: str
     connection: ClientConnection
 
-    def send_json(self, status, value):
+    def send_json(self, status, value, fields=()):
         data = json.dumps(value, indent=2).encode() + b'\n'
-        self.response.send(status, [JSON_TYPE, *OWN_FIELDS], data)
+        self.response.send(status, [JSON_TYPE, *OWN_FIELDS, *fields], data)
 
-    def json(self):
+    def raw_json(self):
         """The body as a JSON object; {} when it is empty.  Raises BadRequest."""
         try:
             return loads_object(self.body) if self.body else {}
         except ValueError as error:
             raise BadRequest(f'The body must be a JSON object: {error}.') from error
+
+    def json(self, **checks):
+        """The body's fields that `checks` names, {name: value}; those that are null or absent
+        are left out.  Raises BadRequest naming the field that is wrong or not known."""
+        body = self.raw_json()
+        for name, value in body.items():
+            if name not in checks:
+                known = ', '.join(checks) or 'none'
+                raise BadRequest(f'There is no field {printable(name)[:60]!r} here; there are: '
+                                 f'{known}.', field=name)
+            complaint = None if value is None else checks[name](value)
+            if complaint:
+                raise BadRequest(f'{name} {complaint}.', field=name)
+        return {name: value for name, value in body.items() if value is not None}
+
+    @property
+    def query(self):
+        """{name: its last value} of the target's query."""
+        return dict(urllib.parse.parse_qsl(self.head.target.partition('?')[2]))
 
 
 #: On every answer of our own.
@@ -6772,6 +7120,557 @@ OWN_FIELDS = [('cache-control', 'no-store'), ('x-content-type-options', 'nosniff
               ('x-frame-options', 'DENY'), ('content-security-policy', "default-src 'none'")]
 PLAIN_TEXT = ('content-type', 'text/plain; charset=utf-8')
 DASHBOARD_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'dashboard.html')
+
+
+def wanted_field(fields, name):
+    """A field of a body that must be there."""
+    if name not in fields:
+        raise BadRequest(f'{name} is missing.', field=name)
+    return fields[name]
+
+
+# -- pages -----------------------------------------------------------------------
+
+def show_start_page(call):
+    if 'text/html' in call.head.headers.get('accept', ''):    # a person
+        return redirect(call, '/dashboard')
+    text = (f'{PROGRAM} {VERSION} is running, profile {call.profile_name}.\n'
+            'Point ANTHROPIC_BASE_URL here; see /dashboard or /health for its state.\n')
+    return call.response.send(200, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
+
+
+def redirect(call, path, *fields):
+    call.response.send(303, [('location', path), *OWN_FIELDS, *fields])
+
+
+def show_dashboard(call):
+    """dashboard.html from beside this file, looked up anew each time; what to do without it."""
+    code = call.query.get('code')
+    if code is not None:
+        access_token = call.app.store.current.access_token
+        is_known = call.app.login_codes.use(code) and access_token
+        return redirect(call, '/dashboard', *([session_cookie(access_token)] if is_known else ()))
+    try:
+        with open(DASHBOARD_PATH, 'rb') as file:
+            page = file.read()
+    except OSError:
+        text = (f'The dashboard is a file of its own: put dashboard.html beside this program, as\n'
+                f'{DASHBOARD_PATH}\nWithout it, /health and `{RUN} status` tell the same.\n')
+        return call.response.send(404, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
+    fields = [field for field in OWN_FIELDS if field[0] != 'content-security-policy']
+    fields += [('content-type', 'text/html; charset=utf-8'), ('referrer-policy', 'no-referrer'),
+               ('content-security-policy', page_policy(page))]
+    return call.response.send(200, fields, page)
+
+
+def page_policy(page):
+    """A content security policy that lets only this page's own scripts and styles run."""
+    def sources(tag):
+        parts = re.findall(rb'<%b>(.*?)</%b>' % (tag, tag), page, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
+        return ' '.join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+    return (f"default-src 'none'; script-src {sources(b'script')}; style-src {sources(b'style')}; "
+            "connect-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
+            "form-action 'none'")
+
+
+# -- the access token, for a browser -----------------------------------------------
+
+SESSION_COOKIE = PROGRAM
+SESSION_S = 30 * 86400
+LOGIN_CODE_S = 60
+
+
+def session_value(access_token):
+    """What a browser shows instead of the access token: it tells nothing of it, and ends with
+    it."""
+    return hmac.new(access_token.encode(), b'dashboard', 'sha256').hexdigest()
+
+
+def session_cookie(access_token):
+    return ('set-cookie', f'{SESSION_COOKIE}={session_value(access_token)}; Path=/; HttpOnly; '
+                          f'SameSite=Strict; Max-Age={SESSION_S}')
+
+
+def has_session(headers, access_token):
+    """Whether a request carries the cookie of a dashboard that was let in."""
+    wanted = session_value(access_token).encode()
+    pairs = (pair.strip().partition('=') for pair in headers.get('cookie', '').split(';'))
+    return any(name == SESSION_COOKIE and hmac.compare_digest(value.encode('latin-1'), wanted)
+               for name, _, value in pairs)
+
+
+class LoginCodes:
+    """Codes by which a command lets a browser in, once: an address keeps no secret."""
+
+    def __init__(self, clock=time.monotonic):
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._codes = {}              # code -> until when it may be used
+
+    def make(self):
+        code = os.urandom(16).hex()
+        with self._lock:
+            now = self._clock()
+            self._codes = {c: until for c, until in self._codes.items() if until > now}
+            self._codes[code] = now + LOGIN_CODE_S
+        return code
+
+    def use(self, code):
+        """Whether a code is one of ours, and still good; it is not any more."""
+        with self._lock:
+            return self._codes.pop(code, -math.inf) > self._clock()
+
+
+def api_login(call):
+    access_token = call.app.store.current.access_token
+    token = wanted_field(call.json(token=check_text), 'token')
+    if not access_token:
+        return call.send_json(200, {'success': True})
+    if not hmac.compare_digest(token.encode(), access_token.encode()):
+        raise BadRequest('This is not the access token.', 401, 'authentication_error',
+                         field='token')
+    return call.send_json(200, {'success': True}, [session_cookie(access_token)])
+
+
+def api_login_code(call):
+    call.send_json(200, {'code': call.app.login_codes.make()})
+
+
+# -- what there is to see ------------------------------------------------------------
+
+def api_health(call):
+    call.send_json(200, call.app.health())
+
+
+#: The Node program's names of our counters.
+NODE_METRICS = {'total': 'requests', 'success': 'answered', 'failures': 'failed',
+                'retries': 'rotations', 'modelFallbacks': 'fallbacks', 'byKey': 'by_key'}
+
+
+def api_status(call):
+    status = full_status(call)
+    metrics = status['metrics']
+    metrics.update({name: metrics[ours] for name, ours in NODE_METRICS.items()})
+    call.send_json(200, {**status, 'uptime': status['uptime_s']})
+
+
+def full_status(call):
+    return {**call.app.health(), 'profile': call.profile_name,
+            'history': call.app.metrics.history()}
+
+
+def api_events(call):
+    """Server-sent events: the configuration and the state, then what changes, as it does."""
+    app, response = call.app, call.response
+    with app.bus.subscription() as subscription:
+        response.start(200, [*STREAM_FIELDS, *OWN_FIELDS[1:]])
+        response.write(sse_event('config', json.dumps(config_view(app.store.current))))
+        teller = StatusTeller(call)
+        response.write(teller.news())
+        while not (app.stopping or subscription.is_over):
+            news = subscription.next(STATUS_S)
+            data = sse_event(*news) if news else b''
+            response.write(data + teller.news())
+        response.finish()
+
+
+class StatusTeller:
+    """Tells one dashboard of the state: when it changed, and not more often than STATUS_S."""
+
+    def __init__(self, call, clock=time.monotonic):
+        self._call, self._clock = call, clock
+        self._told, self._told_at, self._looked_at = None, -math.inf, -math.inf
+
+    def news(self):
+        """The bytes of an event, of a comment that keeps the connection alive, or none."""
+        now = self._clock()
+        if now - self._looked_at < STATUS_S:
+            return b''
+        self._looked_at = now
+        status = full_status(self._call)
+        lasting = without_clocks(status)
+        if lasting == self._told and now - self._told_at < KEEP_ALIVE_S:
+            return b''
+        is_news, is_first = lasting != self._told, self._told is None
+        self._told, self._told_at = lasting, now
+        if not is_first:              # requests are told one by one
+            del status['recent']
+        return sse_event('status', json.dumps(status)) if is_news else b': \n\n'
+
+
+def without_clocks(status):
+    """A status without what changes by itself."""
+    cooldowns = [{name: value for name, value in cooldown.items()
+                  if name not in ('remaining_ms', 'until')} for cooldown in status['cooldowns']]
+    return {**status, 'uptime_s': None, 'cooldowns': cooldowns, 'recent': None}
+
+
+def sse_event(name, text):
+    return f'event: {name}\ndata: {text}\n\n'.encode()
+
+
+def api_logs(call):
+    """Query: count (100), level (the least that is wanted)."""
+    count, level = call.query.get('count', '100'), call.query.get('level', LEVELS[0])
+    if not re.fullmatch('[0-9]{1,5}', count):
+        raise BadRequest('count must be a number.', field='count')
+    if level not in LEVELS:
+        raise BadRequest(f'level must be one of {", ".join(LEVELS)}.', field='level')
+    call.app.log.flush()
+    records = []
+    for line in last_lines(call.app.log.path, int(count)) if int(count) else ():
+        with contextlib.suppress(ValueError):     # a line that is none of ours
+            record = loads_object(line)
+            if record.get('level') in LEVELS[LEVELS.index(level):]:
+                records.append(record)
+    call.send_json(200, {'logs': records})
+
+
+# -- cooldowns ---------------------------------------------------------------------
+
+def api_clear_cooldowns(call):
+    """Body: {} for all, {"key": ID} or {"key": ID, "model": NAME}."""
+    wanted = call.json(key=check_text, model=check_text)
+    refs = [None]
+    if wanted.get('key'):
+        keys = call.app.store.current.keys
+        refs = [ref for ref, key in keys.items() if wanted['key'] in (ref, key.id)]
+        if not refs:
+            raise UnknownKey(wanted['key'])
+    cleared = sum(call.app.cooldowns.clear(ref, wanted.get('model')) for ref in refs)
+    call.app.log.info('cooldowns_cleared', key=wanted.get('key'), model=wanted.get('model'),
+                      count=cleared)
+    call.send_json(200, {'success': True, 'cleared': cleared})
+
+
+# -- keys --------------------------------------------------------------------------
+# The first part of their addresses is '' for Anthropic's, 'openai-' for OpenAI's.
+
+PROVIDER_OF = {None: ANTHROPIC, 'openai-': OPENAI}
+
+
+def key_ref(kind, id):
+    return f'{PROVIDER_OF[kind]}:{urllib.parse.unquote(id)}'
+
+
+def key_view(call, ref):
+    """A key as the Node program showed it, with ours of it."""
+    told = next(key for key in call.app.health()['keys'] if key['ref'] == ref)
+    return {**told, 'success': True, 'masked': told['token'], 'addedAt': told['added_at'],
+            'requests': told['answers'], 'inCooldown': told['state'] in ('cooling', 'limited')}
+
+
+def api_list_keys(call, kind):
+    """Query: profile, in whose order they come."""
+    config, name = call.app.store.current, call.query.get('profile', call.profile_name)
+    refuse_unknown_profile(config, name)
+    prefix = f'{PROVIDER_OF[kind]}:'
+    call.send_json(200, {'keys': [key_view(call, ref) for ref in config.profiles[name].order
+                                  if ref.startswith(prefix)]})
+
+
+def api_add_key(call, kind):
+    fields = call.json(token=check_text, label=check_text, baseUrl=check_base_url)
+    added = []
+
+    def edit(config):
+        edited, key = add_key(config, PROVIDER_OF[kind], wanted_field(fields, 'token'),
+                              fields.get('label', ''), utc_text(time.time()),
+                              fields.get('baseUrl'))
+        added[:] = [key]
+        return edited
+    call.app.update(edit)
+    call.app.log.info('key_added', key=added[0].ref)
+    call.send_json(201, key_view(call, added[0].ref))
+
+
+def api_edit_key(call, kind, id):
+    ref, fields = key_ref(kind, id), call.json(token=check_text, label=check_text,
+                                               baseUrl=check_text)
+    if fields.get('baseUrl') == '':
+        fields['baseUrl'] = None      # back to the general one
+
+    def edit(config):
+        edited = edit_key(config, ref, fields)
+        refuse_unproved_tokens(config, edited, {ref: fields.get('token', '')})
+        return edited
+    call.app.update(edit)
+    call.app.log.info('key_changed', key=ref, fields=list(fields))
+    call.send_json(200, key_view(call, ref))
+
+
+def refuse_unproved_tokens(config, edited, tokens):
+    """A token goes to another server only where who says so knows it: otherwise whoever reaches
+    this API could have all tokens sent to his own.  `tokens` is {ref: token}."""
+    unproved = []
+    for ref, key in edited.keys.items():
+        before = config.keys.get(ref)
+        is_moved = before and before.token == key.token and (
+            server_of(config, before) != server_of(edited, key))
+        if is_moved and not knows_token(key, tokens.get(ref, '')):
+            unproved.append(ref)
+    if unproved:
+        raise BadRequest(f'Enter the token of {", ".join(unproved)} again: it would go to another '
+                         f'server. Or change it in the file, with {RUN} config set.',
+                         field='tokens', keys=unproved)
+
+
+def knows_token(key, token):
+    try:
+        return hmac.compare_digest(read_token(key.token).encode(), token.strip().encode())
+    except TokenUnavailable:
+        return False
+
+
+def api_remove_key(call, kind, id):
+    ref = key_ref(kind, id)
+    call.app.update(lambda config: remove_key(config, ref))
+    call.app.log.info('key_removed', key=ref)
+    call.send_json(200, {'success': True})
+
+
+def api_order_keys(call, kind):
+    field = ORDER_FIELDS[PROVIDER_OF[kind]]
+    fields = call.json(**{field: check_texts, 'profile': check_text})
+    name, ids = fields.get('profile', call.profile_name), wanted_field(fields, field)
+    call.app.update(lambda config: order_keys(config, name, PROVIDER_OF[kind], ids))
+    call.app.log.info('keys_ordered', profile=name)
+    call.send_json(200, {'success': True})
+
+
+def api_test_key(call, kind, id):
+    config, ref = call.app.store.current, key_ref(kind, id)
+    call.json()
+    if ref not in config.keys:
+        raise UnknownKey(urllib.parse.unquote(id))
+    with call.app.watcher.watching(Exchange(call.connection.sock)) as exchange:
+        tested = test_key(config, config.keys[ref], call.app.upstream, exchange)
+    call.app.log.info('key_tested', key=ref, status=tested.status, message=tested.message[:300])
+    call.send_json(200, {'id': config.keys[ref].id, 'valid': tested.is_valid,
+                         **tested._asdict()})
+
+
+# -- profiles ----------------------------------------------------------------------
+
+ORDER_CHECKS = {'keyOrder': check_texts, 'openaiKeyOrder': check_texts,
+                'priorityOrder': check_texts}
+PROFILE_CHECKS = {'name': check_text, 'port': whole_number(1, 'a port'), **ORDER_CHECKS}
+
+
+def profile_view(profile):
+    orders = {field: [ref.partition(':')[2] for ref in profile.order
+                      if ref.startswith(f'{provider}:')]
+              for provider, field in ORDER_FIELDS.items()}
+    return {'name': profile.name, 'port': profile.port, **orders,
+            'priorityOrder': list(profile.order)}
+
+
+def api_list_profiles(call):
+    profiles = call.app.store.current.profiles.values()
+    call.send_json(200, {'profiles': list(map(profile_view, profiles))})
+
+
+def api_add_profile(call):
+    fields = call.json(**PROFILE_CHECKS)
+    name, port = wanted_field(fields, 'name').strip(), fields.pop('port', None)
+    orders = {field: fields[field] for field in ORDER_CHECKS if field in fields}
+
+    def edit(config):
+        edited = add_profile(config, name, port, orders)
+        call.app.refuse_taken_port(edited.profiles[name].port)
+        return edited
+    config = call.app.update(edit)
+    call.app.log.info('profile_added', profile=name)
+    call.send_json(201, {'success': True, **profile_view(config.profiles[name])})
+
+
+def api_edit_profile(call, name):
+    name, fields = urllib.parse.unquote(name), call.json(**PROFILE_CHECKS)
+    new_name = fields.get('name', name)
+
+    def edit(config):
+        order = fields.pop('priorityOrder', None)
+        edited = edit_profile(config, name, fields)
+        if order is not None:
+            edited = order_profile(edited, new_name, order)
+        if edited.profiles[new_name].port != config.profiles[name].port:
+            call.app.refuse_taken_port(edited.profiles[new_name].port)
+        return edited
+    config = call.app.update(edit)
+    call.app.log.info('profile_changed', profile=name, fields=list(fields))
+    call.send_json(200, {'success': True, **profile_view(config.profiles[new_name])})
+
+
+def api_remove_profile(call, name):
+    name = urllib.parse.unquote(name)
+    if name == call.profile_name:
+        raise BadRequest(f'Profile {name} is the one by whose port you are here: remove it from '
+                         "another profile's dashboard.", 409)
+    call.app.update(lambda config: remove_profile(config, name))
+    call.app.log.info('profile_removed', profile=name)
+    call.send_json(200, {'success': True})
+
+
+def api_order_profile(call):
+    fields = call.json(profile=check_text, priorityOrder=check_texts)
+    name = fields.get('profile', call.profile_name)
+    order = wanted_field(fields, 'priorityOrder')
+    call.app.update(lambda config: order_profile(config, name, order))
+    call.app.log.info('profile_ordered', profile=name)
+    call.send_json(200, {'success': True})
+
+
+# -- settings ----------------------------------------------------------------------
+
+def setting_values(config):
+    """{name: value} of every setting, the access token masked."""
+    values = {setting.name: getattr(config, attribute_name(setting.name)) for setting in SETTINGS}
+    return {**values, 'accessToken': config.access_token and mask_token(config.access_token)}
+
+
+def config_view(config):
+    """What the dashboard knows of the configuration."""
+    fields = [{'name': s.name, 'default': s.default, 'unit': s.unit, 'help': s.help}
+              for s in SETTINGS]
+    return {'settings': setting_values(config), 'fields': fields,
+            'profiles': list(map(profile_view, config.profiles.values()))}
+
+
+def api_show_config(call):
+    call.send_json(200, setting_values(call.app.store.current))
+
+
+def api_change_config(call):
+    """Body: settings by name, null for a default; `tokens` where a base URL changes."""
+    changes = call.raw_json()
+    tokens = changes.pop('tokens', {})
+    if not isinstance(tokens, dict) or not all(isinstance(t, str) for t in tokens.values()):
+        raise BadRequest('tokens must be an object of texts.', field='tokens')
+
+    def edit(config):
+        edited = change_settings(config, changes)
+        refuse_unproved_tokens(config, edited, tokens)
+        return edited
+    config = call.app.update(edit)
+    call.app.log.info('config_changed', fields=list(changes))
+    # Who has just set an access token is not to be locked out by it.
+    access_token = config.access_token if 'accessToken' in changes else None
+    call.send_json(200, {'success': True, **setting_values(config)},
+                   [session_cookie(access_token)] if access_token else ())
+
+
+# -- the tools of this machine -------------------------------------------------------
+
+def api_setup_status(call):
+    setup = ToolSetup(call.app.store.path)
+    ours = own_values(call.app.store.current, call.app.ports())
+    tools = {state.tool.id: {
+        'name': state.tool.name, 'path': state.path, 'installed': state.is_found,
+        'configured': state.url in ours, 'url': state.url,
+        'note': state.problem and f'{tilde(state.path)} {state.problem}.'}
+        for state in setup.states()}
+    cursor = {'name': 'Cursor', 'path': None, 'installed': setup.has_cursor(), 'configured': False,
+              'url': None, 'note': CURSOR_NOTE}
+    call.send_json(200, {**tools, 'cursor': cursor, 'autostart': autostart_view(call)})
+
+
+def autostart_view(call):
+    view = {'name': 'Start at login', 'manager': None, 'path': None, 'installed': False,
+            'loaded': False, 'note': None}
+    try:
+        autostart = find_autostart(call.app.store.path)
+    except FailoverError as error:
+        return {**view, 'note': str(error)}
+    return {**view, 'manager': autostart.manager, 'path': autostart.path,
+            'installed': is_installed(autostart),
+            'loaded': os.environ.get(STARTED_BY) == autostart.manager}
+
+
+def api_setup(call, target):
+    """Sets up a tool, or with {"undo": true} gives its file back; {"profile": NAME}: with that
+    profile's port."""
+    fields = call.json(undo=check_switch, profile=check_text)
+    if target in LOGIN_ACTIONS:
+        return call.send_json(200, LOGIN_ACTIONS[target](call))
+    setup = ToolSetup(call.app.store.path)
+    tools = [tool for tool in TOOLS if tool.id == target]
+    if target == 'auto':
+        tools = [state.tool for state in setup.states() if state.is_found and not state.problem]
+    elif not tools:
+        known = ', '.join((*TOOL_IDS, 'auto', *LOGIN_ACTIONS))
+        raise BadRequest(f'There is no target {printable(target)[:60]!r}. There are: {known}.',
+                         404, 'not_found_error')
+    edit = undo_tool if fields.get('undo') else set_up_tool
+    name = fields.get('profile', call.profile_name)
+    actions = [edit(call, setup, tool, name) for tool in tools]
+    message = '\n'.join(action['message'] for action in actions)
+    call.app.log.info('setup', target=target, message=message)
+    return call.send_json(200, {
+        'success': True, 'changed': sum(action['changed'] for action in actions),
+        'message': message or 'No tool was found here that is not set up.', 'actions': actions})
+
+
+def set_up_tool(call, setup, tool, profile_name):
+    config = call.app.store.current
+    refuse_unknown_profile(config, profile_name)
+    port = call.app.ports().get(profile_name)
+    if not port:
+        raise BadRequest(f'Profile {profile_name} has no open port.', 409, field='profile')
+    url = local_url(port)
+    change = edit_tool(setup, tool, lambda: setup.configure(tool, url, config.access_token))
+    return tool_action(tool, change, describe_setup(change, url))
+
+
+def undo_tool(call, setup, tool, profile_name):
+    ours = own_values(call.app.store.current, call.app.ports())
+    change = edit_tool(setup, tool, lambda: setup.undo(tool, ours))
+    return tool_action(tool, change, describe_undo(change))
+
+
+def edit_tool(setup, tool, edit):
+    """A tool's file changed; what is wrong with it as an error for a reader of the page."""
+    try:
+        return edit()
+    except (OSError, ToolError) as error:
+        raise ToolError(f'{tool.name}: {tilde(tool.place(setup))} '
+                        f'{describe_tool_error(error)}.') from error
+
+
+def tool_action(tool, change, told):
+    return {'target': tool.id, 'changed': int(change.is_change),
+            'message': f'{tool.name}: {tilde(change.path)} {told}.'}
+
+
+def start_at_next_login(call):
+    autostart = find_autostart(call.app.store.path)
+    has_changed = install_autostart(autostart)
+    problem = run_commands(autostart.at_login)
+    message = f'{autostart.manager} starts it from the next login on.'
+    if problem:
+        message = (f'Wrote {tilde(autostart.path)}, but {autostart.manager} is not to be reached '
+                   f'here ({problem}).')
+    return {'success': True, 'changed': int(has_changed), 'message': message}
+
+
+def start_at_no_login(call):
+    autostart = find_autostart(call.app.store.path)
+    run_commands(autostart.not_at_login)          # without its file the manager knows it no more
+    has_changed = remove_autostart(autostart)
+    return {'success': True, 'changed': int(has_changed),
+            'message': 'It does not start at login any more; this one goes on.'}
+
+
+#: From here the running proxy is left as it is: it is what answers.
+LOGIN_ACTIONS = {'autostart': start_at_next_login, 'remove-autostart': start_at_no_login}
+
+
+# ==============================================================================
+# HTTP server
+# ==============================================================================
+# Loopback is no boundary: any web page can send requests here.  So every request passes the
+# guard first, whatever its path.
+
 LOCAL_NAMES = ('localhost', '127.0.0.1', '[::1]')
 
 
@@ -6794,9 +7693,14 @@ def guard(head, port, config):
         raise Forbidden('Requests from another site are refused.')
 
 
-def check_access(headers, access_token):
-    if access_token and not any(presents(headers.get(name, ''), access_token)
-                                for name in ('x-api-key', 'authorization')):
+def check_access(route, headers, access_token):
+    """Raises BadRequest where the access token is asked for and not presented."""
+    if route.is_open or not access_token:
+        return
+    if route.takes_session and has_session(headers, access_token):
+        return
+    if not any(presents(headers.get(name, ''), access_token)
+               for name in ('x-api-key', 'authorization')):
         raise BadRequest('The access token is missing or wrong: send it as x-api-key or Bearer '
                          '(the field "accessToken" of the configuration).', 401,
                          'authentication_error')
@@ -6814,62 +7718,8 @@ def check_content_type(head):
         raise BadRequest('The body must be sent with content-type: application/json.', 415)
 
 
-def show_start_page(call):
-    text = (f'{PROGRAM} {VERSION} is running, profile {call.profile_name}.\n'
-            'Point ANTHROPIC_BASE_URL here; see /dashboard or /health for its state.\n')
-    call.response.send(200, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
-
-
 def show_options(call):
     call.response.send(204, [('allow', ', '.join(METHODS)), *OWN_FIELDS])
-
-
-def show_dashboard(call):
-    """dashboard.html from beside this file, looked up anew each time; what to do without it."""
-    try:
-        with open(DASHBOARD_PATH, 'rb') as file:
-            page = file.read()
-    except OSError:
-        text = (f'The dashboard is a file of its own: put dashboard.html beside this program, as\n'
-                f'{DASHBOARD_PATH}\nWithout it, /health and `{RUN} status` tell the same.\n')
-        return call.response.send(404, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
-    fields = [field for field in OWN_FIELDS if field[0] != 'content-security-policy']
-    fields += [('content-type', 'text/html; charset=utf-8'), ('referrer-policy', 'no-referrer'),
-               ('content-security-policy', page_policy(page))]
-    call.response.send(200, fields, page)
-
-
-def page_policy(page):
-    """A content security policy that lets only this page's own scripts and styles run."""
-    def sources(tag):
-        parts = re.findall(rb'<%b>(.*?)</%b>' % (tag, tag), page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
-        return ' '.join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-    return (f"default-src 'none'; script-src {sources(b'script')}; style-src {sources(b'style')}; "
-            "connect-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
-            "form-action 'none'")
-
-
-def api_health(call):
-    call.send_json(200, call.app.health())
-
-
-def api_clear_cooldowns(call):
-    """Body: {} for all, {"key": ID} or {"key": ID, "model": NAME}."""
-    wanted = call.json()
-    for field in ('key', 'model'):
-        if not isinstance(wanted.get(field, ''), str):
-            raise BadRequest(f'{field} must be a text.')
-    refs = [None]
-    if wanted.get('key'):
-        keys = call.app.store.current.keys
-        refs = [ref for ref, key in keys.items() if wanted['key'] in (ref, key.id)]
-        if not refs:
-            raise UnknownKey(wanted['key'])
-    cleared = sum(call.app.cooldowns.clear(ref, wanted.get('model')) for ref in refs)
-    call.app.log.info('cooldowns_cleared', key=wanted.get('key'), model=wanted.get('model'),
-                      count=cleared)
-    call.send_json(200, {'cleared': cleared})
 
 
 def forward(call):
@@ -6882,32 +7732,59 @@ def forward(call):
 
 class Route(NamedTuple):
     methods: tuple
-    pattern: re.Pattern       # of the path, matched whole
+    pattern: re.Pattern       # of the path, matched whole; its groups are the answer's arguments
     answer: Callable
     is_open: bool = False     # answers without the access token
+    takes_session: bool = True        # or with the cookie of a dashboard
+
+
+def route(methods, pattern, answer, **options):
+    return Route(tuple(methods.split()), re.compile(pattern), answer, **options)
 
 
 ROUTES = (
-    Route(('OPTIONS',), re.compile(r'/.*'), show_options, is_open=True),
-    Route(METHODS, re.compile(r'/v1/.+'), forward),
-    Route(('HEAD', 'GET'), re.compile(r'/'), show_start_page, is_open=True),
-    Route(('HEAD', 'GET'), re.compile(r'/dashboard(/.*)?'), show_dashboard),
-    Route(('HEAD', 'GET'), re.compile(r'/health'), api_health),
-    Route(('POST',), re.compile(r'/api/cooldowns/clear'), api_clear_cooldowns),
+    route('OPTIONS', '/.*', show_options, is_open=True),
+    route(' '.join(METHODS), '/v1/.+', forward, takes_session=False),
+    route('HEAD GET', '/', show_start_page, is_open=True),
+    route('HEAD GET', '/dashboard(?:/.*)?', show_dashboard, is_open=True),
+    route('HEAD GET', '/health', api_health),
+    route('HEAD GET', '/api/status', api_status),
+    route('GET', '/api/events', api_events),
+    route('HEAD GET', '/api/logs', api_logs),
+    route('POST', '/api/login', api_login, is_open=True),
+    route('POST', '/api/login-code', api_login_code),
+    route('HEAD GET', '/api/(openai-)?keys', api_list_keys),
+    route('POST', '/api/(openai-)?keys', api_add_key),
+    route('PUT', '/api/(openai-)?keys/reorder', api_order_keys),
+    route('PUT', '/api/(openai-)?keys/([^/]+)', api_edit_key),
+    route('DELETE', '/api/(openai-)?keys/([^/]+)', api_remove_key),
+    route('POST', '/api/(openai-)?keys/([^/]+)/test', api_test_key),
+    route('HEAD GET', '/api/profiles', api_list_profiles),
+    route('POST', '/api/profiles', api_add_profile),
+    route('PUT', '/api/profiles/priority', api_order_profile),
+    route('PUT', '/api/profiles/([^/]+)', api_edit_profile),
+    route('DELETE', '/api/profiles/([^/]+)', api_remove_profile),
+    route('HEAD GET', '/api/config', api_show_config),
+    route('PUT', '/api/config', api_change_config),
+    route('POST', '/api/cooldowns/clear|/clear-cooldowns', api_clear_cooldowns),
+    route('HEAD GET', '/api/setup/status', api_setup_status),
+    route('POST', '/api/setup/([^/]+)', api_setup),
 )
 
 
 def find_route(head):
-    """The Route of a request.  Raises BadRequest: 404, or 405 where only the method is wrong."""
+    """(Route, its arguments) of a request.  Raises BadRequest: 404, or 405 where only the
+    method is wrong."""
     path = head.target.partition('?')[0]
-    known = None
-    for route in ROUTES:
-        if route.pattern.fullmatch(path):
-            if head.method in route.methods:
-                return route
-            known = route if route.methods != ('OPTIONS',) else known
-    if known:
-        raise BadRequest(f'{path} takes {" and ".join(known.methods)}.', 405)
+    methods = []
+    for candidate in ROUTES:
+        match = candidate.pattern.fullmatch(path)
+        if match and head.method in candidate.methods:
+            return candidate, match.groups()
+        if match and candidate.answer is not show_options:
+            methods += candidate.methods
+    if methods:
+        raise BadRequest(f'{path} takes {" and ".join(dict.fromkeys(methods))}.', 405)
     raise BadRequest(f'There is nothing at {printable(path)[:100]}; the API is below /v1/.', 404,
                      'not_found_error')
 
@@ -6930,12 +7807,13 @@ class Handler(socketserver.BaseRequestHandler):
                 return False
             response = ClientResponse(connection, head)
             profile_name = self.server.profile_name
-            route = self._admit(head, profile_name)
+            route, arguments = self._admit(head, profile_name)
             if 'expect' in head.headers and head.minor_version:
                 connection.send(b'HTTP/1.1 100 Continue\r\n\r\n')
             body = connection.read_body(head)
             was_read = True
-            route.answer(Call(self.server.app, head, body, response, profile_name, connection))
+            call = Call(self.server.app, head, body, response, profile_name, connection)
+            route.answer(call, *arguments)
         except FailoverError as error:
             self._refuse(connection, response, error, was_read)
         except ClientGone:
@@ -6950,18 +7828,17 @@ class Handler(socketserver.BaseRequestHandler):
         return response.keep_alive and not self.server.app.stopping
 
     def _admit(self, head, profile_name):
-        """The Route of a request that may be answered.  Raises BadRequest."""
+        """(Route, its arguments) of a request that may be answered.  Raises BadRequest."""
         config = self.server.app.store.current
         guard(head, self.server.server_port, config)
-        route = find_route(head)
-        if not route.is_open:
-            check_access(head.headers, config.access_token)
+        route, arguments = find_route(head)
+        check_access(route, head.headers, config.access_token)
         check_content_type(head)
         if head.length > MAX_BODY_BYTES:
             raise too_large()
         if profile_name not in config.profiles:
             raise BadRequest(f'The profile {profile_name} is gone.', 404, 'not_found_error')
-        return route
+        return route, arguments
 
     def _refuse(self, connection, response, error, was_read):
         if response.started:
@@ -6970,7 +7847,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.app.log.debug('refused', status=error.status, message=str(error))
         fields = [JSON_TYPE, ('request-id', new_request_id()), *OWN_FIELDS]
         try:
-            response.send(error.status, fields, error_json(error.type, str(error)))
+            body = error_json(error.type, str(error), **error.details)
+            response.send(error.status, fields, body)
         except ClientGone:
             return
         if not response.keep_alive:
@@ -7062,17 +7940,22 @@ class App:
         self.store = ConfigStore(config_path)
         self.store.load()
         config = self.store.current
-        self.log = JsonLog(log_path(config_path), config.log_level, config.max_log_size)
+        self.bus = EventBus()
+        self.log = JsonLog(log_path(config_path), config.log_level, config.max_log_size,
+                           bus=self.bus)
         self.metrics = Metrics()
+        self.login_codes = LoginCodes()
         self.cooldowns = Cooldowns()
         self.watcher = Watcher()
         self.upstream = Upstream()
         self.failover = Failover(self.store, self.cooldowns, self.upstream,
-                                 Journal(self.log, self.metrics))
+                                 Journal(self.log, self.metrics, self.bus))
         self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.listeners = {}           # profile name -> Listener
         self.port_problems = {}       # profile name -> why its port is not open
         self.stopping = False
+        self._applied = config        # the Config that ports, log and cooldowns agree with
+        self._applying = threading.Lock()
         self._stop = threading.Event()
         self._started = time.monotonic()
 
@@ -7156,8 +8039,7 @@ class App:
                 self.log.error('reload_failed', kind=type(error).__name__, at=where_raised(error))
 
     def reload(self):
-        """Takes up a changed configuration; opens ports that could not be opened before."""
-        before = self.store.current
+        """Takes up a changed file; opens ports that could not be opened before."""
         try:
             has_changed = self.store.reload_if_changed()
         except ConfigError as error:          # the folder cannot be read: say so once
@@ -7165,20 +8047,51 @@ class App:
             self.store.problem = str(error)
         if has_changed and self.store.problem:
             self.log.error('config_refused', message=self.store.problem)
-        config = self.store.current
+        self._apply()
+
+    def update(self, edit):
+        """Saves `edit(Config) -> Config` and takes it up at once; the new Config.  Raises
+        ConfigError, FailoverError, and then has changed nothing."""
+        config = self.store.update(edit)
+        self._apply()
+        return config
+
+    def _apply(self):
+        """Brings all that follows from the configuration in line with it."""
+        with self._applying:
+            before, config = self._applied, self.store.current
+            if config is not before:
+                self._applied = config
+                self.log.configure(config.log_level, config.max_log_size)
+                self._end_outdated_cooldowns(before, config)
+                self.log.info('config_reloaded', profiles=len(config.profiles),
+                              keys=len(config.keys))
+            if config is not before or self.port_problems:
+                known = self.port_problems
+                self._open_listeners()
+                for name in self.port_problems.keys() - known.keys():
+                    self.log.error('port_not_opened', profile=name,
+                                   message=self.port_problems[name])
         if config is not before:
-            self.log.configure(config.log_level, config.max_log_size)
-            has_moved = base_urls(config) != base_urls(before)
-            for ref, key in before.keys.items():
-                if has_moved or without_label(key) != without_label(config.keys.get(ref)):
-                    self.cooldowns.clear(ref)
-            self.cooldowns.wake_all()
-            self.log.info('config_reloaded', profiles=len(config.profiles), keys=len(config.keys))
-        if config is not before or self.port_problems:
-            known = self.port_problems
-            self._open_listeners()
-            for name in self.port_problems.keys() - known.keys():
-                self.log.error('port_not_opened', profile=name, message=self.port_problems[name])
+            self.bus.publish('config', json.dumps(config_view(config)))
+
+    def _end_outdated_cooldowns(self, before, config):
+        has_moved = base_urls(config) != base_urls(before)
+        for ref, key in before.keys.items():
+            if has_moved or without_label(key) != without_label(config.keys.get(ref)):
+                self.cooldowns.clear(ref)
+        self.cooldowns.wake_all()
+
+    def refuse_taken_port(self, port):
+        """Raises BadRequest when another program has a port that a profile is to get."""
+        if port in self.ports().values():
+            return                    # ours: the configuration says whether it is free
+        try:
+            with socket.create_server((LISTEN_HOST, port)):
+                pass
+        except OSError as error:
+            raise BadRequest(f'Port {port} cannot be opened ({error.strerror}): choose another.',
+                             409, field='port') from error
 
     def run(self):
         """Serves until `stop`; a running answer may go on for DRAIN_S."""
@@ -7210,19 +8123,26 @@ class App:
             'pid': os.getpid(), 'uptime_s': round(time.monotonic() - self._started),
             'started_by': os.environ.get(STARTED_BY) or 'hand',
             'config': self.store.path, 'log': self.log.path, 'problems': problems,
-            'profiles': [{'name': p.name, 'port': self.ports().get(p.name), 'order': p.order}
-                         for p in config.profiles.values()],
+            'profiles': [self._profile_health(profile) for profile in config.profiles.values()],
             'keys': keys,
             'cooldowns': [cooldown_health(c, left_s) for c, left_s in cooling],
             'active': len(self.watcher), 'waiting': self.cooldowns.queue_length(),
             'metrics': metrics, 'recent': recent}
 
+    def _profile_health(self, profile):
+        port = self.ports().get(profile.name)
+        return {'name': profile.name, 'port': port, 'url': port and local_url(port),
+                'order': profile.order}
+
     def _key_health(self, key, cooling, metrics):
         mine = [c for c, _ in cooling if c.key.ref == key.ref]
-        problem = token_problem(key)
+        problem, (noted, limits) = token_problem(key), self.metrics.limits(key.ref)
         return {
-            'id': key.id, 'label': key.label, 'provider': key.provider,
+            'ref': key.ref, 'id': key.id, 'label': key.label, 'provider': key.provider,
             'token': mask_token(key.token), 'type': 'oauth' if key.oauth else 'api-key',
+            'base_url': key.base_url, 'added_at': key.added_at,
+            'windows': [limit_health(limit, noted) for limit in limits],
+            'windows_at': noted and utc_text(noted),
             'state': key_state(self.store.current, key, problem, mine), 'problem': problem,
             'needs_attention': any(c.outcome.rule.attention for c in mine),
             'answers': metrics['by_key'].get(key.ref, 0)}
@@ -7268,10 +8188,21 @@ def health_status(keys, problems):
     return 'exhausted' if is_resting else 'ok'
 
 
+def limit_health(limit, noted):
+    """A Limit as it is now: one that was reset since has nothing used."""
+    resets = None if limit.resets_s is None else noted + limit.resets_s
+    is_over = resets is not None and resets <= time.time()
+    return {'name': limit.name, 'used': 0 if is_over else round(limit.used, 4),
+            'resets_at': None if is_over or resets is None else utc_text(resets),
+            'status': None if is_over else limit.status}
+
+
 def cooldown_health(cooling, left_s):
-    return {'key': cooling.key.id, 'model': cooling.model, 'reason': cooling.outcome.rule.name,
+    return {'key': cooling.key.id, 'ref': cooling.key.ref, 'model': cooling.model,
+            'reason': cooling.outcome.rule.name,
             'status': cooling.outcome.status, 'message': cooling.outcome.message[:300],
-            'remaining_ms': round(left_s * 1000), 'until': utc_text(time.time() + left_s),
+            'remaining_ms': round(left_s * 1000), 'total_ms': round(cooling.length_s * 1000),
+            'until': utc_text(time.time() + left_s),
             'needs_attention': cooling.outcome.rule.attention}
 
 
@@ -7368,7 +8299,7 @@ def fetch_health(config_path, config):
     note = running_path(config_path)
     with contextlib.suppress(OSError, ValueError), open(note, 'rb') as file:     # none: none runs
         ports = [*as_dict(loads_object(file.read()).get('ports')).values(), *ports]
-    headers = {'x-api-key': config.access_token} if config and config.access_token else {}
+    headers = access_fields(config)
     for port in dict.fromkeys(port for port in ports if is_whole(port) and 0 < port < 65536):
         health = fetch_json(port, '/health', headers)
         if health and health.get('program') == PROGRAM:
@@ -7376,11 +8307,15 @@ def fetch_health(config_path, config):
     return None
 
 
-def fetch_json(port, path, headers):
+def access_fields(config):
+    return {'x-api-key': config.access_token} if config and config.access_token else {}
+
+
+def fetch_json(port, path, headers, method='GET'):
     """The JSON object at a port of this machine; None when there is none."""
     connection = http.client.HTTPConnection(LISTEN_HOST, port, timeout=3)
     try:
-        connection.request('GET', path, headers=headers)
+        connection.request(method, path, headers=headers)
         return loads_object(connection.getresponse().read())
     except (OSError, ValueError, http.client.HTTPException):
         return None                   # nothing there, or another program
@@ -7417,9 +8352,8 @@ class Finding(NamedTuple):
 
 #: A clock that is off by more than this makes certificates and reset times wrong.
 CLOCK_TOLERANCE_S = 300
-#: Failures that the report lists, and how much of the log's end they are looked for in.
-LAST_FAILURES = 5
-LOG_TAIL_BYTES = 256 * 1024
+#: Failures that the report lists, and how many lines of the log they are looked for in.
+LAST_FAILURES, LINES_SEARCHED = 5, 1000
 
 
 def diagnose(config_path):
@@ -7575,15 +8509,6 @@ def find_upstreams(config):
     upstream.close_idle()
 
 
-def server_of(config, key):
-    """The base URL to which a key's requests go; without its token the one for API keys."""
-    try:
-        token = read_token(key.token)
-    except TokenUnavailable:
-        token = ''
-    return find_target(config, key, token, None).base_url
-
-
 def find_server(upstream, url, exchange):
     """Whether a server can be reached: name, TLS, HTTP, and what time it is there."""
     base = parse_base_url(url)
@@ -7621,16 +8546,9 @@ def key_finding(key, tested):
 
 def find_failures(path):
     """The last failures that the log tells of."""
-    try:
-        with open(path, 'rb') as file:
-            file.seek(max(0, os.path.getsize(path) - LOG_TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        yield Finding('log', f'{tilde(path)}: none yet')
-        return
     failures = collections.deque(maxlen=LAST_FAILURES)
-    for line in lines:
-        with contextlib.suppress(ValueError):     # the first one may be cut
+    for line in last_lines(path, LINES_SEARCHED):
+        with contextlib.suppress(ValueError):     # a line that is none of ours
             record = loads_object(line)
             if record.get('level') in ('warn', 'error'):
                 failures.append(record)
@@ -7899,9 +8817,7 @@ def profile_url(options, config):
     """Where the profile that --profile names listens.  Raises UsageError."""
     name = options.profile or ('default' if 'default' in config.profiles else
                                next(iter(config.profiles)))
-    if name not in config.profiles:
-        raise UsageError(f'There is no profile {printable(name)!r}. There are: '
-                         f'{", ".join(map(printable, config.profiles))}.')
+    refuse_unknown_profile(config, name)
     port = config.profiles[name].port or open_ports(
         fetch_health(options.config, config)).get(name)
     if not port:
@@ -8127,21 +9043,22 @@ def cmd_config(options):
         return get_setting(options)
     health = running_health(options)
     port = next((profile['port'] for profile in health['profiles'] if profile['port']), None)
-    url = f'{local_url(port)}/dashboard'
+    url, config = f'{local_url(port)}/dashboard', read_config(options.config)[0]
+    if config and config.access_token:            # a code that is good once lets the browser in
+        answer = fetch_json(port, '/api/login-code', access_fields(config), 'POST') or {}
+        url += f'?code={answer.get("code")}'
     say(url if open_browser(url) else f'Open this address in a browser: {url}')
     return 0
 
 
 def get_setting(options):
     config = load_config(options.config)
-    values = {setting.name: getattr(config, attribute_name(setting.name)) for setting in SETTINGS}
     if options.field is None:
-        hidden = {'accessToken': mask_token(values['accessToken'] or '') or None}
-        say_json({**values, **hidden})
+        say_json(setting_values(config))
         return 0
-    if options.field not in values:
+    if options.field not in setting_values(config):
         change_settings(config, {options.field: None})        # says what there is
-    value = values[options.field]
+    value = getattr(config, attribute_name(options.field))
     say(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return 0
 

@@ -1080,6 +1080,27 @@ class ClassificationTest(unittest.TestCase):
         self.assertEqual(read, message[:cf.MAX_MESSAGE_CHARS])
         self.assertEqual(cf.classify(answer(403, read)).rule.name, 'forbidden')
 
+    def test_limits_are_read_from_every_providers_fields(self):
+        now = START
+        for headers, limits in (
+                ({'anthropic-ratelimit-unified-5h-utilization': '0.42', 'anthropic-ratelimit-unified-5h-reset': f'{now + 600:.0f}',
+                  'anthropic-ratelimit-unified-5h-status': 'allowed', 'anthropic-ratelimit-unified-7d_opus-utilization': '1',
+                  'anthropic-ratelimit-unified-7d_opus-status': 'rejected', 'anthropic-ratelimit-unified-status': 'allowed'},
+                 [('5h', 0.42, 600, 'allowed'), ('7d_opus', 1, None, 'rejected')]),
+                ({'anthropic-ratelimit-input-tokens-limit': '1000', 'anthropic-ratelimit-input-tokens-remaining': '250',
+                  'anthropic-ratelimit-input-tokens-reset': '2023-11-14T22:13:30Z'}, [('input tokens', 0.75, 10, None)]),
+                ({'x-ratelimit-limit-requests': '100', 'x-ratelimit-remaining-requests': '99', 'x-ratelimit-reset-requests': '6m0s'},
+                 [('requests', 0.01, 360, None)]),
+                ({'x-codex-primary-used-percent': '12.5', 'x-codex-primary-window-minutes': '300', 'x-codex-primary-reset-after-seconds': '60',
+                  'x-codex-secondary-used-percent': '50', 'x-codex-secondary-window-minutes': '10080'}, [('5h', 0.125, 60, None), ('7d', 0.5, None, None)]),
+                ({'anthropic-ratelimit-requests-remaining': '5', 'x-ratelimit-remaining-tokens': 'x', 'x-codex-primary-used-percent': 'nan',
+                  'anthropic-ratelimit-tokens-remaining': '5', 'anthropic-ratelimit-tokens-limit': '0', 'content-type': 'x'}, [])):
+            with self.subTest(headers=headers):
+                read = cf.read_limits(headers, now)
+                self.assertEqual([(limit.name, round(limit.used, 6), limit.resets_s and round(limit.resets_s), limit.status) for limit in read], limits)
+                self.assertEqual(cf.tells_limits(headers), True)
+        self.assertFalse(cf.tells_limits({'content-type': 'x'}))
+
 
 # ==============================================================================
 # Event streams
@@ -3514,8 +3535,32 @@ class JournalTest(ScratchTest):
         self.assertEqual(counts, {
             'requests': 2, 'answered': 1, 'failed': 1, 'refused': 0, 'client_gone': 0, 'rotations': 1,
             'fallbacks': 1, 'queued': 1, 'input_tokens': 7, 'output_tokens': 0,
-            'by_key': {'anthropic:b': 1}})
+            'by_key': {'anthropic:b': 1}, 'by_provider': {'anthropic': 1}})
         self.assertEqual(recent[0]['outcome'], 'failed')
+
+    def test_the_last_hour_is_told_by_minutes(self):
+        clock = FakeClock(60 * 1000)
+        metrics = cf.Metrics(clock)
+
+        def finish(outcome='answered', **fields):
+            metrics.finished({'outcome': outcome, 'attempts': [{'key': 'a', 'provider': 'x'}], **fields})
+        for ttfb_ms in (30, 10, 20):
+            finish(ttfb_ms=ttfb_ms)
+        finish('failed')
+        clock.now += 60
+        finish(fallback='x -> y')
+        finish('client_gone', queued_ms=5)
+        first, second = metrics.history()
+        self.assertEqual((first['minute'], first['answered'], first['failed'], first['rescued'], first['ttfb_p50_ms'], first['ttfb_p95_ms']),
+                         (60_000, 3, 1, 0, 20, 30))
+        self.assertEqual((second['minute'], second['answered'], second['client_gone'], second['rescued']), (60_060, 1, 1, 1))
+        self.assertNotIn('ttfb_p50_ms', second)
+        clock.now += 60 * cf.HISTORY_MINUTES - 60
+        self.assertEqual([minute['minute'] for minute in metrics.history()], [60_060])
+        for _ in range(200):
+            clock.now += 60
+            finish()
+        self.assertEqual((len(metrics.history()), len(metrics._minutes)), (cf.HISTORY_MINUTES, cf.HISTORY_MINUTES))
 
 
 # ==============================================================================
@@ -6146,6 +6191,352 @@ class HttpServerTest(ProgramTest):
                 self.assertEqual((answered.status, answered.json.get('cleared')), (status, cleared))
         self.anthropic.limited.clear()
         self.assertEqual(self.send().headers['x-proxy-key'], 'a')
+
+
+# ==============================================================================
+# API
+# ==============================================================================
+
+class ApiTest(ProgramTest):
+    """What the dashboard and scripts use; the Node program's scripts among them."""
+
+    def call(self, method, path, body=None, status=200, **fields):
+        """The JSON that a request is answered with."""
+        answered = self.send(method, path, b'' if body is None else body, **fields)
+        self.assertEqual(answered.status, status, answered.body)
+        self.assertNotIn(b'0123456789', answered.body)
+        return answered.json
+
+    def refused(self, method, path, body, status=400, **fields):
+        """(field, message) of the error, having seen that nothing was saved."""
+        before = self.read_config()
+        error = self.call(method, path, body, status, **fields)['error']
+        self.assertEqual(self.read_config(), before)
+        return error.get('field'), error['message']
+
+    def orders(self, name='default'):
+        return list(self.app.store.current.profiles[name].order)
+
+    def test_keys_are_added_listed_changed_tested_and_removed(self):
+        added = self.call('POST', '/api/keys', {'token': token_of('c'), 'label': 'My <b>Key</b>'}, 201)
+        self.assertEqual((added['id'], added['masked'], added['type'], added['requests'], added['inCooldown']),
+                         ('my-b-key-b', 'sk-ant-api...cdef', 'api-key', 0, False))
+        self.assertEqual([key['id'] for key in self.call('GET', '/api/keys')['keys']], ['a', 'b', 'my-b-key-b'])
+        changed = self.call('PUT', '/api/keys/my-b-key-b', {'label': 'Other', 'token': token_of('d')})
+        self.assertEqual((changed['label'], self.read_config()['keys']['my-b-key-b']['token']), ('Other', token_of('d')))
+        self.anthropic.refused.add('d')
+        tested = self.call('POST', '/api/keys/my-b-key-b/test', {})
+        self.assertEqual((tested['valid'], tested['status'], tested['message']), (False, 401, 'bad key'))
+        self.assertEqual(self.call('POST', '/api/keys/a/test', b'')['valid'], True)
+        self.assertTrue(self.call('DELETE', '/api/keys/my-b-key-b')['success'])
+        self.assertEqual(list(self.read_config()['keys']), ['a', 'b'])
+        openai = self.call('POST', '/api/openai-keys', {'token': openai_token_of('x'), 'label': 'o', 'baseUrl': 'http://localhost:9/v1'}, 201)
+        self.assertEqual((openai['ref'], openai['base_url']), ('openai:o', 'http://localhost:9/v1'))
+        self.assertTrue(self.read_config()['openaiModelFallback'])
+        self.assertEqual(self.call('POST', '/api/openai-keys/o/test')['status'], 0)
+        self.stop()
+        events = [(line['event'], line.get('key')) for name in ('key_added', 'key_changed', 'key_removed') for line in self.log_lines(name)]
+        self.assertEqual(events, [('key_added', 'anthropic:my-b-key-b'), ('key_added', 'openai:o'), ('key_changed', 'anthropic:my-b-key-b'),
+                                  ('key_removed', 'anthropic:my-b-key-b')])
+
+    def test_a_wrong_body_names_the_field_and_saves_nothing(self):
+        self.reload(make_document('a', 'b', anthropicBaseUrl=self.anthropic.url, **with_openai('o')))
+        for method, path, body, status, field in (
+                ('POST', '/api/keys', {}, 400, 'token'), ('POST', '/api/keys', {'token': ''}, 400, 'token'), ('POST', '/api/keys', {'token': 5}, 400, 'token'),
+                ('POST', '/api/keys', {'token': token_of('a')}, 400, 'token'), ('POST', '/api/keys', {'token': openai_token_of('a')}, 400, 'token'),
+                ('POST', '/api/keys', {'token': token_of('x'), 'label': 5}, 400, 'label'), ('POST', '/api/keys', {'token': token_of('x'), 'label': token_of('y')}, 400, 'label'),
+                ('POST', '/api/keys', {'token': token_of('x'), 'baseUrl': 'ftp://x'}, 400, 'baseUrl'), ('POST', '/api/keys', {'token': 'a b'}, 400, 'token'),
+                ('POST', '/api/openai-keys', {'token': token_of('x')}, 400, 'token'), ('POST', '/api/keys', {'tokne': 'x'}, 400, 'tokne'),
+                ('POST', '/api/keys', b'[1]', 400, None), ('POST', '/api/keys', b'{', 400, None), ('POST', '/api/keys', b'[' * 100_000, 400, None),
+                ('PUT', '/api/keys/nope', {'label': 'x'}, 404, None), ('PUT', '/api/keys/o', {'label': 'x'}, 404, None), ('DELETE', '/api/openai-keys/a', None, 404, None),
+                ('PUT', '/api/keys/a', {'token': token_of('b')}, 400, 'token'), ('PUT', '/api/keys/a', {'token': ''}, 400, 'token'),
+                ('PUT', '/api/keys/a', {'baseUrl': 'nonsense'}, 400, 'baseUrl'), ('POST', '/api/keys/nope/test', {}, 404, None),
+                ('PUT', '/api/keys/reorder', {'keyOrder': ['a', 'x']}, 400, 'keyOrder'), ('PUT', '/api/keys/reorder', {}, 400, 'keyOrder'),
+                ('PUT', '/api/keys/reorder', {'keyOrder': 'a'}, 400, 'keyOrder'), ('PUT', '/api/keys/reorder', {'keyOrder': ['a'], 'profile': 'x'}, 404, 'profile'),
+                ('PUT', '/api/profiles/priority', {'priorityOrder': ['a']}, 400, 'priorityOrder'), ('PUT', '/api/profiles/priority', {'profile': 'default'}, 400, 'priorityOrder'),
+                ('POST', '/api/profiles', {}, 400, 'name'), ('POST', '/api/profiles', {'name': 'default'}, 400, 'name'), ('POST', '/api/profiles', {'name': ''}, 400, 'name'),
+                ('POST', '/api/profiles', {'name': 'x\x1b'}, 400, 'name'), ('POST', '/api/profiles', {'name': 'priority'}, 400, 'name'),
+                ('POST', '/api/profiles', {'name': 'x', 'port': '4'}, 400, 'port'), ('POST', '/api/profiles', {'name': 'x', 'port': 70000}, 400, 'port'),
+                ('POST', '/api/profiles', {'name': 'x', 'port': self.anthropic.server.port}, 409, 'port'),
+                ('POST', '/api/profiles', {'name': 'x', 'keyOrder': ['nope']}, 400, 'keyOrder'), ('PUT', '/api/profiles/nope', {'port': 5000}, 404, 'profile'),
+                ('PUT', '/api/profiles/default', {'port': self.anthropic.server.port}, 409, 'port'), ('PUT', '/api/profiles/default', {'port': True}, 400, 'port'),
+                ('DELETE', '/api/profiles/nope', None, 404, 'profile'), ('DELETE', '/api/profiles/default', None, 409, None),
+                ('PUT', '/api/config', {'queueWaitMs': 'x'}, 400, 'queueWaitMs'), ('PUT', '/api/config', {'queueWaitMs': 5, 'logLevel': 'loud'}, 400, 'logLevel'),
+                ('PUT', '/api/config', {'nope': 1}, 400, 'nope'), ('PUT', '/api/config', {'keys': {}}, 400, 'keys'), ('PUT', '/api/config', {'tokens': []}, 400, 'tokens'),
+                ('PUT', '/api/config', {'accessToken': 'a b'}, 400, 'accessToken'), ('PUT', '/api/config', {'modelFallback': {'a*b': 'c'}}, 400, 'modelFallback'),
+                ('GET', '/api/logs?count=x', None, 400, 'count'), ('GET', '/api/logs?level=x', None, 400, 'level'), ('GET', '/api/keys?profile=x', None, 404, 'profile'),
+                ('POST', '/api/setup/emacs', {}, 404, None), ('POST', '/api/setup/zsh', {'undo': 'yes'}, 400, 'undo'), ('POST', '/api/setup/zsh', {'profile': 'x'}, 404, 'profile'),
+                ('POST', '/api/login', {}, 400, 'token'), ('PUT', '/api/status', {}, 405, None), ('PATCH', '/api/keys/a', None, 405, None)):
+            with self.subTest(method=method, path=path, body=body):
+                named, message = self.refused(method, path, body, status)
+                self.assertEqual(named, field, message)
+                self.assertGreater(len(message), 10)
+
+    def test_keys_are_put_in_order_in_one_profile(self):
+        document = make_document('a', 'b', 'c', anthropicBaseUrl=self.anthropic.url, **with_openai('o', 'p'))
+        document['profiles'] = {'default': {'port': self.port}, 'mixed': {'port': free_port(), 'priorityOrder': ['anthropic:b', 'openai:o', 'client', 'anthropic:a']}}
+        self.reload(document)
+        self.call('PUT', '/api/keys/reorder', {'profile': 'mixed', 'keyOrder': ['c', 'a']})
+        self.assertEqual(self.orders('mixed'), ['anthropic:c', 'openai:o', 'client', 'anthropic:a', 'anthropic:b', 'openai:p'])
+        self.assertEqual(self.orders(), ['anthropic:a', 'anthropic:b', 'anthropic:c', 'openai:o', 'openai:p'])
+        self.call('PUT', '/api/openai-keys/reorder', {'profile': 'default', 'openaiKeyOrder': ['p', 'o']})
+        self.call('PUT', '/api/keys/reorder', {'keyOrder': ['b', 'b', 'a']})
+        self.assertEqual(self.orders(), ['anthropic:b', 'anthropic:a', 'anthropic:c', 'openai:p', 'openai:o'])
+        self.assertEqual([key['id'] for key in self.call('GET', '/api/keys?profile=mixed')['keys']], ['c', 'a', 'b'])
+        self.call('PUT', '/api/profiles/priority', {'profile': 'default', 'priorityOrder': ['openai:o', 'anthropic:c', 'client']})
+        self.assertEqual(self.orders()[:4], ['openai:o', 'anthropic:c', 'client', 'anthropic:a'])
+        profile = self.read_config()['profiles']['default']           # for the Node program
+        self.assertEqual((profile['keyOrder'], profile['openaiKeyOrder']), (['c', 'a', 'b'], ['o', 'p']))
+        self.assertEqual(self.send().headers['x-proxy-key'], 'c')
+
+    def test_profiles_are_made_used_renamed_moved_and_removed(self):
+        port = free_port()
+        made = self.call('POST', '/api/profiles', {'name': 'second', 'port': port, 'keyOrder': ['b']}, 201)
+        self.assertEqual((made['name'], made['port'], made['priorityOrder']), ('second', port, ['anthropic:b', 'anthropic:a']))
+        self.assertEqual(self.send(port=port, host='localhost').headers['x-proxy-key'], 'b')
+        self.call('PUT', '/api/profiles/second', {'name': 'Zwei / \u00fc', 'priorityOrder': ['anthropic:a']})
+        self.assertEqual(self.send(port=port, host='localhost').headers['x-proxy-key'], 'a')
+        moved = free_port()
+        self.call('PUT', '/api/profiles/Zwei%20%2F%20%C3%BC', {'port': moved})
+        self.assertEqual(self.app.ports(), {'default': self.port, 'Zwei / \u00fc': moved})
+        self.assertEqual([p['name'] for p in self.call('GET', '/api/profiles')['profiles']], ['default', 'Zwei / \u00fc'])
+        self.assertEqual(self.refused('DELETE', '/api/profiles/Zwei%20%2F%20%C3%BC', None, 409, port=moved, host='localhost')[0], None)
+        self.call('DELETE', '/api/profiles/Zwei%20%2F%20%C3%BC')
+        self.assertEqual(self.app.ports(), {'default': self.port})
+
+    def test_a_profile_without_a_port_gets_the_next_one(self):
+        config = cf.parse_config({'profiles': {'a': {'port': 4080}, 'b': {'port': 4081}}})
+        self.assertEqual(cf.add_profile(config, 'c').profiles['c'].port, 4082)
+        self.assertEqual(cf.add_profile(cf.parse_config({}), 'c').profiles['c'].port, 4081)
+
+    def test_settings_are_shown_and_changed_at_once(self):
+        self.assertEqual(self.call('GET', '/api/config')['queueWaitMs'], 90_000)
+        changed = self.call('PUT', '/api/config', {'queueWaitMs': 5, 'logLevel': 'debug', 'modelFallback': {}})
+        self.assertEqual((changed['queueWaitMs'], changed['modelFallback'], self.app.store.current.queue_wait_ms), (5, {}, 5))
+        self.assertEqual(self.call('PUT', '/api/config', {'queueWaitMs': None, 'cooldownMs': None})['queueWaitMs'], 90_000)
+        self.assertNotIn('queueWaitMs', self.read_config())
+        self.assertEqual(self.read_config()['logLevel'], 'debug')
+
+    def test_a_token_goes_to_another_server_only_where_it_is_entered_again(self):
+        document = make_document('a', 'b', anthropicBaseUrl=self.anthropic.url, **with_openai('o', openaiBaseUrl='http://localhost:9'))
+        document['keys']['b']['baseUrl'] = 'http://localhost:8'
+        document['keys']['e'] = {'token': 'env:SOME_TOKEN'}
+        os.environ['SOME_TOKEN'] = token_of('e')
+        self.reload(document)
+        elsewhere = {'anthropicBaseUrl': 'http://localhost:7'}
+        for tokens in ({}, {'anthropic:a': token_of('b')}, {'anthropic:a': token_of('a'), 'anthropic:e': 'env:SOME_TOKEN'}, {'anthropic:a': 'wr\u00f6ng'}):
+            self.assertEqual(self.refused('PUT', '/api/config', {**elsewhere, 'tokens': tokens})[0], 'tokens')
+        error = self.call('PUT', '/api/config', elsewhere, 400)['error']
+        self.assertEqual(error['keys'], ['anthropic:a', 'anthropic:e'])
+        self.call('PUT', '/api/config', {**elsewhere, 'tokens': {'anthropic:a': token_of('a') + '\n', 'anthropic:e': token_of('e')}})
+        self.assertEqual(self.app.store.current.anthropic_base_url, 'http://localhost:7')
+        for key, body in (('keys/b', {'baseUrl': 'http://localhost:6'}), ('keys/b', {'baseUrl': ''}), ('keys/a', {'baseUrl': 'http://localhost:6'}),
+                          ('openai-keys/o', {'baseUrl': 'http://localhost:6'})):
+            self.assertEqual(self.refused('PUT', f'/api/{key}', body)[0], 'tokens')
+        self.call('PUT', '/api/keys/b', {'baseUrl': 'http://localhost:6', 'token': token_of('new')})
+        self.call('PUT', '/api/keys/b', {'baseUrl': 'http://localhost:7', 'label': 'x'}, 400)
+        self.call('PUT', '/api/openai-keys/o', {'label': 'x', 'baseUrl': 'http://localhost:9'})
+        self.assertEqual(self.app.store.current.keys['openai:o'].base_url, 'http://localhost:9')
+
+    def test_a_broken_file_is_not_overwritten(self):
+        self.write_config('{ broken')
+        answered = self.send('PUT', '/api/config', {'queueWaitMs': 5})
+        self.assertEqual(answered.status, 400)
+        self.assertIn('not valid JSON', answered.error['message'])
+        with open(self.path) as file:
+            self.assertEqual(file.read(), '{ broken')
+
+    def test_the_status_tells_all_that_the_page_shows(self):
+        self.anthropic.fields = ('anthropic-ratelimit-unified-5h-utilization: 0.42\r\nanthropic-ratelimit-unified-5h-reset: 4000000000\r\n'
+                                 'anthropic-ratelimit-unified-5h-status: allowed\r\nanthropic-ratelimit-requests-limit: 50\r\n'
+                                 'anthropic-ratelimit-requests-remaining: 10\r\nanthropic-ratelimit-requests-reset: 2001-01-01T00:00:00Z\r\n')
+        self.anthropic.limited.add('a')
+        self.send()
+        status = self.call('GET', '/api/status')
+        self.assertEqual((status['profile'], status['profiles'][0]['url'], status['uptime']), ('default', f'http://localhost:{self.port}', status['uptime_s']))
+        self.assertEqual([(w['name'], w['used'], w['status']) for w in status['keys'][1]['windows']], [('5h', 0.42, 'allowed'), ('requests', 0.8, None)])
+        self.assertIsNone(status['keys'][1]['windows'][0]['resets_at'])      # too far away to be true
+        self.assertEqual(status['keys'][0]['ref'], 'anthropic:a')
+        self.assertEqual((status['cooldowns'][0]['ref'], status['cooldowns'][0]['total_ms']), ('anthropic:a', 3_000_000))
+        self.assertEqual([(m['answered'], m['rescued'], m['ttfb_p50_ms'] >= 0) for m in status['history']], [(1, 1, True)])
+        self.assertEqual((status['metrics']['by_provider'], status['metrics']['total'], status['metrics']['retries']), ({'anthropic': 1}, 1, 1))
+        self.assertRegex(status['recent'][0]['time'], r'^20\d\d-')
+
+    def read_event_stream(self, wanted, act=lambda: None, **fields):
+        """[(event, data), ...] of /api/events up to one whose name and data `wanted` takes."""
+        lines = ''.join(f'{name}: {value}\r\n' for name, value in fields.items())
+        with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
+            sock.sendall(f'GET /api/events HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n'.encode())
+            with sock.makefile('rb') as file:
+                self.assertIn(b'200', file.readline())
+                events, name, has_acted = [], None, False
+                for line in file:
+                    if line.startswith(b'event: '):
+                        name = line[7:].strip().decode()
+                    if not line.startswith(b'data: '):
+                        continue
+                    events.append((name, json.loads(line[6:])))
+                    if name == 'status' and not has_acted:
+                        has_acted = True
+                        act()
+                    if wanted(*events[-1]):
+                        return events
+        self.fail(f'the stream ended after {events}')
+
+    def test_events_tell_what_happens_as_it_happens(self):
+        self.anthropic.limited.add('a')
+        with mock.patch.object(cf, 'STATUS_S', 0.01):
+            events = self.read_event_stream(lambda name, data: name == 'status' and data['metrics']['requests'], self.send)
+        self.assertEqual([name for name, _ in events][:2], ['config', 'status'])
+        self.assertEqual(events[0][1]['settings']['queueWaitMs'], 90_000)
+        self.assertEqual(events[1][1]['recent'], [])
+        request = next(data for name, data in events if name == 'request')
+        self.assertEqual([a['status'] for a in request['attempts']], [429, 200])
+        self.assertIn('cooldown', [data['event'] for name, data in events if name == 'log'])
+        self.assertNotIn('recent', events[-1][1])
+        self.assertEqual(self.app.bus.subscriptions, ()) if self.soon(lambda: not self.app.bus.subscriptions) else self.fail('it stays subscribed')
+
+    def soon(self, is_so):
+        """Whether something becomes so while others work."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not is_so() and time.monotonic() < deadline:
+            self.send()               # what is logged shows the server that nobody listens
+        return is_so()
+
+    def test_events_tell_of_a_changed_configuration(self):
+        events = self.read_event_stream(lambda name, data: name == 'config' and data['settings']['queueWaitMs'] == 7,
+                                        lambda: self.send('PUT', '/api/config', {'queueWaitMs': 7}))
+        self.assertEqual(events[-1][1]['fields'][0]['name'], 'modelFallback')
+
+    def test_a_stop_ends_the_events(self):
+        with mock.patch.object(cf, 'STATUS_S', 0.01), self.assertRaisesRegex(AssertionError, 'the stream ended'):
+            self.read_event_stream(lambda name, data: False, self.app.stop)
+
+    def test_a_dashboard_that_does_not_read_is_given_up(self):
+        with self.app.bus.subscription() as slow:
+            for _ in range(cf.MAX_NEWS + 1):
+                self.app.bus.publish('log', '{}')
+            self.assertTrue(slow.is_over)
+        self.assertEqual(self.app.bus.subscriptions, ())
+
+    def test_a_state_that_only_grows_older_is_not_told_again(self):
+        call = mock.Mock(profile_name='default')
+        clock = FakeClock()
+        call.app.health = lambda: {'uptime_s': clock.now, 'recent': [], 'cooldowns': [{'key': 'a', 'remaining_ms': clock.now, 'until': clock.now}]}
+        call.app.metrics.history = lambda: []
+        teller = cf.StatusTeller(call, clock)
+        self.assertIn(b'"recent"', teller.news())
+        for seconds, news in ((0.5, b''), (1, b''), (1, b''), (20, b': \n\n'), (1, b'')):
+            clock.now += seconds
+            self.assertEqual(teller.news(), news)
+
+    def test_logs_are_the_last_lines_of_a_level(self):
+        for level in ('info', 'warn', 'error'):
+            self.app.log.write(level, f'was_{level}')
+        self.assertEqual([line['event'] for line in self.call('GET', '/api/logs?count=3')['logs']], ['was_info', 'was_warn', 'was_error'])
+        self.assertEqual([line['event'] for line in self.call('GET', '/api/logs?count=3&level=warn')['logs']], ['was_warn', 'was_error'])
+        self.assertEqual(self.call('GET', '/api/logs?count=0')['logs'], [])
+
+    def test_last_lines_come_from_both_files_and_only_from_their_ends(self):
+        path = os.path.join(self.folder, 'log')
+        self.assertEqual(cf.last_lines(path, 5), [])
+        for name, text in ((path + '.1', 'a\nb\n'), (path, 'c\nd\n')):
+            with open(name, 'w') as file:
+                file.write(text)
+        self.assertEqual((cf.last_lines(path, 3), cf.last_lines(path, 2)), ([b'b', b'c', b'd'], [b'c', b'd']))
+        with mock.patch.object(cf, 'LOG_TAIL_BYTES', 3):
+            self.assertEqual(cf.last_lines(path, 2), [b'b', b'd'])
+
+    def test_tools_are_shown_set_up_and_given_back(self):
+        zshrc = os.path.join(self.folder, '.zshrc')
+        with open(zshrc, 'w') as file:
+            file.write('mine\n')
+        shown = self.call('GET', '/api/setup/status')
+        self.assertEqual(list(shown), ['claude-code', 'zsh', 'bash', 'fish', 'cursor', 'autostart'])
+        self.assertEqual((shown['zsh']['installed'], shown['zsh']['configured'], shown['zsh']['path']), (True, False, zshrc))
+        self.assertIn('Cursor cannot', shown['cursor']['note'])
+        done = self.call('POST', '/api/setup/zsh', {})
+        self.assertEqual((done['changed'], done['message']), (1, f'zsh: ~/.zshrc now uses http://localhost:{self.port} (in new terminals).'))
+        shown = self.call('GET', '/api/setup/status')['zsh']
+        self.assertEqual((shown['configured'], shown['url']), (True, f'http://localhost:{self.port}'))
+        self.assertEqual(self.call('POST', '/api/setup/zsh')['changed'], 0)
+        self.call('POST', '/api/setup/zsh', {'undo': True})
+        with open(zshrc) as file:
+            self.assertEqual(file.read(), 'mine\n')
+        self.assertEqual(self.call('POST', '/api/setup/auto', {})['actions'][0]['target'], 'zsh')
+        os.makedirs(os.path.join(self.folder, '.claude'))
+        with open(os.path.join(self.folder, '.claude', 'settings.json'), 'w') as file:
+            file.write('{,')
+        self.assertIn('~/.claude/settings.json is not valid JSON', self.refused('POST', '/api/setup/claude-code', {}, 409)[1])
+        self.assertIn('not valid JSON', self.call('GET', '/api/setup/status')['claude-code']['note'])
+
+    @needs('/proc')                   # Linux
+    def test_the_start_at_login_leaves_the_running_proxy_alone(self):
+        ran = []
+        with mock.patch.object(cf, 'run_commands', ran.extend):
+            done = self.call('POST', '/api/setup/autostart', {})
+            self.assertEqual((done['changed'], done['message']), (1, 'systemd starts it from the next login on.'))
+            shown = self.call('GET', '/api/setup/status')['autostart']
+            self.assertEqual((shown['installed'], shown['loaded'], shown['manager']), (True, False, 'systemd'))
+            self.call('POST', '/api/setup/remove-autostart', {})
+        self.assertFalse(os.path.exists(shown['path']))
+        self.assertNotIn('--now', json.dumps(ran))
+        with mock.patch.object(cf, 'run_commands', lambda commands: 'no bus'):
+            self.assertIn('not to be reached here (no bus)', self.call('POST', '/api/setup/autostart', {})['message'])
+
+    def test_scripts_of_the_node_program_go_on_working(self):
+        self.anthropic.limited.update('ab')
+        self.send()
+        self.assertEqual(self.call('POST', '/clear-cooldowns')['cleared'], 4)
+        for method, path in (('POST', '/api/event_logging/batch'), ('GET', '/api/claude_cli/bootstrap'), ('GET', '/api/oauth/profile'),
+                             ('GET', '/api/keys/'), ('POST', '/api/keys/a/b/test')):
+            self.assertEqual(self.send(method, path).status, 404)         # Claude Code's own, or nobody's
+
+    def test_a_browser_is_let_in_by_the_access_token_or_a_code_that_is_good_once(self):
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame'))
+        self.call('GET', '/api/status', status=401)
+        self.assertEqual(self.refused('POST', '/api/login', {'token': 'wrong \u00fc'}, 401)[0], 'token')
+        cookies = [self.send('POST', '/api/login', {'token': 'open-sesame'}).headers['set-cookie']]
+        code = self.call('POST', '/api/login-code', b'', x_api_key='open-sesame')['code']
+        let_in = self.send('GET', f'/dashboard?code={code}')
+        self.assertEqual((let_in.status, let_in.headers['location']), (303, '/dashboard'))
+        cookies.append(let_in.headers['set-cookie'])
+        for cookie in cookies:
+            self.assertRegex(cookie, '^claude-failover=[0-9a-f]{64}; Path=/; HttpOnly; SameSite=Strict; ')
+            pair = cookie.partition(';')[0]
+            self.call('GET', '/api/status', cookie=f'other=1; {pair}')
+            self.call('PUT', '/api/config', {'queueWaitMs': 5}, cookie=pair)
+            self.assertEqual(self.send(cookie=pair).status, 401)              # it opens no other door
+        for code in (code, '', 'x'):
+            self.assertNotIn('set-cookie', self.send('GET', f'/dashboard?code={code}').headers)
+        for cookie in ('claude-failover=', 'claude-failover=x', 'claude-failover=\xfc', pair[:-1]):
+            self.call('GET', '/api/status', status=401, cookie=cookie)
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='another'))
+        self.call('GET', '/api/status', status=401, cookie=pair)
+
+    def test_who_sets_an_access_token_is_not_locked_out_by_it(self):
+        answered = self.send('PUT', '/api/config', {'accessToken': 'open-sesame'})
+        self.assertEqual(answered.json['accessToken'], '...')
+        self.assertEqual(self.send('GET', '/api/status', cookie=answered.headers['set-cookie'].partition(';')[0]).status, 200)
+        self.assertEqual(self.send('GET', '/dashboard').status, 200 if os.path.exists(cf.DASHBOARD_PATH) else 404)
+
+    def test_a_login_code_lasts_a_minute(self):
+        clock = FakeClock()
+        codes = cf.LoginCodes(clock)
+        first, second = codes.make(), codes.make()
+        self.assertTrue(codes.use(first))
+        clock.now += cf.LOGIN_CODE_S
+        self.assertFalse(codes.use(second))
+
+    def test_a_person_at_the_root_comes_to_the_dashboard_and_a_client_does_not(self):
+        self.assertEqual(self.send('GET', '/', accept='text/html,*/*').headers['location'], '/dashboard')
+        self.assertEqual(self.send('GET', '/', accept='*/*').status, 200)
+
+    def test_no_answer_of_the_api_opens_itself_to_another_site(self):
+        for method, path in (('GET', '/api/status'), ('GET', '/api/config'), ('PUT', '/api/config'), ('POST', '/api/keys')):
+            self.assertEqual(self.send(method, path, {}, origin='https://evil.example').status, 403)
+            if method != 'GET':
+                self.assertEqual(self.send(method, path, {}, content_type='text/plain').status, 415)
 
 
 # ==============================================================================
