@@ -177,6 +177,8 @@ MAX_CHAIN = 5
 MAX_REPAIRS = 6
 #: Cooldowns that are remembered: far more than keys times models, but not without end.
 MAX_COOLDOWNS = 10_000
+#: Plans that are kept: clients may name any number of models.
+MAX_PLANS = 256
 #: Attempts that x-proxy-attempts lists.
 MAX_TOLD_ATTEMPTS = 30
 #: Log lines that may wait to be written, and how long they wait, so that many go together.
@@ -330,8 +332,14 @@ SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|(?:gsk_|xai-|hf_|pplx-|nvapi-|AIza)[A
                     r'|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
 
 
+#: One of these is in every match of SECRET: texts without them are not searched by it.
+SECRET_MARKS = ('sk-', 'gsk_', 'xai-', 'hf_', 'pplx-', 'nvapi-', 'AIza', 'eyJ')
+
+
 def redact(text):
     """A text (a whole line of the log, say) with all that looks like a token masked."""
+    if not any(mark in text for mark in SECRET_MARKS):
+        return text
     return SECRET.sub(lambda match: mask_token(match.group()), text)
 
 
@@ -378,8 +386,12 @@ def tilde(path):
 
 def utc_text(unix_s):
     """A unix time as '2026-03-01T12:00:00.123Z'."""
-    seconds = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(unix_s))
-    return f'{seconds}.{int(unix_s * 1000) % 1000:03d}Z'
+    return f'{utc_seconds(int(unix_s))}.{int(unix_s * 1000) % 1000:03d}Z'
+
+
+@functools.lru_cache(maxsize=4)       # a log writes many lines in one second
+def utc_seconds(unix_s):
+    return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(unix_s))
 
 
 def loads_object(data):
@@ -1697,8 +1709,9 @@ def is_unsupported_by_fallback(answer):
 
 
 #: The policy, first match first.  A new status or wording is a row.
+ANSWERED = Rule('answered', range(200, 400), Step.RELAY)
 RULES = (
-    Rule('answered', range(200, 400), Step.RELAY),
+    ANSWERED,
     Rule('no_credit', (400,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
          when=says('credit balance is too low'), waits=False, attention=True),
     Rule('usage_limit', (400,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
@@ -1797,7 +1810,7 @@ TOO_LONG = (r'context_length_exceeded|maximum context length|context window|prom
 
 #: The policy for OpenAI and compatible servers, first match first.
 OPENAI_RULES = (
-    Rule('answered', range(200, 300), Step.RELAY),
+    ANSWERED._replace(statuses=range(200, 300)),
     Rule('model_refused', (400, 403, 404), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
          when=lambda answer: answer.status == 404 or says(
              r'model_not_found|model .{0,80}(not supported when using codex|does not exist|'
@@ -4002,7 +4015,8 @@ class JsonLog:
         change or a finished request, `debug` is for us."""
         if LEVELS.index(level) < self._least:
             return
-        record = {'time': utc_text(self._now()), 'level': level, 'event': event, **fields}
+        now = fields.pop('time', None) or utc_text(self._now())
+        record = {'time': now, 'level': level, 'event': event, **fields}
         line = redact(LINE_ENCODER.encode(record))
         self._lines.append(line.encode() + b'\n')
         self._bus.publish('log', line)
@@ -4121,6 +4135,7 @@ class Metrics:
         self._recent = collections.deque(maxlen=RECENT_REQUESTS)
         self._minutes = {}            # unix minute -> Minute, oldest first
         self._limits = {}             # key's ref -> (unix seconds, header fields)
+        self._looked = {}             # key's ref -> unix seconds of the last look at them
 
     def finished(self, record):
         """Counts one finished request; `record` is what the log line says of it."""
@@ -4146,9 +4161,14 @@ class Metrics:
             self._minutes[minute].add(record)
 
     def note_limits(self, ref, headers):
-        """Keeps an answer's header fields, if they tell of rate limits; read when asked for."""
+        """Keeps an answer's header fields, if they tell of rate limits and no others were kept
+        in the last second; they are read when somebody asks."""
+        now = self._now()
+        if now - self._looked.get(ref, 0) < 1:
+            return
+        self._looked[ref] = now
         if tells_limits(headers):
-            self._limits[ref] = self._now(), headers
+            self._limits[ref] = now, headers
 
     def limits(self, ref):
         """(unix seconds of the answer, [Limit, ...]) for a key; (None, []) without one."""
@@ -4501,10 +4521,8 @@ class Watcher:
 
 METHODS = ('GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'HEAD', 'OPTIONS')
 REQUEST_LINE = re.compile(r'([A-Z]{1,16}) ([!-~]+) HTTP/1\.([01])')
-#: Field lines as RFC 9110 section 5 has them: no folding, no space before the colon.  The
-#: first checks a whole head at once, the second takes it apart.
-FIELD_LINES = re.compile(r"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*")
-FIELD = re.compile(r'\r\n([^:\r\n]+):[ \t]*([^\r\n]*)')
+#: A field line as RFC 9110 section 5 has it: no folding, no space before the colon.
+FIELD_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?')
 BARE_LF = re.compile(rb'(?<!\r)\n')
 LENGTH = re.compile(r'[0-9]{1,18}')
@@ -4545,13 +4563,21 @@ def name_list(value):
 def split_head(data):
     """(first line, [(name, value), ...], whether every field line is well-formed); lines
     that are not are left out."""
-    first, end, rest = data.decode('latin-1').partition('\r\n')
-    lines = end + rest
-    is_well_formed = FIELD_LINES.fullmatch(lines) is not None
-    if not is_well_formed:
-        lines = ''.join(f'\r\n{line}' for line in rest.split('\r\n')
-                        if FIELD_LINES.fullmatch(f'\r\n{line}'))
-    return first, [(n, v.rstrip(' \t')) for n, v in FIELD.findall(lines)], is_well_formed
+    first, *lines = data.decode('latin-1').split('\r\n')
+    fields = [known_field(line) if len(line) < 200 else read_field(line) for line in lines]
+    if None in fields:
+        return first, [field for field in fields if field], False
+    return first, fields, True
+
+
+def read_field(line):
+    """(name, value) of a field line; None when it is malformed."""
+    match = FIELD_LINE.fullmatch(line)
+    return match and (match.group(1), match.group(2).rstrip(' \t'))
+
+
+#: Most lines of a head came in the one before, too: reading them anew takes six times as long.
+known_field = functools.lru_cache(maxsize=1024)(read_field)
 
 
 def join_fields(fields):
@@ -5652,6 +5678,7 @@ class Failover:
         self._clock, self._now, self._wait, self._jitter = clock, now, wait, jitter
         self._repairs = {}            # what answers -> ((name, subject), ...) of its 400s
         self._token_problems = {}     # key's ref -> the problem that the log was told of
+        self._plans = None, {}        # a Config, {(profile's name, model): Plan}
         self.stopping = False
 
     def serve(self, request, response, exchange):
@@ -5682,21 +5709,39 @@ class Failover:
             serving.begin_round(Plan([], []))
             return 0
         model = request.body.model if request.has_body else None
-        models = [model]
-        if model and request.is_message:
-            models = model_chain(config.model_fallback, model)
         client_key = request.client_key if uses_clients_own(config, profile) else None
-        plan = plan_attempts(config, profile, models, client_key)
-        if not request.is_message:
-            plan = Plan([a for a in plan.attempts if a.key.provider == ANTHROPIC], [])
-            # Their own limits are not those of messages: a cooling key is only second choice.
-            plan.attempts.sort(key=lambda a: bool(self.cooldowns.blocking((a.key.ref, None))))
-            if model is None and not request.is_read:
-                del plan.attempts[1:] # what it makes belongs to one key's organization
-        elif serving.uses_last_resort:
-            plan = Plan(plan.attempts + plan.last_resort, [])
+        if request.is_message:
+            plan = self._message_plan(config, profile, model, client_key)
+            if serving.uses_last_resort:
+                plan = Plan(plan.attempts + plan.last_resort, [])
+        else:
+            plan = self._other_plan(request, config, profile, model, client_key)
         serving.begin_round(plan)
         return 0
+
+    def _other_plan(self, request, config, profile, model, client_key):
+        """The Plan for a path that only Anthropic has."""
+        planned, _ = plan_attempts(config, profile, [model], client_key)
+        attempts = [attempt for attempt in planned if attempt.key.provider == ANTHROPIC]
+        # Their own limits are not those of messages: a cooling key is only second choice.
+        attempts.sort(key=lambda a: bool(self.cooldowns.blocking((a.key.ref, None))))
+        if model is None and not request.is_read:
+            del attempts[1:]          # what it makes belongs to one key's organization
+        return Plan(attempts, [])
+
+    def _message_plan(self, config, profile, model, client_key):
+        """The Plan for a model; kept for a Config, but where a client's own key is in it."""
+        planned_for, plans = self._plans
+        if planned_for is not config or len(plans) > MAX_PLANS:
+            plans = {}
+            self._plans = config, plans
+        plan = plans.get((profile.name, model)) if client_key is None else None
+        if plan is None:
+            models = model_chain(config.model_fallback, model) if model else [model]
+            plan = plan_attempts(config, profile, models, client_key)
+            if client_key is None:
+                plans[profile.name, model] = plan
+        return plan
 
     def _next_round(self, serving):
         """Where in the plan to go on after all of it failed; None when that was all."""
@@ -5944,6 +5989,8 @@ class Failover:
         request, is_openai = serving.request, attempt.key.provider == OPENAI
         if attempt.key.id != CLIENT_REF:
             self._journal.metrics.note_limits(attempt.key.ref, upstream.headers)
+        if status is None and 200 <= upstream.status < 300:       # nearly always
+            return Outcome(ANSWERED, upstream.status, '', None)
         answer = Answer(
             status or upstream.status, upstream.headers, error.type, error.message, self._now(),
             request.path, attempt.model, attempt.model != request.body.model, error.details)
@@ -7674,13 +7721,18 @@ LOGIN_ACTIONS = {'autostart': start_at_next_login, 'remove-autostart': start_at_
 LOCAL_NAMES = ('localhost', '127.0.0.1', '[::1]')
 
 
+@functools.lru_cache(maxsize=64)
+def own_hosts(port):
+    """The values of Host by which a listener is reached."""
+    return frozenset(name + end for name in LOCAL_NAMES for end in ('', f':{port}'))
+
+
 def guard(head, port, config):
     """Raises BadRequest for a request that another site's page, or a rebound name, sent."""
     headers = head.headers
     host = headers.get('host', '')
-    own_hosts = {name + end for name in LOCAL_NAMES for end in ('', f':{port}')}
     names = {host, host.rpartition(':')[0]}       # an allowed name stands for every port
-    if host.lower() not in own_hosts and not names & set(config.allowed_hosts):
+    if host.lower() not in own_hosts(port) and not names & set(config.allowed_hosts):
         raise Forbidden(f'The Host {printable(host)[:80]!r} is not this proxy: use '
                         f'{local_url(port)}, or add it to "allowedHosts".')
     origin = headers.get('origin')
