@@ -133,6 +133,8 @@ MAX_CHUNKS = 100_000
 MAX_INTERIM = 20
 #: Each connection is a thread with two sockets; a client that opens more is out of control.
 MAX_CONNECTIONS = 2000
+#: Threads that wait for the next connection; each holds some 20 KB.
+IDLE_WORKERS = 32
 
 #: Waiting for a client: each read of a head or body, the whole head, the whole body, between
 #: two requests, and for a client that does not read its answer.
@@ -7916,6 +7918,36 @@ def where_raised(error):
     return ' < '.join(reversed(frames))
 
 
+class Workers:
+    """Threads that serve one connection after another: to start one takes as long as a third of
+    a short connection."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._idle = 0                # threads that wait, less the jobs that wait for them
+        self._jobs = queue.SimpleQueue()
+
+    def run(self, job):
+        """Has an idle thread call `job()`, or a new one.  Raises RuntimeError when the system
+        gives none."""
+        with self._lock:
+            is_one_idle = self._idle > 0
+            self._idle -= is_one_idle
+        if is_one_idle:
+            return self._jobs.put(job)
+        return threading.Thread(target=self._work, args=(job,), name='worker', daemon=True).start()
+
+    def _work(self, job):
+        while True:
+            job()
+            del job                   # it holds a connection
+            with self._lock:
+                if self._idle >= IDLE_WORKERS:
+                    return
+                self._idle += 1
+            job = self._jobs.get()
+
+
 class Listener(http.server.ThreadingHTTPServer):
     """The port of one profile: a thread for each connection."""
 
@@ -7953,7 +7985,8 @@ class Listener(http.server.ThreadingHTTPServer):
     def process_request(self, request, client_address):
         if self.app.slots.acquire(blocking=False):
             try:
-                return super().process_request(request, client_address)
+                return self.app.workers.run(functools.partial(
+                    self.process_request_thread, request, client_address))
             except RuntimeError:      # no further thread to be had: as good as too many
                 self.app.slots.release()
         with contextlib.suppress(OSError):        # it may be gone by now
@@ -8003,6 +8036,7 @@ class App:
         self.failover = Failover(self.store, self.cooldowns, self.upstream,
                                  Journal(self.log, self.metrics, self.bus))
         self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.workers = Workers()
         self.listeners = {}           # profile name -> Listener
         self.port_problems = {}       # profile name -> why its port is not open
         self.stopping = False

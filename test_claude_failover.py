@@ -388,6 +388,11 @@ class SmallToolsTest(ScratchTest):
                       http.client.BadStatusLine(secret), ConnectionResetError(104, 'Connection reset')):
             self.assertNotIn('api03', cf.error_reason(error))
 
+    def test_a_text_without_a_mark_of_a_token_holds_none(self):
+        for token in (token_of('a'), openai_token_of('a'), make_login(), *(f'{mark}{"x" * 20}' for mark in cf.SECRET_MARKS)):
+            self.assertNotIn(token, cf.redact(f'before {token} after'))
+        self.assertEqual(cf.redact('a plain text'), 'a plain text')
+
     def test_control_characters_become_visible_not_active(self):
         self.assertNotIn('\x1b', cf.printable('\x1b[31mred\r\nx'))
         self.assertEqual(cf.header_text('naïve\r\nx-evil: 1'), 'na?ve??x-evil: 1')
@@ -5984,6 +5989,38 @@ class ProgramTest(ScratchTest):
     def log_lines(self, event):
         with open(self.app.log.path) as file:
             return [line for line in map(json.loads, file) if line['event'] == event]
+
+
+class WorkersTest(unittest.TestCase):
+    def run_job(self, workers):
+        """The thread that a job ran in, once it waits for the next job."""
+        ran = queue.Queue()
+        idle = workers._idle
+        workers.run(lambda: ran.put(threading.get_ident()))
+        thread = ran.get(timeout=PATIENCE_S)
+        while workers._idle < max(idle, 1):
+            pass
+        return thread
+
+    def test_a_thread_that_is_done_serves_the_next_connection(self):
+        workers = cf.Workers()
+        self.assertEqual(self.run_job(workers), self.run_job(workers))
+
+    def test_jobs_at_once_have_threads_of_their_own_and_only_some_of_these_stay(self):
+        workers, together, ended = cf.Workers(), threading.Barrier(4), queue.Queue()
+
+        def job():
+            together.wait(PATIENCE_S)
+            ended.put(threading.current_thread())
+        with mock.patch.object(cf, 'IDLE_WORKERS', 2):
+            for _ in range(4):
+                workers.run(job)
+            threads = [ended.get(timeout=PATIENCE_S) for _ in range(4)]
+            while sum(thread.is_alive() for thread in threads) > 2:
+                pass
+            while workers._idle < 2:
+                pass
+        self.assertEqual((len(set(threads)), sum(thread.is_alive() for thread in threads)), (4, 2))
 
 
 class HttpServerTest(ProgramTest):
