@@ -42,6 +42,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Exchanges               both ends of a request, and the watcher that sees either end leave
     Client connections      request heads and bodies read strictly, answers written once
     Upstream                connections that are reused, answers that are read strictly
+    Carrying streams        one thread that passes on the events of all streams
     Failover                one request from its plan to its answer
     Autostart               the files by which launchd or systemd starts it at login
     Tool setup              how Claude Code and shells come to use the proxy, and undo
@@ -77,6 +78,7 @@ import queue
 import random
 import re
 import select
+import selectors
 import socket
 import socketserver
 import stat
@@ -271,6 +273,10 @@ class UpstreamTimeout(Exception):
 
 class UpstreamCut(Exception):
     """The upstream's answer ended before it was complete."""
+
+
+class NothingYet(Exception):
+    """A socket that does not wait has nothing now."""
 
 
 class UpstreamClosed(UpstreamCut):
@@ -4759,6 +4765,15 @@ class ClientConnection:
         except OSError as error:
             raise ClientGone from error
 
+    def send_some(self, data):
+        """Sends what the client takes without waiting; the number of bytes."""
+        try:
+            return self.sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise ClientGone from error
+
     def reset(self):
         """Closes so that the client sees an error, not an end."""
         with contextlib.suppress(OSError):
@@ -4797,7 +4812,8 @@ class ClientResponse:
         self.keep_alive = head.keeps_alive if head else False
         self.started = False
         self.status = None
-        self._pending = b''           # a head that leaves together with the first piece
+        self._pending = b''           # a head that leaves together with the first piece, or
+        #                               what a client has not taken
         self._chunked = False
         self._is_unframed = False     # only the connection's end tells the client the body's
 
@@ -4819,19 +4835,29 @@ class ClientResponse:
         self.started = True
 
     def write(self, data):
-        if not (data and self._has_body):
-            return
-        if self._chunked:
-            data = b'%x\r\n%b\r\n' % (len(data), data)
+        if data and self._has_body:
+            self._pending += self._framed(data)
+            self.flush()
+
+    def _framed(self, data):
+        return b'%x\r\n%b\r\n' % (len(data), data) if self._chunked else data
+
+    def flush(self):
         if self._pending:
-            data, self._pending = self._pending + data, b''
-        self._connection.send(data)
+            data, self._pending = self._pending, b''
+            self._connection.send(data)
+
+    def offer(self, data):
+        """Writes what the client takes without waiting; whether that was all.  The rest goes
+        with the next write."""
+        if data and self._has_body:
+            data = self._pending + self._framed(data)
+            self._pending = data[self._connection.send_some(data):]
+        return not self._pending
 
     def finish(self):
-        end = b'0\r\n\r\n' if self._chunked and self._has_body else b''
-        if self._pending or end:
-            self._connection.send(self._pending + end)
-        self._pending = b''
+        self._pending += b'0\r\n\r\n' if self._chunked and self._has_body else b''
+        self.flush()
 
     def abandon(self):
         """Ends an answer that is not complete: the connection closes without the last chunk,
@@ -5109,6 +5135,7 @@ class UpstreamResponse:
 
     def __init__(self, sock, exchange):
         self._sock, self._exchange = sock, exchange
+        self._is_tls = hasattr(sock, 'pending')
         self._buffer = b''            # received, not yet used
         self._left = 0                # bytes to come of the body or of the current chunk
         self._take = None             # how the body is cut out of what is received
@@ -5202,6 +5229,8 @@ class UpstreamResponse:
         try:
             data = self._sock.recv(RECEIVE_BYTES)
         except OSError as error:
+            if isinstance(error, BlockingIOError) or type(error).__name__ == 'SSLWantReadError':
+                raise NothingYet from error
             self._exchange.check()
             raise UpstreamCut(error_reason(error)) from error
         if not data:
@@ -5266,31 +5295,39 @@ class UpstreamResponse:
 
     def wait(self, seconds):
         """Waits for more of the answer; False when none came in that time."""
-        is_tls, deadline = hasattr(self._sock, 'pending'), time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while not (self.ended or self._buffer):
             left = max(0, deadline - time.monotonic())
-            if not (is_tls and self._sock.pending()) and not readable([self._sock], left):
+            if not self.has_received() and not readable([self._sock], left):
                 return False
-            if not is_tls or self._receive_if_any():
+            if not self._is_tls or self._receive_if_any():
                 return True
         return True
+
+    def has_received(self):
+        """Whether TLS holds bytes already: for these no socket becomes readable."""
+        return self._is_tls and self._sock.pending() > 0
 
     def _receive_if_any(self):
         """Takes what TLS has: a readable socket may hold only a ticket, or half a record.
         Whether there is something to read now, be it an end."""
-        import ssl
+        with self.not_waiting():
+            try:
+                self._receive()
+            except NothingYet:
+                return False
+            except UpstreamCut:       # the next read meets it too
+                return True
+        return True
+
+    @contextlib.contextmanager
+    def not_waiting(self):
+        """Within, a read that would have to wait raises NothingYet; gives the socket."""
         self._sock.settimeout(0)
         try:
-            data = self._sock.recv(RECEIVE_BYTES)
-        except ssl.SSLWantReadError:
-            return False
-        except OSError:               # the next read meets it too
-            return True
+            yield self._sock
         finally:
             self._sock.settimeout(None)
-        if data:
-            self._note_received(data)
-        return True
 
     def close(self):
         """Gives the connection back where nothing is left on it, and closes it otherwise."""
@@ -5544,6 +5581,68 @@ def build_key_test(target, key, token):
 
 
 # ==============================================================================
+# Carrying streams
+# ==============================================================================
+# Nearly all that happens in a stream is an event that goes on as it came.  One thread does that
+# for all streams, from whichever socket has one; what is more than that, a stream's own thread
+# does, which waits meanwhile.  A stream is always with one of the two.
+
+class Carried:
+    """A stream that is being carried."""
+
+    def __init__(self, upstream, events, response):
+        self._upstream, self._events, self._response = upstream, events, response
+        self.error = None             # why it cannot be carried further, where that is one
+        self.is_over = threading.Event()
+
+    def pass_on(self):
+        """Passes on what has come; whether the stream is to be carried further."""
+        try:
+            while True:
+                piece = self._upstream.read()
+                is_taken = self._response.offer(self._events.feed(piece))
+                if self._upstream.ended or not is_taken:
+                    return False      # or the client does not keep up
+                if not self._upstream.has_received():
+                    return True
+        except NothingYet:
+            return True
+        except Exception as error:    # of any kind: it is raised in the stream's own thread
+            self.error = error
+            return False
+
+
+class StreamCarrier:
+    """The thread that carries streams: to wake a thread of its own for each event costs twice
+    the processor time from some ten streams on."""
+
+    def __init__(self):
+        self._selector = selectors.DefaultSelector()
+
+    def start(self):
+        threading.Thread(target=self._run, name='carrier', daemon=True).start()
+
+    def carry(self, upstream, events, response):
+        """Passes on a stream until its own thread has to go on with it.  Raises what
+        upstream.read and response.write raise."""
+        carried = Carried(upstream, events, response)
+        with upstream.not_waiting() as sock:
+            if carried.pass_on():
+                self._selector.register(sock, selectors.EVENT_READ, carried)
+                carried.is_over.wait()
+        if carried.error:
+            raise carried.error
+        response.flush()
+
+    def _run(self):
+        while True:
+            for key, _ in self._selector.select():
+                if not key.data.pass_on():
+                    self._selector.unregister(key.fileobj)
+                    key.data.is_over.set()
+
+
+# ==============================================================================
 # Failover
 # ==============================================================================
 # One request from its plan to its answer.  Policy stands in RULES; here it is carried out.
@@ -5673,10 +5772,10 @@ def goes_to_client(name):
 class Failover:
     """Serves requests: plans, tries, queues, relays."""
 
-    def __init__(self, store, cooldowns, upstream, journal, clock=time.monotonic, now=time.time,
-                 wait=threading.Event.wait, jitter=random.uniform):
+    def __init__(self, store, cooldowns, upstream, journal, carrier=None, clock=time.monotonic,
+                 now=time.time, wait=threading.Event.wait, jitter=random.uniform):
         self._store, self.cooldowns, self._upstream = store, cooldowns, upstream
-        self._journal = journal
+        self._journal, self._carrier = journal, carrier
         self._clock, self._now, self._wait, self._jitter = clock, now, wait, jitter
         self._repairs = {}            # what answers -> ((name, subject), ...) of its 400s
         self._token_problems = {}     # key's ref -> the problem that the log was told of
@@ -6207,6 +6306,8 @@ class Failover:
         problem = "the upstream's stream ended before the message did"
         try:
             while not (events.is_translated and events.is_over):
+                if self._carrier and not events.is_translated:
+                    self._carrier.carry(upstream, events, response)
                 piece = self._read_piece(serving, upstream, events)
                 if not piece:
                     break
@@ -8033,8 +8134,9 @@ class App:
         self.cooldowns = Cooldowns()
         self.watcher = Watcher()
         self.upstream = Upstream()
+        self.carrier = StreamCarrier() if hasattr(socket, 'MSG_DONTWAIT') else None     # Windows
         self.failover = Failover(self.store, self.cooldowns, self.upstream,
-                                 Journal(self.log, self.metrics, self.bus))
+                                 Journal(self.log, self.metrics, self.bus), self.carrier)
         self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.workers = Workers()
         self.listeners = {}           # profile name -> Listener
@@ -8053,6 +8155,8 @@ class App:
             raise PortTaken(' '.join(self.port_problems.values()))
         self.log.start()
         self.watcher.start()
+        if self.carrier:
+            self.carrier.start()
         threading.Thread(target=self.upstream.tls_context, name='tls', daemon=True).start()
         threading.Thread(target=self._reload_loop, name='reload', daemon=True).start()
         self.log.info('started', version=VERSION, pid=os.getpid(), ports=self.ports())

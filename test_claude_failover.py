@@ -4034,6 +4034,21 @@ def plain_answer(body=b'{}', status='200 OK', fields=''):
     return f'HTTP/1.1 {status}\r\n{fields}content-length: {len(body)}\r\n\r\n'.encode() + body
 
 
+def tls_files(test):
+    """(the path of a certificate and of its key behind it, a server's context), made by openssl."""
+    if not shutil.which('openssl'):
+        test.skipTest('openssl is not installed')
+    folder = tempfile.mkdtemp()
+    test.addCleanup(shutil.rmtree, folder)
+    path = os.path.join(folder, 'cert.pem')
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes',
+                    '-keyout', path + '.key', '-out', path, '-days', '2', '-subj', '/CN=localhost',
+                    '-addext', 'subjectAltName=DNS:localhost'], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path, path + '.key')
+    return path, context
+
+
 class UpstreamTest(SocketTest):
     def setUp(self):
         self.upstream = cf.Upstream()
@@ -4326,22 +4341,8 @@ class UpstreamTest(SocketTest):
         with self.assertRaises(cf.ClientGone):
             self.get(server.url)
 
-    def tls_files(self):
-        """(certificate and key file), made by openssl."""
-        if not shutil.which('openssl'):
-            self.skipTest('openssl is not installed')
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
-        path = os.path.join(folder, 'cert.pem')
-        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes',
-                        '-keyout', path + '.key', '-out', path, '-days', '2', '-subj', '/CN=localhost',
-                        '-addext', 'subjectAltName=DNS:localhost'], check=True, capture_output=True)
-        return path
-
     def tls_server(self, before_answer=lambda: None):
-        path = self.tls_files()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(path, path + '.key')
+        path, context = tls_files(self)
 
         def play(sock, number):
             while read_request(sock):
@@ -6228,6 +6229,138 @@ class HttpServerTest(ProgramTest):
                 self.assertEqual((answered.status, answered.json.get('cleared')), (status, cleared))
         self.anthropic.limited.clear()
         self.assertEqual(self.send().headers['x-proxy-key'], 'a')
+
+
+# ==============================================================================
+# Carrying streams
+# ==============================================================================
+
+STREAM_HEAD = (b'HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n')
+
+
+def chunked(*parts):
+    return b''.join(b'%x\r\n%b\r\n' % (len(part), part) for part in parts)
+
+
+class CarryingTest(ProgramTest):
+    """Streams through the whole program, whose events one thread passes on."""
+
+    def serve_streams(self, play, wrap=lambda sock: sock, scheme='http://127.0.0.1'):
+        """Has `play(sock)` write the streams of the only key's upstream, behind their heads."""
+        def serve(sock, number):
+            while read_request(sock):
+                sock.sendall(STREAM_HEAD)
+                play(sock)
+        self.server = RawServer(self, serve, wrap)
+        self.reload(make_document('a', anthropicBaseUrl=f'{scheme}:{self.server.port}'))
+
+    def stream(self):
+        return self.send(body=messages_body(stream=True))
+
+    def test_events_arrive_whole_however_they_were_cut(self):
+        whole = stream_bytes()
+        for size in (1, 7, 100, len(whole)):
+            self.serve_streams(lambda sock, size=size: [sock.sendall(chunked(piece)) for piece in pieces(whole, size)]
+                               and sock.sendall(b'0\r\n\r\n'))
+            answered = self.stream()
+            self.assertEqual((answered.body, answered.is_complete), (whole, True))
+            self.assertEqual(self.server.connections, 1)
+
+    def test_many_streams_at_once_do_not_mix(self):
+        together = threading.Barrier(20)
+
+        def play(sock):
+            text = f'I am stream {threading.get_ident()} ' * 20
+            first, *rest = pieces(stream_bytes(stream_events(text)), 200)
+            sock.sendall(chunked(first))
+            together.wait(PATIENCE_S)             # all of them are open now
+            sock.sendall(chunked(*rest) + b'0\r\n\r\n')
+        self.serve_streams(play)
+        answers = queue.Queue()
+        for _ in range(20):
+            threading.Thread(target=lambda: answers.put(self.stream()), daemon=True).start()
+        texts = set()
+        for _ in range(20):
+            answered = answers.get(timeout=PATIENCE_S)
+            self.assertTrue(answered.is_complete)
+            texts.add(''.join(event['delta']['text'] for event in answered.events if event['type'] == 'content_block_delta'))
+        self.assertEqual((len(texts), {len(set(text.split('I am stream '))) for text in texts}), (20, {2}))
+
+    def test_a_client_that_reads_late_gets_all_of_it_and_holds_up_nobody(self):
+        events = stream_events('x')
+        events[3:4] = [{**events[3], 'delta': {'type': 'text_delta', 'text': 'x' * 80_000}}] * 100
+        big = stream_bytes(events)
+        sent = threading.Event()
+
+        def play(sock):
+            sock.sendall(chunked(big[:5000]))
+            sent.set()
+            sock.sendall(chunked(*pieces(big[5000:], 60_000)) + b'0\r\n\r\n')
+        self.serve_streams(play)
+        body = json.dumps(messages_body(stream=True)).encode()
+        with socket.socket() as late:
+            late.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            late.settimeout(PATIENCE_S)
+            late.connect(('127.0.0.1', self.port))
+            late.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n'
+                         b'Content-Length: %d\r\n\r\n' % len(body) + body)
+            self.assertTrue(sent.wait(PATIENCE_S))
+            self.assertEqual(self.stream().body, big)         # another one, meanwhile
+            answered = Answered(b''.join(iter(lambda: late.recv(65536), b'')))
+        self.assertEqual((answered.body, answered.is_complete), (big, True))
+
+    def test_a_stream_that_breaks_off_ends_in_an_error_and_is_not_complete(self):
+        whole = stream_bytes()
+        for end in (b'', b'zz\r\n', b'5\r\nab'):
+            carried, carry = threading.Event(), cf.StreamCarrier.carry
+
+            def play(sock, end=end, carried=carried):
+                sock.sendall(chunked(whole[:400]))
+                carried.wait(PATIENCE_S)          # what breaks before that is another key's turn
+                sock.sendall(end)
+                sock.shutdown(socket.SHUT_RDWR)
+            self.serve_streams(play)
+            with mock.patch.object(cf.StreamCarrier, 'carry', lambda *rest, c=carried: (c.set(), carry(*rest))):
+                answered = self.stream()
+            self.assertEqual((answered.events[-1]['type'], answered.is_complete), ('error', False))
+
+    def test_a_client_that_leaves_in_mid_stream_ends_its_upstream(self):
+        gone = threading.Event()
+
+        def play(sock):
+            sock.sendall(chunked(stream_bytes()[:400]))
+            if not sock.recv(1):
+                gone.set()
+        self.serve_streams(play)
+        body = json.dumps(messages_body(stream=True)).encode()
+        with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
+            sock.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                         b'Content-Length: %d\r\n\r\n' % len(body) + body)
+            self.assertIn(b'message_start', sock.recv(65536))
+        self.assertTrue(gone.wait(PATIENCE_S))
+        self.assertEqual(self.send('GET', '/health').status, 200)
+
+    def test_streams_over_tls_arrive_too_with_many_events_in_one_record(self):
+        path, context = tls_files(self)
+        os.environ['SSL_CERT_FILE'] = path
+        self.app.upstream = self.app.failover._upstream = cf.Upstream()
+        events = stream_events('some text ' * 3000)
+        whole = stream_bytes(events)
+        for size in (50, 16_000, 100_000):
+            self.serve_streams(lambda sock, size=size: sock.sendall(chunked(*pieces(whole, size)) + b'0\r\n\r\n'),
+                               lambda sock: context.wrap_socket(sock, server_side=True), 'https://localhost')
+            for _ in range(2):
+                answered = self.stream()
+                self.assertEqual((len(answered.events), answered.is_complete), (len(events), True))
+            self.assertEqual(self.server.connections, 1)      # its socket waits again, as others do
+
+    def test_an_error_inside_is_raised_in_the_streams_own_thread(self):
+        self.serve_streams(lambda sock: [sock.sendall(chunked(piece)) for piece in pieces(stream_bytes(), 100)])
+        with mock.patch.object(cf.MessageStream, 'last', side_effect=ZeroDivisionError), \
+                mock.patch.object(cf.Carried, 'pass_on', lambda carried: setattr(carried, 'error', ZeroDivisionError())):
+            self.stream()
+        self.stop()
+        self.assertEqual([line['kind'] for line in self.log_lines('internal_error')], ['ZeroDivisionError'])
 
 
 # ==============================================================================
