@@ -9,6 +9,7 @@ import ast
 import base64
 import contextlib
 import copy
+import http.client
 import io
 import itertools
 import json
@@ -382,7 +383,6 @@ class SmallToolsTest(ScratchTest):
             self.assertEqual(cf.format_duration(seconds), text)
 
     def test_the_reason_of_an_error_never_quotes_what_was_sent(self):
-        import http.client
         secret = token_of('a')
         for error in (ValueError(f"Invalid header value b'{secret}'"), OSError(secret),
                       http.client.BadStatusLine(secret), ConnectionResetError(104, 'Connection reset')):
@@ -7541,6 +7541,14 @@ class PromisesTest(unittest.TestCase):
         self.assertLessEqual(set(visible), {'claude_failover.py', 'dashboard.html', 'test_claude_failover.py',
                                             'README.md', 'LICENSE'})
 
+    def test_the_dashboard_is_one_small_page_in_which_data_is_never_markup(self):
+        page = source_of('dashboard.html')
+        self.assertLess(len(page.encode()), 120_000)
+        self.assertEqual(re.findall(r'innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\son[a-z]+="|\sstyle="', page), [])
+        urls = set(re.findall(r'https?://[^\s\'"`<>)]+', page)) - {'http://www.w3.org/2000/svg'}
+        self.assertEqual([url for url in urls if not url.startswith('http://localhost')], [])
+        self.assertEqual((page.count('<script'), page.count('<style')), (1, 1))
+
     def test_only_the_standard_library_is_imported(self):
         tree = ast.parse(source_of('claude_failover.py'))
         names = {alias.name.split('.')[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -7551,6 +7559,484 @@ class PromisesTest(unittest.TestCase):
     def test_every_text_of_a_rule_is_one_that_a_person_can_read(self):
         for rule in (*cf.RULES, cf.UNREACHABLE, cf.RESET, cf.TIMED_OUT, cf.NO_TOKEN):
             self.assertRegex(rule.name, r'^[a-z_]+$')
+
+
+# ==============================================================================
+# The dashboard in a real browser
+# ==============================================================================
+
+CHROMIUM, CHROMEDRIVER = '/usr/bin/chromium', '/usr/bin/chromedriver'
+ELEMENT = 'element-6066-11e4-a52e-4f735466cecf'       # WebDriver's name for a reference
+#: Headless, offline but for this machine, and as root in CI.
+CHROMIUM_OPTIONS = ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+                    '--disable-background-networking', '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage')
+
+
+class Browser:
+    """Chromium, driven by WebDriver (W3C).  Elements are told by CSS selectors."""
+
+    def __init__(self, folder):
+        self._driver = subprocess.Popen([CHROMEDRIVER, '--port=0'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                        env={'HOME': folder, 'PATH': os.environ['PATH'], 'LANG': 'C.UTF-8', 'TZ': 'UTC'})
+        started = (re.search(r'started successfully on port (\d+)', line) for line in self._driver.stdout)
+        self._port = next(int(match.group(1)) for match in started if match)
+        options = {'binary': CHROMIUM, 'args': [*CHROMIUM_OPTIONS, f'--user-data-dir={folder}/chromium']}
+        wanted = {'browserName': 'chrome', 'goog:chromeOptions': options, 'goog:loggingPrefs': {'browser': 'ALL', 'performance': 'ALL'}}
+        self._session = ''
+        self._session = '/session/' + self._ask('POST', '/session', {'capabilities': {'alwaysMatch': wanted}})['sessionId']
+
+    def close(self):
+        self._ask('DELETE', '')
+        self._driver.terminate()
+        self._driver.wait(PATIENCE_S)
+        self._driver.stdout.close()
+
+    def _ask(self, method, path, body=None):
+        connection = http.client.HTTPConnection('127.0.0.1', self._port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, self._session + path, json.dumps(body) if body is not None else None)
+            value = json.loads(connection.getresponse().read())['value']
+        if isinstance(value, dict) and 'error' in value:
+            raise AssertionError(f'{path}: {value["error"]}: {value["message"]}')
+        return value
+
+    def go(self, url):
+        self._ask('POST', '/url', {'url': url})
+
+    def run(self, script, *arguments):
+        """What a JavaScript function's body returns."""
+        return self._ask('POST', '/execute/sync', {'script': script, 'args': list(arguments)})
+
+    def until(self, condition, *arguments):
+        """Waits until a JavaScript expression of `a` (the arguments) is true; its value.  It is looked at whenever the
+        page draws, by the page itself."""
+        script = f'''
+            const [done, a] = [arguments[arguments.length - 1], arguments];
+            const end = performance.now() + {PATIENCE_S * 1000};
+            const look = () => {{
+                let value = null;
+                try {{ value = {condition}; }} catch (error) {{ value = null; }}
+                if (value || performance.now() > end) done(value || null);
+                else setTimeout(look, 10);
+            }};
+            look();'''
+        value = self._ask('POST', '/execute/async', {'script': script, 'args': list(arguments)})
+        if not value:
+            raise AssertionError(f'never came true: {condition} {arguments}\n{self.run("return document.body.innerText")[:2000]}')
+        return value
+
+    def _find(self, selector):
+        self.until('document.querySelector(a[0])?.getClientRects().length', selector)
+        return self._ask('POST', '/element', {'using': 'css selector', 'value': selector})[ELEMENT]
+
+    def text(self, selector):
+        return self._ask('GET', f'/element/{self._find(selector)}/text')
+
+    def click(self, selector):
+        self._ask('POST', f'/element/{self._find(selector)}/click', {})
+
+    def fill(self, selector, text):
+        element = self._find(selector)
+        self._ask('POST', f'/element/{element}/clear', {})
+        self._ask('POST', f'/element/{element}/value', {'text': text})
+
+    def press(self, *keys):
+        """Presses keys one after another, wherever the focus is: 'Tab', 'Enter', 'a' ..."""
+        codes = [KEY_CODES.get(key, key) for key in keys]
+        actions = [{'type': kind, 'value': code} for code in codes for kind in ('keyDown', 'keyUp')]
+        self._ask('POST', '/actions', {'actions': [{'type': 'key', 'id': 'keyboard', 'actions': actions}]})
+
+    def drag(self, selector, target):
+        """Drags one element onto the lower half of another, as a hand does: in several moves."""
+        start, end = (self.run('const r = document.querySelector(arguments[0]).getBoundingClientRect();'
+                               'return [r.x + r.width / 2, r.y + r.height * arguments[1]].map(Math.round)', *which)
+                      for which in ((selector, 0.5), (target, 0.8)))
+        moves = [[start[i] + (end[i] - start[i]) * step // 8 for i in (0, 1)] for step in range(9)]
+        actions = [{'type': 'pointerMove', 'duration': 0 if step == 0 else 20, 'x': x, 'y': y} for step, (x, y) in enumerate(moves)]
+        actions[1:1] = [{'type': 'pointerDown', 'button': 0}]
+        actions.append({'type': 'pointerUp', 'button': 0})
+        self._ask('POST', '/actions', {'actions': [{'type': 'pointer', 'id': 'mouse', 'parameters': {'pointerType': 'mouse'}, 'actions': actions}]})
+
+    def resize(self, width, height):
+        self._ask('POST', '/goog/cdp/execute', {'cmd': 'Emulation.setDeviceMetricsOverride', 'params': {
+            'width': width, 'height': height, 'deviceScaleFactor': 1, 'mobile': False}})
+
+    def prefer(self, scheme):
+        """'light' or 'dark'."""
+        self._ask('POST', '/goog/cdp/execute', {'cmd': 'Emulation.setEmulatedMedia', 'params': {
+            'features': [{'name': 'prefers-color-scheme', 'value': scheme}, {'name': 'prefers-reduced-motion', 'value': 'reduce'}]}})
+
+    def screenshot(self):
+        return base64.b64decode(self._ask('GET', '/screenshot'))
+
+    def logged(self, kind):
+        """What the browser logged since it was last asked: 'browser' (the console) or 'performance'."""
+        return self._ask('POST', '/se/log', {'type': kind})
+
+
+KEY_CODES = {'Tab': '\ue004', 'Enter': '\ue007', 'Escape': '\ue00c', 'Space': ' ', 'ArrowUp': '\ue013', 'ArrowDown': '\ue015', 'Shift': '\ue008'}
+
+
+CHROMIUM_FOUND = os.path.exists(CHROMIUM) and os.path.exists(CHROMEDRIVER)
+PAGES = ('status', 'keys', 'profiles', 'fallback', 'setup', 'logs')
+#: The least contrast of text and its background (WCAG 2.2, 1.4.3), measured of every text that is shown.
+CONTRAST_SCRIPT = '''
+    const channel = (value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+    const parse = (color) => { const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number); return { rgb: [r, g, b], a }; };
+    const luminance = (rgb) => { const [r, g, b] = rgb.map((value) => channel(value / 255)); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+    const over = (top, under) => top.rgb.map((value, i) => value * top.a + under[i] * (1 - top.a));
+    const backgroundOf = (element) => {
+        const layers = [];
+        for (let at = element; at; at = at.parentElement) {
+            const color = parse(getComputedStyle(at).backgroundColor);
+            layers.push(color);
+            if (color.a === 1) break;
+        }
+        return layers.reverse().reduce((under, layer) => over(layer, under), [255, 255, 255]);
+    };
+    const low = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+        const element = node.parentElement;
+        if (!node.data.trim() || !element.getClientRects().length || element.closest('script, template, .tip, [aria-disabled="true"]')) continue;
+        const under = backgroundOf(element);
+        const [light, dark] = [luminance(over(parse(getComputedStyle(element).color), under)), luminance(under)].sort((a, b) => b - a);
+        const ratio = (light + 0.05) / (dark + 0.05);
+        if (ratio < 4.5) low.push([ratio.toFixed(2), node.data.trim().slice(0, 30)]);
+    }
+    return low;'''
+
+
+@unittest.skipUnless(CHROMIUM_FOUND, 'chromium and chromium-driver are not installed')
+class DashboardTest(ProgramTest):
+    """The page in Chromium, on the running program."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder_of_browser = tempfile.mkdtemp(prefix='failover-browser-')
+        cls.addClassCleanup(shutil.rmtree, cls.folder_of_browser, ignore_errors=True)
+        cls.browser = Browser(cls.folder_of_browser)
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.object(cf, 'STATUS_S', 0.05)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.browser.resize(1440, 900)
+        self.browser.prefer('light')
+        self.expected_errors = 0              # lines that the browser itself writes of a 4xx or a lost proxy
+
+    def tearDown(self):
+        """No test leaves an error on the console, a violation of the policy or a request to another host."""
+        self.browser.go('about:blank')        # before the program goes: nobody is to miss it
+        lines = [line['message'] for line in self.browser.logged('browser') if line['level'] != 'INFO' and '[DOM]' not in line['message']]
+        self.assertEqual([line for line in lines if 'Failed to load resource' not in line and 'net::ERR' not in line], [])
+        self.assertLessEqual(len(lines), self.expected_errors)
+        requests = [json.loads(line['message'])['message'] for line in self.browser.logged('performance')]
+        urls = {request['params']['request']['url'] for request in requests if request['method'] == 'Network.requestWillBeSent'}
+        self.assertEqual([url for url in urls if re.match('https?:|wss?:', url) and not url.startswith('http://localhost:')], [])
+
+    def open(self, page='status'):
+        self.browser.go(f'http://localhost:{self.port}/dashboard/{page}')
+        self.browser.until('state.status && state.config')
+
+    def shown(self, text, selector='main'):
+        """Waits until a text is shown."""
+        return self.browser.until('document.querySelector(a[1]).innerText.includes(a[0])', text, selector)
+
+    def dialog(self, action, *inputs):
+        """Opens a dialog by its button, fills it in and sends it."""
+        self.browser.click(action)
+        for selector, text in inputs:
+            self.browser.fill(f'dialog[open] {selector}', text)
+        self.browser.click('dialog[open] [type="submit"]')
+
+    def order(self, provider='anthropic'):
+        return self.browser.run('return [...document.querySelectorAll(arguments[0])].map((row) => row.dataset.id)', f'#keys-{provider} tbody tr')
+
+    def test_two_seconds_tell_what_is_served_and_a_rotation_appears_live(self):
+        self.open()
+        self.shown('Serving from a', '#state-sentence')
+        self.anthropic.limited.add('a')
+        self.send()
+        self.shown('Serving from b', '#state-sentence')
+        self.assertRegex(self.browser.text('#state-sentence'), r'a rests for claude-opus-5-5 until \d\d:\d\d: rate limit')
+        self.browser.until('document.querySelector("#requests .chain").textContent === "a 429b 200"')
+        self.assertIn('Serving from b', self.browser.run('return document.title'))
+        self.assertEqual(self.browser.text('[data-number="rotations"] dd')[0], '1')
+        self.browser.click('#requests tbody tr button')
+        self.assertIn('rate limited', self.browser.text('#request-details'))
+        self.browser.press('Escape')
+        self.browser.click('#clear-all')
+        self.shown('No key rests', '#cooldowns')
+        self.shown('Serving from a', '#state-sentence')
+        self.assertEqual(self.app.cooldowns.snapshot(), [])
+
+    def test_one_cooldown_is_cleared_by_its_own_button(self):
+        self.anthropic.limited.update('ab')
+        self.send()
+        self.open()
+        self.shown('Every key rests', '#state-sentence')
+        self.browser.click(f'.cooldown[data-id="anthropic:b {SONNET}"] button')
+        self.browser.until('document.querySelectorAll(".cooldown").length === 3')
+        self.assertNotIn(('anthropic:b', SONNET), [(c.key.ref, c.model) for c, _ in self.app.cooldowns.snapshot()])
+
+    def test_a_key_is_added_tested_renamed_replaced_and_removed(self):
+        self.open('keys')
+        self.dialog('#add-key', ('#field-token', token_of('c')), ('#field-label', 'third'))
+        self.browser.until('document.querySelector("tr[data-id=\\"anthropic:third\\"]")')
+        row = 'tr[data-id="anthropic:third"]'
+        self.anthropic.refused.add('c')
+        self.browser.click(f'{row} [data-action="key-test"]')
+        self.browser.until('document.querySelector(a[0])', f'{row} [data-result="refused"]')
+        self.assertIn('Not accepted: 401 bad key', self.browser.text(f'{row} [data-result]'))
+        self.dialog(f'{row} [data-action="key-rename"]', ('#field-label', 'better name'))
+        self.browser.until('document.querySelector(a[0]).innerText.includes("better name")', row)
+        self.dialog(f'{row} [data-action="key-token"]', ('#field-token', token_of('d')))
+        self.browser.until('!document.querySelector("dialog[open]")')
+        self.assertEqual(self.read_config()['keys']['third']['token'], token_of('d'))
+        self.dialog(f'{row} [data-action="key-remove"]')
+        self.browser.until('!document.querySelector(a[0])', row)
+        self.assertEqual(list(self.read_config()['keys']), ['a', 'b'])
+        self.assertNotIn('0123456789', self.browser.run('return document.documentElement.outerHTML'))
+
+    def test_what_is_wrong_is_said_beside_its_field_and_loses_nothing(self):
+        self.open('keys')
+        self.dialog('#add-key', ('#field-token', openai_token_of('x')), ('#field-label', 'mine'))
+        self.browser.until('document.querySelector("#field-token-error").textContent.includes("sk-ant-")')
+        self.assertEqual(self.browser.run('const f = document.querySelector("dialog[open] form").elements; return [f.label.value, f.token.getAttribute("aria-invalid")]'),
+                         ['mine', 'true'])
+        self.browser.press('Escape')
+        self.open('fallback')
+        self.browser.fill('#set-queueWaitMs', '-5')
+        self.browser.click('#group-waiting [type="submit"]')
+        self.browser.until('document.querySelector("#error-queueWaitMs").textContent.includes("0 or more")')
+        self.browser.fill('#set-anthropicBaseUrl', 'http://api.example.com')
+        self.browser.click('#group-urls [type="submit"]')
+        self.browser.until('document.querySelector("#error-anthropicBaseUrl").textContent.includes("must use https")')
+        self.assertEqual(self.app.store.current.queue_wait_ms, 90_000)
+        self.expected_errors = 2
+
+    def test_keys_are_put_in_order_by_keyboard_and_by_drag(self):
+        self.reload(make_document('a', 'b', 'c', anthropicBaseUrl=self.anthropic.url))
+        self.open('keys')
+        self.browser.until('document.querySelectorAll("#keys-anthropic tbody tr").length === 3')
+        self.browser.run('document.querySelector("tr[data-id=\\"anthropic:a\\"] [data-direction=down]").focus()')
+        self.browser.press('Enter')
+        self.browser.until('document.querySelector("#keys-anthropic tbody tr").dataset.id === "anthropic:b"')
+        self.assertEqual(self.browser.run('return document.activeElement.closest("tr").dataset.id'), 'anthropic:a')
+        self.browser.press('Enter')           # the focus stays on the key that moves
+        self.browser.until('document.querySelectorAll("#keys-anthropic tbody tr")[2].dataset.id === "anthropic:a"')
+        self.browser.until('!state.orders.size')
+        self.assertEqual(self.app.store.current.profiles['default'].order, ('anthropic:b', 'anthropic:c', 'anthropic:a'))
+        self.browser.drag('tr[data-id="anthropic:b"] .handle', 'tr[data-id="anthropic:a"]')
+        self.browser.until('document.querySelectorAll("#keys-anthropic tbody tr")[2].dataset.id === "anthropic:b" && !state.orders.size')
+        self.assertEqual(self.order(), ['anthropic:c', 'anthropic:a', 'anthropic:b'])
+        self.assertEqual(self.app.store.current.profiles['default'].order, ('anthropic:c', 'anthropic:a', 'anthropic:b'))
+
+    def test_a_profile_is_made_and_its_port_used(self):
+        port = free_port()
+        self.open('profiles')
+        self.dialog('#add-profile', ('#field-name', 'second'), ('#field-port', str(port)))
+        self.shown(f'http://localhost:{port}')
+        self.assertEqual(self.send(port=port, host='localhost').headers['x-proxy-key'], 'a')
+        self.browser.click('section[data-profile="second"] li[data-id="anthropic:b"] [data-direction="up"]')
+        self.browser.until('document.querySelector("section[data-profile=second] li").dataset.id === "anthropic:b" && !state.orders.size')
+        self.assertEqual(self.send(port=port, host='localhost').headers['x-proxy-key'], 'b')
+        self.dialog('section[data-profile="second"] [data-action="profile-remove"]')
+        self.browser.until('!document.querySelector("section[data-profile=second]")')
+        self.assertEqual(list(self.app.ports()), ['default'])
+
+    def test_a_chain_is_edited_and_an_impossible_one_is_not_saved(self):
+        self.open('fallback')
+        self.browser.click('[data-setting="modelFallback"] [data-action="step-add"]')
+        self.browser.fill('[data-chain="0"] .step:last-of-type input', 'claude-haiku-*')
+        self.browser.click('#group-models [type="submit"]')
+        self.browser.until('!state.drafts.size')
+        self.assertEqual(self.app.store.current.model_fallback, {'claude-opus-*': 'claude-sonnet-*', 'claude-sonnet-*': 'claude-haiku-*'})
+        self.browser.click('[data-setting="modelFallback"] [data-action="row-add"]')
+        self.browser.fill('[data-chain="1"] .step:first-of-type input', 'claude-opus-*')
+        self.browser.fill('[data-chain="1"] .step:last-of-type input', 'gpt')
+        self.browser.click('#group-models [type="submit"]')
+        self.browser.until('document.querySelector("#error-modelFallback").textContent.includes("it can have one only")')
+        self.assertEqual(len(self.app.store.current.model_fallback), 2)
+
+    def test_the_model_mapping_is_edited_row_by_row(self):
+        self.open('fallback')
+        self.browser.click('[data-setting="openaiModelMapping"] [data-action="row-remove"][data-row="0"]')
+        self.browser.click('[data-setting="openaiModelMapping"] [data-action="row-add"]')
+        self.assertEqual(self.browser.run('return document.activeElement.getAttribute("aria-label")'), 'Claude model, row 4')
+        self.browser.fill('li[data-row="3"] input:first-of-type', 'claude-opus-4*')
+        self.browser.fill('li[data-row="3"] input:last-of-type', 'o5')
+        self.browser.click('#group-openai [type="submit"]')
+        self.browser.until('!state.drafts.size')
+        self.assertEqual(self.app.store.current.openai_model_mapping, {
+            'claude-sonnet-*': 'gpt-5.4-mini', 'claude-haiku-*': 'gpt-5.4-nano', '*': 'gpt-5.4', 'claude-opus-4*': 'o5'})
+
+    def test_settings_are_saved_with_their_units_and_a_draft_survives_a_change_elsewhere(self):
+        self.open('fallback')
+        self.browser.fill('#set-queueWaitMs', '2')
+        self.browser.run('const unit = document.querySelector("[name=queueWaitMs-unit]"); unit.value = "min"; unit.dispatchEvent(new Event("input", {bubbles: true}))')
+        self.app.update(lambda config: cf.change_settings(config, {'cooldownMs': 60_000}))
+        self.shown('The configuration changed elsewhere', '#group-waiting')
+        self.assertEqual(self.browser.run('return document.querySelector("#set-queueWaitMs").value'), '2')
+        self.browser.click('#group-waiting [type="submit"]')
+        self.browser.until('!state.drafts.size')
+        self.assertEqual(self.app.store.current.queue_wait_ms, 120_000)
+
+    def test_another_base_url_asks_for_the_tokens_again(self):
+        self.open('fallback')
+        self.browser.fill('#set-anthropicBaseUrl', 'http://localhost:9')
+        self.browser.click('#group-urls [type="submit"]')
+        for key in 'ab':
+            self.browser.fill(f'dialog[open] [name="anthropic:{key}"]', token_of(key))
+        self.browser.click('dialog[open] [type="submit"]')
+        self.browser.until('!state.drafts.size && !document.querySelector("dialog[open]")')
+        self.assertEqual(self.app.store.current.anthropic_base_url, 'http://localhost:9')
+        self.expected_errors = 1
+
+    def test_tools_are_set_up_and_given_back_with_one_click(self):
+        zshrc = os.path.join(self.folder, '.zshrc')
+        with open(zshrc, 'w') as file:
+            file.write('mine\n')
+        self.open('setup')
+        self.browser.click('li[data-id="zsh"] button')
+        self.shown(f'now uses http://localhost:{self.port}', 'li[data-id="zsh"]')
+        self.browser.click('li[data-id="zsh"] [data-undo]')
+        self.shown('does not use the proxy now', 'li[data-id="zsh"]')
+        with open(zshrc) as file:
+            self.assertEqual(file.read(), 'mine\n')
+        self.shown('Cursor cannot use a proxy')
+        self.shown(f'ANTHROPIC_BASE_URL=http://localhost:{self.port}')
+
+    def test_the_log_is_followed_filtered_and_paused(self):
+        self.open('logs')
+        self.shown('started', '#log-lines')
+        self.app.log.warn('something_odd', text='needle in a haystack')
+        self.shown('something_odd', '#log-lines')
+        self.browser.fill('#log-text', 'NEEDLE')
+        self.browser.until('document.querySelectorAll("#log-lines li").length === 1')
+        self.browser.click('#log-pause')
+        self.app.log.warn('something_else', text='another needle')
+        self.shown('1 new', '.panel-head:has(#log-count)')
+        self.assertNotIn('something_else', self.browser.text('#log-lines'))
+        self.browser.click('#log-pause')
+        self.shown('something_else', '#log-lines')
+        self.browser.run('const level = document.querySelector("#log-level"); level.value = "error"; level.dispatchEvent(new Event("input", {bubbles: true}))')
+        self.browser.until('document.querySelectorAll("#log-lines li").length === 0')
+
+    def test_it_lives_through_a_restart_of_the_proxy(self):
+        document = {**make_document('a', 'b', anthropicBaseUrl=self.anthropic.url)}
+        document['profiles']['default']['port'] = self.port
+        self.open()
+        self.shown('Serving from a', '#state-sentence')
+        self.stop()
+        self.browser.until('!document.querySelector("#away").hidden')
+        self.assertIn('The proxy is not reachable since', self.browser.text('#away'))
+        self.start(document)
+        self.browser.until('document.querySelector("#away").hidden')
+        self.send()
+        self.browser.until('document.querySelectorAll("#requests tbody tr").length === 1')
+        self.expected_errors = 30
+
+    def test_a_hostile_label_model_and_message_stay_text(self):
+        evil = '<img src=x onerror="document.title=1"><b>evil</b>\x1b[31m' + 'w' * 300
+        document = make_document('a', anthropicBaseUrl=self.anthropic.url)
+        document['keys']['a']['label'] = evil
+        self.reload(document)
+        self.send(body=messages_body(model=evil))
+        self.app.log.warn('evil', text=evil)
+        for page in PAGES:
+            self.browser.resize(390, 844)
+            self.open(page)
+            self.browser.until('document.querySelector("main section:not([hidden])")')
+            self.assertEqual(self.browser.run('return document.querySelectorAll("main img, main b:not(.log-lines b, .facts b)").length'), 0)
+            self.assertLessEqual(self.browser.run('return document.documentElement.scrollWidth'), 390, page)
+
+    def test_an_access_token_is_asked_for_once(self):
+        self.app.update(lambda config: cf.change_settings(config, {'accessToken': 'open-sesame'}))
+        self.browser.go(f'http://localhost:{self.port}/dashboard')
+        self.browser.fill('dialog[open] #field-token', 'wrong')
+        self.browser.click('dialog[open] [type="submit"]')
+        self.browser.until('document.querySelector("#field-token-error").textContent.includes("not the access token")')
+        self.browser.fill('dialog[open] #field-token', 'open-sesame')
+        self.browser.click('dialog[open] [type="submit"]')
+        self.shown('Serving from a', '#state-sentence')
+        self.browser.go(f'http://localhost:{self.port}/dashboard')
+        self.shown('Serving from a', '#state-sentence')
+        self.assertNotIn('sesame', self.browser.run('return document.documentElement.outerHTML + document.cookie'))
+        self.expected_errors = 8
+
+    def fill_up(self):
+        """20 keys, 200 requests, cooldowns, and a second profile."""
+        ids = [f'key-{number}' for number in range(18)]
+        document = make_document(*ids, anthropicBaseUrl=self.anthropic.url, **with_openai('o', 'p'))
+        document['profiles']['second'] = {'port': free_port()}
+        self.reload(document)
+        self.anthropic.fields = 'anthropic-ratelimit-unified-5h-utilization: 0.9\r\nanthropic-ratelimit-requests-limit: 50\r\nanthropic-ratelimit-requests-remaining: 40\r\n'
+        self.anthropic.limits = lambda body: random.random() < 0.05
+        for number in range(200):
+            self.send(body=messages_body(model=(OPUS, SONNET, 'claude-haiku-5-5')[number % 3]))
+
+    def test_every_page_fits_wide_and_narrow_and_is_readable_light_and_dark(self):
+        for fill in (lambda: None, self.fill_up):
+            fill()
+            for page in PAGES:
+                self.open(page)
+                for width in (1440, 390):
+                    self.browser.resize(width, 900)
+                    for scheme in ('light', 'dark'):
+                        self.browser.prefer(scheme)
+                        with self.subTest(page=page, width=width, scheme=scheme):
+                            self.assertLessEqual(self.browser.run('return document.documentElement.scrollWidth'), width)
+                            self.assertEqual(self.browser.run(CONTRAST_SCRIPT), [])
+
+    def test_every_control_has_a_name_and_is_reached_by_keyboard(self):
+        self.anthropic.limited.add('a')
+        self.send()
+        for page in PAGES:
+            self.open(page)
+            self.browser.until('document.querySelector("main section:not([hidden]) button, main section:not([hidden]) [tabindex]")')
+            nameless = self.browser.run('''
+                return [...document.querySelectorAll('button, a, input, select')].filter((e) => e.getClientRects().length).filter((e) =>
+                    !(e.innerText || e.getAttribute('aria-label') || e.labels?.length)).map((e) => e.outerHTML)''')
+            self.assertEqual(nameless, [])
+            wanted = self.browser.run('''
+                return [...document.querySelectorAll('button, a[href], input, select')].filter((e) => e.getClientRects().length && !e.disabled).length''')
+            self.browser.run('document.body.focus(); document.activeElement.blur(); window.reached = new Set();'
+                             'document.addEventListener("focusin", (event) => window.reached.add(event.target))')
+            self.browser.press(*['Tab'] * (wanted + 5))
+            self.assertGreaterEqual(self.browser.run('return window.reached.size'), wanted, page)
+
+    def test_updates_do_not_take_the_focus_nor_what_is_typed(self):
+        self.open('fallback')
+        self.browser.fill('#set-openaiBaseUrl', 'https://half.typed')
+        self.send()
+        self.browser.until('state.status.metrics.requests === 1')
+        self.app.update(lambda config: cf.change_settings(config, {'queueWaitMs': 1000}))
+        self.browser.until('state.config.settings.queueWaitMs === 1000')
+        self.browser.press('x')
+        self.assertEqual(self.browser.run('return [document.activeElement.id, document.activeElement.value]'), ['set-openaiBaseUrl', 'https://half.typedx'])
+
+    def test_back_and_reload_keep_the_page(self):
+        self.open()
+        self.browser.click('#nav-keys')
+        self.browser.click('#nav-logs')
+        self.browser.run('history.back()')
+        self.browser.until('location.pathname === "/dashboard/keys" && !document.querySelector("[data-page=keys].page").hidden')
+        self.open('keys')
+        self.assertEqual(self.browser.run('return document.querySelector("#nav [aria-current]").id'), 'nav-keys')
+
+    def test_it_loads_with_one_request_and_the_policy_is_in_force(self):
+        self.browser.logged('performance')
+        self.open()
+        sent = [json.loads(line['message'])['message'] for line in self.browser.logged('performance')]
+        urls = [message['params']['request']['url'] for message in sent if message['method'] == 'Network.requestWillBeSent']
+        self.assertEqual([url.rpartition(str(self.port))[2] for url in urls if not url.startswith('data:')], ['/dashboard/status', '/api/events'])
+        outcome = self.browser.run("const s = document.createElement('script'); s.textContent = 'window.broken = 1'; document.body.append(s); return window.broken || 'blocked'")
+        self.assertEqual(outcome, 'blocked')
+        self.browser.logged('browser')        # which says so
 
 
 # ==============================================================================
