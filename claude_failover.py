@@ -7848,6 +7848,89 @@ def guard(head, port, config):
         raise Forbidden('Requests from another site are refused.')
 
 
+#: What linux/sock_diag.h and linux/inet_diag.h call by these names.
+NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST = 4, 20, 1
+#: Tables of sockets, and what precedes an IPv4 address there: a client's socket may be one of
+#: IPv6 that reached ours by ::ffff:127.0.0.1.
+SOCKET_TABLES = (
+    ('/proc/net/tcp', ''),
+    ('/proc/net/tcp6', '0' * 16 + ('FFFF0000' if sys.byteorder == 'little' else '0000FFFF')))
+
+
+def peer_owner(sock):
+    """The user id of the program at the other end of a connection within this machine; None
+    where the system does not tell.  Raises ClientGone when it has left: a socket that nobody
+    holds any more may be called root's, and a request could be left behind in its name."""
+    if not sys.platform.startswith('linux'):
+        return None
+    try:
+        near, far = sock.getsockname(), sock.getpeername()
+    except OSError as error:
+        raise ClientGone from error
+    found = ask_for_owner(far, near) or look_for_owner(far, near)
+    if found and found[1]:
+        return found[0]
+    if found or departed([sock]):
+        raise ClientGone
+    return None                       # a sandbox without the tables
+
+
+def ask_for_owner(far, near):
+    """(user id, inode) of the socket at `far`; inode 0 when nobody holds it; None when it is
+    not found, or netlink not to be had."""
+    request = struct.pack('=IHHIIBBxxI', 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0,
+                          socket.AF_INET, socket.IPPROTO_TCP, 0xffffffff)
+    request += struct.pack('!HH4s12x4s12x', far[1], near[1], socket.inet_aton(far[0]),
+                           socket.inet_aton(near[0])) + struct.pack('=I8s', 0, b'\xff' * 8)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as netlink:
+            netlink.send(request)
+            return read_diag_answer(netlink.recv(4096, socket.MSG_DONTWAIT))
+    except OSError:                   # not allowed here, or unknown to this kernel
+        return None
+
+
+def read_diag_answer(data):
+    """(user id, inode) in the kernel's answer; None in an error's."""
+    if len(data) < 88 or struct.unpack_from('=H', data, 4)[0] != SOCK_DIAG_BY_FAMILY:
+        return None
+    return struct.unpack_from('=II', data, 80)
+
+
+def look_for_owner(far, near):
+    """The same from the tables in /proc: some milliseconds where thousands are open."""
+    for path, prefix in SOCKET_TABLES:
+        with contextlib.suppress(OSError), open(path) as file:        # no /proc, or no IPv6
+            found = find_in_table(file.read(), prefix + table_address(far),
+                                  prefix + table_address(near))
+            if found:
+                return found
+    return None
+
+
+def table_address(address):
+    """('127.0.0.1', 8080) as '0100007F:1F90': the first a number in the machine's byte order."""
+    number, = struct.unpack('=I', socket.inet_aton(address[0]))
+    return f'{number:08X}:{address[1]:04X}'
+
+
+def find_in_table(text, far, near):
+    """(user id, inode) of a socket in the text of /proc/net/tcp; addresses as they stand there."""
+    for line in text.splitlines():
+        words = line.split()
+        if words[1:3] == [far, near] and len(words) > 9:
+            return int(words[7]), int(words[9])
+    return None
+
+
+def refuse_stranger(owner, config):
+    """Raises Forbidden for a program of another user: loopback is open to all users of a machine.
+    Root may do anything anyway; an access token, where one is asked for, decides instead."""
+    if owner not in (None, 0) and owner != os.geteuid() and not config.access_token:
+        raise Forbidden(f'This {PROGRAM} serves the user who started it. With an "accessToken" in '
+                        'its configuration it serves others too, who present that.')
+
+
 def check_access(route, headers, access_token):
     """Raises BadRequest where the access token is asked for and not presented."""
     if route.is_open or not access_token:
@@ -7948,6 +8031,10 @@ class Handler(socketserver.BaseRequestHandler):
     """Serves the requests of one client connection, one after another."""
 
     def handle(self):
+        try:
+            self._owner = peer_owner(self.request)
+        except ClientGone:
+            return
         connection = ClientConnection(self.request)
         while self._serve_one(connection):
             pass
@@ -7957,6 +8044,8 @@ class Handler(socketserver.BaseRequestHandler):
         response = ClientResponse(connection, None)
         was_read = False
         try:
+            # Before it is waited for, so that strangers hold no thread; and when it is there.
+            refuse_stranger(self._owner, self.server.app.store.current)
             head = connection.read_head()
             if head is None:
                 return False
@@ -7985,6 +8074,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _admit(self, head, profile_name):
         """(Route, its arguments) of a request that may be answered.  Raises BadRequest."""
         config = self.server.app.store.current
+        refuse_stranger(self._owner, config)
         guard(head, self.server.server_port, config)
         route, arguments = find_route(head)
         check_access(route, head.headers, config.access_token)

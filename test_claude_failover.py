@@ -24,6 +24,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -6024,6 +6025,23 @@ class WorkersTest(unittest.TestCase):
         self.assertEqual((len(set(threads)), sum(thread.is_alive() for thread in threads)), (4, 2))
 
 
+#: Sends requests, each on a connection of its own, as a user who owns nothing here.
+STRANGER = '''
+import json, os, socket, sys
+address, port = sys.argv[1], int(sys.argv[2])
+requests = json.load(sys.stdin)
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+answers = []
+for request in requests:
+    with socket.socket(socket.AF_INET6 if ':' in address else socket.AF_INET) as sock:
+        sock.settimeout(10)
+        sock.connect((address, port))
+        sock.sendall(request.encode())
+        answers.append(b''.join(iter(lambda: sock.recv(65536), b'')).decode('latin-1'))
+print(json.dumps(answers))
+'''
+
+
 class HttpServerTest(ProgramTest):
     def test_a_request_is_answered_by_the_next_key_when_the_first_is_limited(self):
         self.anthropic.limited.add('a')
@@ -6120,6 +6138,69 @@ class HttpServerTest(ProgramTest):
                                ({'origin': 'https://app.example.evil'}, 403), ({'origin': 'http://app.example'}, 403)):
             with self.subTest(fields=fields):
                 self.assertEqual(self.send(**fields).status, status)
+
+    def ask_as_stranger(self, *requests, address='127.0.0.1'):
+        """[Answered, ...] to some raw requests that a program of another user sends."""
+        if os.name == 'nt' or os.geteuid() != 0:
+            self.skipTest('only root can act as another user')
+        done = subprocess.run([sys.executable, '-c', STRANGER, address, str(self.port)], capture_output=True, text=True,
+                              input=json.dumps([request.decode() for request in requests]), timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return [Answered(answer.encode('latin-1')) for answer in json.loads(done.stdout)]
+
+    @needs('/proc/net/tcp')           # Linux
+    def test_a_program_of_another_user_is_refused_on_every_path(self):
+        paths = (('POST', cf.MESSAGES_PATH), ('GET', '/v1/models'), ('GET', '/health'), ('GET', '/'), ('GET', '/nothing'), ('GET', '/dashboard'),
+                 ('OPTIONS', '/v1/messages'), ('POST', '/api/login'), ('PUT', '/api/config'))
+        requests = [f'{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n'.encode() for method, path in paths]
+        for address in ('127.0.0.1', '::ffff:127.0.0.1'):
+            for path, answered in zip(paths, self.ask_as_stranger(*requests, address=address)):
+                with self.subTest(address=address, path=path):
+                    self.assertEqual((answered.status, answered.error['type']), (403, 'permission_error'))
+                    self.assertIn('accessToken', answered.error['message'])
+        self.assertEqual(self.anthropic.seen, [])
+        self.assertEqual(self.send('GET', '/v1/models').status, 200)
+
+    @needs('/proc/net/tcp')
+    def test_with_an_access_token_other_users_are_asked_for_it(self):
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame'))
+        request = b'GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
+        answers = self.ask_as_stranger(request + b'\r\n', request + b'x-api-key: open-sesame\r\n\r\n')
+        self.assertEqual([answered.status for answered in answers], [401, 200])
+
+    @needs('/proc/net/tcp')
+    def test_the_owner_of_a_connection_is_found_by_netlink_and_without_it(self):
+        with socket.create_server(('127.0.0.1', 0)) as listener, socket.create_connection(listener.getsockname()) as near, \
+                listener.accept()[0] as far, socket.socket(socket.AF_INET6) as mapped:
+            self.assertEqual(cf.peer_owner(far), os.geteuid())
+            self.assertEqual(cf.peer_owner(near), os.geteuid())
+            mapped.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            mapped.connect(('::ffff:127.0.0.1', listener.getsockname()[1]))
+            with listener.accept()[0] as of_mapped, mock.patch('socket.socket', side_effect=OSError):
+                self.assertEqual((cf.peer_owner(far), cf.peer_owner(of_mapped)), (os.geteuid(),) * 2)
+                with mock.patch('builtins.open', side_effect=OSError):
+                    self.assertIsNone(cf.peer_owner(far))
+
+    @needs('/proc/net/tcp')
+    def test_a_connection_that_nobody_holds_any_more_has_no_owner_and_is_not_served(self):
+        with socket.create_server(('127.0.0.1', 0)) as listener:
+            for leave in (socket.socket.close, lambda sock: cf.ClientConnection(sock).reset()):
+                near = socket.create_connection(listener.getsockname())
+                near.sendall(b'x')
+                with listener.accept()[0] as far:
+                    leave(near)       # its socket belongs to no user now, which looks like root's
+                    for missing in ((), ('socket.socket',)):
+                        with contextlib.ExitStack() as stack:
+                            for name in missing:
+                                stack.enter_context(mock.patch(name, side_effect=OSError))
+                            self.assertRaises(cf.ClientGone, cf.peer_owner, far)
+
+    def test_tables_of_sockets_are_read_only_where_they_are_whole(self):
+        for data in (b'', b'x' * 16, b'x' * 87, struct.pack('=IHHIIi', 36, 2, 0, 0, 0, -2) + bytes(16)):
+            self.assertIsNone(cf.read_diag_answer(data))
+        line = '0: 0100007F:1F90 0100007F:9C40 01 00000000:00000000 00:00000000 00000000  1000 0 77 1'
+        for text, found in ((line, (1000, 77)), (line.replace('9C40', '9C41'), None), (line[:40], None), ('', None), ('x\n' * 9, None)):
+            self.assertEqual(cf.find_in_table(text, '0100007F:1F90', '0100007F:9C40'), found)
 
     def test_a_body_that_a_web_form_could_send_is_refused(self):
         for content_type in ('text/plain', 'application/x-www-form-urlencoded', 'multipart/form-data; boundary=x', None):
