@@ -50,6 +50,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     HTTP server             the guard, ROUTES, a listener for each profile
     Service                 the App: puts the parts together, reloads, stops
     Doctor                  what can be found out of a proxy and its surroundings
+    Demo                    the proxy between a client and upstreams that are made up
     Command line            COMMANDS: printing happens only here
     Main
 
@@ -6321,9 +6322,10 @@ class Failover:
             problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
         serving.record.update(usage_fields(events.usage))
         self._end_stream(serving, events, problem)
-        if events.is_translated and events.stopped and upstream.wait(LAST_CHUNK_S):
-            with contextlib.suppress(UpstreamCut, UpstreamTimeout):
-                upstream.read()       # the body's end: then the connection can be used again
+        if events.is_translated and events.stopped:
+            with contextlib.suppress(UpstreamCut, UpstreamTimeout, ClientGone):
+                if upstream.wait(LAST_CHUNK_S):
+                    upstream.read()   # the body's end: then the connection can be used again
 
     def _end_stream(self, serving, events, problem):
         """The end of a stream after its commit; `problem` is what it is when the message is not
@@ -8139,22 +8141,24 @@ class Workers:
             job = self._jobs.get()
 
 
-class Listener(http.server.ThreadingHTTPServer):
-    """The port of one profile: a thread for each connection."""
-
+class LocalServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 1024     # the default of 5 drops connections under load: 1 s and more
-
-    def __init__(self, profile, app):
-        self.profile_name, self.wanted_port, self.app = profile.name, profile.port, app
-        self._is_closing = False
-        super().__init__((LISTEN_HOST, profile.port), Handler)
 
     def server_bind(self):
         # Not HTTPServer's: it looks up the host's full name, seconds where DNS is broken.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
+
+
+class Listener(LocalServer):
+    """The port of one profile: a thread for each connection."""
+
+    def __init__(self, profile, app):
+        self.profile_name, self.wanted_port, self.app = profile.name, profile.port, app
+        self._is_closing = False
+        super().__init__((LISTEN_HOST, profile.port), Handler)
 
     def serve_forever(self, poll_interval=None):
         """Accepts until `shutdown`, blocked in accept: nothing wakes while nobody comes."""
@@ -8212,7 +8216,7 @@ class PortTaken(FailoverError):
 class App:
     """The parts put together: built once, started, reloaded, stopped."""
 
-    def __init__(self, config_path):
+    def __init__(self, config_path, upstream=None):
         self.store = ConfigStore(config_path)
         self.store.load()
         config = self.store.current
@@ -8223,7 +8227,7 @@ class App:
         self.login_codes = LoginCodes()
         self.cooldowns = Cooldowns()
         self.watcher = Watcher()
-        self.upstream = Upstream()
+        self.upstream = upstream or Upstream()
         self.carrier = StreamCarrier() if hasattr(socket, 'MSG_DONTWAIT') else None     # Windows
         self.failover = Failover(self.store, self.cooldowns, self.upstream,
                                  Journal(self.log, self.metrics, self.bus), self.carrier)
@@ -8840,6 +8844,301 @@ def find_failures(path):
 
 
 # ==============================================================================
+# Demo
+# ==============================================================================
+# The real proxy between a client and upstreams that are both made up, in one process: whoever
+# runs it sees a failover before having a key.  Nothing of it leaves this machine.
+
+class Asked(NamedTuple):
+    """A request that a pretend upstream got."""
+    key: str                  # the id in the demo's token, 'client' for any other
+    method: str
+    path: str
+    body: dict
+
+
+class Told(NamedTuple):
+    """What it answers: a body, or a stream's events as pieces of bytes."""
+    status: int
+    fields: list
+    body: bytes = b''
+    pieces: tuple | None = None
+
+
+class PretendUpstream(LocalServer):
+    """Anthropic's API, and OpenAI's below /openai, at a port of this machine.  `play(asked)`
+    names the row of PLAYS by which a request is answered."""
+
+    def __init__(self, play=lambda asked: 'answer', pause_s=0):
+        self.play, self.pause_s = play, pause_s
+        self.asked = 0                # requests so far: the more, the less is left of a limit
+        super().__init__((LISTEN_HOST, 0), PretendHandler)
+        self.url = f'http://{LISTEN_HOST}:{self.server_port}'
+        threading.Thread(target=self.serve_forever, args=(0.02,), name='pretend',
+                         daemon=True).start()
+
+    def tell(self, asked):
+        """The Told for an Asked."""
+        self.asked += 1
+        return PLAYS[self.play(asked)](asked, self.asked)
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+class PretendHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True
+
+    def do_POST(self):
+        data = self.rfile.read(int(self.headers.get('content-length', 0)))
+        token = self.headers.get('x-api-key') or self.headers.get('authorization', '')
+        key = re.search(r'sk-(?:ant-\w+|proj)-(\w+)-', token)
+        self._send(self.server.tell(Asked(key.group(1) if key else 'client', self.command, self.path,
+                                          loads_object(data) if data else {})))
+
+    do_GET = do_HEAD = do_DELETE = do_POST
+
+    def _send(self, told):
+        self.send_response_only(told.status)
+        for name, value in told.fields:
+            self.send_header(name, value)
+        if told.pieces is None:
+            self.send_header('content-length', str(len(told.body)))
+        else:
+            self.send_header('transfer-encoding', 'chunked')
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(told.body)
+        for piece in told.pieces or ():
+            self.wfile.write(b'%x\r\n%b\r\n' % (len(piece), piece))
+            time.sleep(self.server.pause_s)
+        if told.pieces is not None:
+            self.wfile.write(b'0\r\n\r\n')
+
+    def log_message(self, format, *arguments):
+        """Not to the terminal, where the demo is."""
+
+
+def pretend_answer(asked, count):
+    """What an upstream says that is well, on every path that clients use."""
+    fields = [JSON_TYPE, ('request-id', f'req_demo_{count:06d}')]
+    if asked.path.startswith('/openai'):
+        return pretend_openai(asked, fields)
+    fields += limit_fields(count)
+    if asked.path.startswith(COUNT_TOKENS_PATH):
+        return Told(200, fields, dump_body({'input_tokens': estimate_tokens(asked.body)}))
+    if not asked.path.startswith(MESSAGES_PATH):
+        models = list(map(model_info, DEMO_MODELS))
+        return Told(200, fields, dump_body({'data': models, 'has_more': False,
+                                            'first_id': DEMO_MODELS[0], 'last_id': DEMO_MODELS[-1]}))
+    events = pretend_events(asked, count)
+    if asked.body.get('stream'):
+        stream = [('content-type', 'text/event-stream'), *fields[1:]]
+        return Told(200, stream, pieces=tuple(map(event_bytes, events)))
+    return Told(200, fields, dump_body(message_from_events(events)))
+
+
+def pretend_events(asked, count):
+    """[event, ...] of a message."""
+    text = f'This is {asked.body.get("model")}, by way of the key {asked.key}. What is next?'
+    usage = {'input_tokens': estimate_tokens(asked.body), 'output_tokens': 1}
+    message = {'id': f'msg_demo_{count:06d}', 'type': 'message', 'role': 'assistant', 'content': [],
+               'model': asked.body.get('model'), 'stop_reason': None, 'stop_sequence': None,
+               'usage': usage}
+    words = re.findall(r'\S+\s*', text)
+    return [
+        {'type': 'message_start', 'message': message},
+        {'type': 'content_block_start', 'index': 0, 'content_block': {'type': 'text', 'text': ''}},
+        *({'type': 'content_block_delta', 'index': 0, 'delta': {'type': 'text_delta', 'text': word}}
+          for word in words),
+        {'type': 'content_block_stop', 'index': 0},
+        {'type': 'message_delta', 'delta': {'stop_reason': 'end_turn', 'stop_sequence': None},
+         'usage': {'output_tokens': len(words)}},
+        {'type': 'message_stop'}]
+
+
+def pretend_openai(asked, fields):
+    """Chat Completions, streamed or not."""
+    if not asked.path.endswith('/chat/completions'):
+        models = [{'id': 'gpt-5.4', 'object': 'model', 'created': 0, 'owned_by': 'openai'}]
+        return Told(200, fields, dump_body({'object': 'list', 'data': models}))
+    model = asked.body.get('model')
+    text = f'This is {model}, in the words of Claude. What is next?'
+    words = re.findall(r'\S+\s*', text)
+    usage = {'prompt_tokens': estimate_tokens(asked.body), 'completion_tokens': len(words),
+             'total_tokens': estimate_tokens(asked.body) + len(words)}
+    common = {'id': 'chatcmpl-demo', 'created': 0, 'model': model}
+    if not asked.body.get('stream'):
+        choice = {'index': 0, 'finish_reason': 'stop', 'logprobs': None,
+                  'message': {'role': 'assistant', 'content': text, 'refusal': None}}
+        whole = {**common, 'object': 'chat.completion', 'choices': [choice], 'usage': usage}
+        return Told(200, fields, dump_body(whole))
+    common['object'] = 'chat.completion.chunk'
+    deltas = [({'role': 'assistant', 'content': ''}, None),
+              *(({'content': word}, None) for word in words), ({}, 'stop')]
+    chunks = [{**common, 'choices': [{'index': 0, 'delta': delta, 'finish_reason': finish}]}
+              for delta, finish in deltas] + [{**common, 'choices': [], 'usage': usage}]
+    pieces = [b'data: %b\n\n' % dump_body(chunk) for chunk in chunks] + [b'data: [DONE]\n\n']
+    return Told(200, [('content-type', 'text/event-stream'), *fields[1:]], pieces=tuple(pieces))
+
+
+def limit_fields(count):
+    """Rate-limit fields as Anthropic sends them; what is used grows with each request."""
+    now, used = time.time(), min(0.97, 0.35 + count / 150)
+    resets = {'5h': now + 2 * 3600, '7d': now + 3 * 86400}
+    fields = [(f'anthropic-ratelimit-unified-{window}-{name}', value)
+              for window, reset in resets.items()
+              for name, value in (('status', 'allowed'), ('reset', str(int(reset))), (
+                  'utilization', f'{used if window == "5h" else used / 2:.2f}'))]
+    for name, limit in (('requests', 50), ('tokens', 80_000)):
+        fields += [(f'anthropic-ratelimit-{name}-limit', str(limit)),
+                   (f'anthropic-ratelimit-{name}-remaining', str(int(limit * (1 - used / 2)))),
+                   (f'anthropic-ratelimit-{name}-reset', utc_text(now + 60))]
+    return fields
+
+
+def pretend_refusal(status, type, message, *fields):
+    def tell(asked, count):
+        own = [JSON_TYPE, ('request-id', f'req_demo_{count:06d}'), *fields]
+        return Told(status, own, error_json(type, message))
+    return tell
+
+
+def pretend_broken(asked, count):
+    """A stream that is well by its status, and breaks before its first word."""
+    events = [pretend_events(asked, count)[0],
+              {'type': 'error', 'error': {'type': 'overloaded_error', 'message': 'Overloaded'}}]
+    return Told(200, [('content-type', 'text/event-stream')],
+                pieces=tuple(map(event_bytes, events)))
+
+
+#: What a pretend upstream can do.
+PLAYS = {
+    'answer': pretend_answer, 'broken': pretend_broken,
+    'limited': pretend_refusal(429, 'rate_limit_error', 'You are out of tokens for this hour.',
+                               ('retry-after', '3000')),
+    'limited briefly': pretend_refusal(429, 'rate_limit_error', 'Too many requests.',
+                                       ('retry-after', '2')),
+    'limited for a while': pretend_refusal(429, 'rate_limit_error', 'Too many requests.',
+                                           ('retry-after', '20')),
+    'overloaded': pretend_refusal(529, 'overloaded_error', 'Overloaded'),
+}
+DEMO_MODELS = ('claude-opus-5-5', 'claude-sonnet-5-5', 'claude-haiku-5-5')
+OPUS, SONNET, HAIKU = DEMO_MODELS
+
+
+class Scene(NamedTuple):
+    """Some requests, and how the keys answer them."""
+    title: str
+    model: str
+    plays: dict               # key id -> (name in PLAYS, ...) for one request each; then it is well
+    is_streamed: bool = True
+    requests: int = 1
+
+
+SCENES = (
+    Scene('Two keys, and all is well: the first one answers.', OPUS, {}, False),
+    Scene('The key personal meets its limit: the next key answers, and personal rests.', OPUS,
+          {'personal': ('limited',)}, requests=2),
+    Scene('An answer breaks before its first word: another key gives it, and no error is seen.',
+          HAIKU, {'personal': ('broken',)}),
+    Scene('Opus is overloaded, and its other key still rests: Sonnet answers.', OPUS,
+          {'work': ('overloaded', 'overloaded')}),
+    Scene('Both keys are limited, for two seconds: the request waits, instead of failing.', SONNET,
+          {'personal': ('limited briefly',), 'work': ('limited briefly',)}),
+    Scene('Both are limited for an hour: an OpenAI model answers, in the words of Claude.', SONNET,
+          {'personal': ('limited',), 'work': ('limited',)}),
+)
+#: What `--keep` goes on with, at random.
+EVERYDAY = (
+    *(Scene('', model, {}, is_streamed) for model in DEMO_MODELS for is_streamed in (True, False)),
+    Scene('', OPUS, {'personal': ('limited for a while',)}),
+    Scene('', SONNET, {'personal': ('limited for a while',)}),
+    Scene('', HAIKU, {'personal': ('broken',)}),
+    Scene('', OPUS, {'work': ('limited for a while',), 'personal': ('limited for a while',)}),
+    Scene('', SONNET, {'personal': ('limited for a while',), 'work': ('limited for a while',)}),
+)
+QUESTION = [{'role': 'user', 'content': 'What is this?'}]
+
+
+class LoopbackOnly(Upstream):
+    """Refuses to call any host but this machine, whatever the dashboard is told."""
+
+    def _connect(self, base):
+        if not is_loopback(base.host):
+            raise UpstreamUnreachable(f'{base.host}: the demo calls nobody', False)
+        return super()._connect(base)
+
+
+def demo_document(url, port):
+    """The demo's configuration: two Claude keys and one of OpenAI, at a pretend upstream."""
+    def key(id, kind):
+        return {'token': f'sk-{kind}-{id}-{"0" * 40}', 'label': id}
+    return {
+        'anthropicBaseUrl': url, 'openaiBaseUrl': f'{url}/openai/v1', 'queueWaitMs': 5000,
+        'profiles': {'default': {'port': port}}, 'openaiModelFallback': True,
+        'keys': {'personal': key('personal', 'ant-api03'), 'work': key('work', 'ant-api03')},
+        'openaiKeys': {'openai': key('openai', 'proj')}}
+
+
+class Demo:
+    """The proxy with its pretend upstream, in a folder that goes with it."""
+
+    def __init__(self, folder, port, pause_s):
+        self._plays = {}              # key id -> iterator of what it does yet
+        self.upstream = PretendUpstream(self._next_play, pause_s / 30)
+        path = os.path.join(folder, 'config.json')
+        write_atomically(path, json.dumps(demo_document(self.upstream.url, port)).encode())
+        self.app = App(path, LoopbackOnly())
+        self.app.start()
+        self.port = self.app.ports()['default']
+        self._thread = threading.Thread(target=self.app.run, name='demo', daemon=True)
+        self._thread.start()
+
+    def _next_play(self, asked):
+        return next(self._plays.get(asked.key, iter(())), 'answer')
+
+    def close(self):
+        self.app.stop()
+        self._thread.join(DRAIN_S)
+        self.upstream.close()
+
+    def play(self, scene):
+        """Sends the scene's requests; yields what the journal and the client say of each:
+        (record, seconds to the first byte, the answer's text)."""
+        self._plays = {key: iter(plays) for key, plays in scene.plays.items()}
+        for _ in range(scene.requests):
+            with self.app.bus.subscription() as news:
+                first_byte_s, text = self._ask(scene)
+                records = iter(functools.partial(news.next, CONNECT_S), None)
+                yield next(json.loads(told) for event, told in records if event == 'request'), \
+                    first_byte_s, text
+
+    def _ask(self, scene):
+        """A client's request over HTTP; (seconds to the answer's first byte, its text)."""
+        body = dump_body({'model': scene.model, 'max_tokens': 100, 'messages': QUESTION,
+                          'stream': scene.is_streamed})
+        started = time.monotonic()
+        connection = http.client.HTTPConnection(LISTEN_HOST, self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request('POST', MESSAGES_PATH, body, {'content-type': 'application/json'})
+            response = connection.getresponse()
+            data = response.read(1)
+            first_byte_s = time.monotonic() - started
+            return first_byte_s, answer_text(data + response.read(), scene.is_streamed)
+
+
+def answer_text(data, is_streamed):
+    """The words of an answer of the Messages API."""
+    if is_streamed:
+        events = [loads_object(line[6:]) for line in data.splitlines() if line.startswith(b'data: ')]
+        return ''.join(as_dict(event.get('delta')).get('text', '') for event in events)
+    return ''.join(block.get('text', '') for block in loads_object(data).get('content', []))
+
+
+# ==============================================================================
 # Command line
 # ==============================================================================
 # Printing happens only here.  Exit status: 0 done, 1 failed, 2 wrong input.
@@ -8886,6 +9185,96 @@ def say_table(rows, indent='  '):
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         say((indent + '  '.join(str(cell).ljust(w) for cell, w in zip(row, widths))).rstrip())
+
+
+def cmd_demo(options):
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix=f'{PROGRAM}-demo-') as folder:
+        forget_user(folder)
+        try:
+            demo = Demo(folder, options.port, 0 if options.fast else 1)
+        except PortTaken as error:
+            raise PortTaken(f'{error} Choose another with --port, or leave it out.') from error
+        with contextlib.closing(demo):
+            return play_demo(demo, options)
+
+
+def forget_user(folder):
+    """Keeps what a real user has out of reach: the demo's dashboard could set up tools, read
+    tokens and start managers."""
+    kept = {name: value for name, value in os.environ.items()
+            if name in ('LANG', 'LC_ALL', 'TERM', 'NO_COLOR', 'COLUMNS', 'TZ')}
+    os.environ.clear()
+    os.environ.update(kept, HOME=folder, PATH=folder)
+
+
+def play_demo(demo, options):
+    pause_s = 0 if options.fast else 1.2
+    style, width = Style(sys.stdout), terminal_width()
+    say_wrapped(f'{style.bold(PROGRAM)} at {local_url(demo.port)}, with pretend upstreams: '
+                'nothing leaves this machine.', width)
+    if os.path.exists(DASHBOARD_PATH):
+        say(f'Dashboard  {local_url(demo.port)}/dashboard')
+    say_wrapped('Each line: the model asked, who was tried, the time to the first byte, the answer.',
+                width)
+    for number, scene in enumerate(SCENES, 1):
+        say()
+        say_wrapped(f'{number}. {scene.title}', width)
+        say_played(demo, scene, style, width)
+        time.sleep(pause_s)
+    say()
+    say_saved(demo.app.health()['metrics'], demo.app.metrics.history(), style, width)
+    while options.keep:
+        say_played(demo, random.choice(EVERYDAY), style, width)
+        time.sleep(random.uniform(0.5, 2.5))
+    return 0
+
+
+def terminal_width():
+    import shutil
+    return max(40, shutil.get_terminal_size((100, 24)).columns - 1)
+
+
+def say_wrapped(text, width):
+    import textwrap
+    say(textwrap.fill(text, width))
+
+
+def say_played(demo, scene, style, width):
+    """A line for each request: the model asked, who tried, how long it took, what was said."""
+    for record, first_byte_s, text in demo.play(scene):
+        chain = ' -> '.join(describe_attempts(record))
+        wait = f'held {record["queued_ms"] / 1000:.1f} s, ' if record.get('queued_ms') else ''
+        told = f'   {scene.model}: {chain}, {wait}{first_byte_s * 1000:.0f} ms'
+        quote = f'  "{text}"'
+        room = width - len(told)
+        if room < 20:                 # a narrow window: the answer has a line of its own
+            say_wrapped(told, width)
+            told, room = '     ', width - 5
+        shown = quote if len(quote) <= room else quote[:room - 4] + '..."'
+        say(told + style.dim(shown))
+
+
+def describe_attempts(record):
+    """Yields 'personal 429', 'claude-sonnet-5-5 on work 200', ...: models where they change."""
+    model = record['model']
+    for attempt in record['attempts']:
+        on_model = f'{attempt["model"]} on ' if attempt['model'] != model else ''
+        model = attempt['model']
+        yield f'{on_model}{attempt["key"]} {attempt["status"] or attempt["result"]}'
+
+
+def say_saved(metrics, history, style, width):
+    rescued = sum(minute['rescued'] for minute in history)
+    say_wrapped(style.bold(f'{metrics["answered"]} of {metrics["requests"]} requests were '
+                           f'answered; without the proxy {rescued} would have failed.'), width)
+    say_wrapped(f'{count_of(metrics["rotations"], "rotation")}, '
+                f'{count_of(metrics["fallbacks"], "fallback")}, {metrics["queued"]} queued, '
+                f'{metrics["by_provider"].get(OPENAI, 0)} answered by OpenAI.', width)
+    say()
+    say('Now with your own keys:')
+    say(f'  {RUN} add-key')
+    say(f'  {RUN} start')
 
 
 def cmd_start(options):
@@ -9554,6 +9943,10 @@ def key_arguments(base_url_help):
 
 
 COMMANDS = (
+    Command('demo', 'see a failover: the proxy at work, with pretend upstreams', cmd_demo, (
+        (('--port',), {'type': int, 'default': 0, 'metavar': 'N', 'help': 'use this port'}),
+        (('--fast',), {'action': 'store_true', 'help': 'without pauses'}),
+        (('--keep',), {'action': 'store_true', 'help': 'go on until Ctrl-C, for the dashboard'}))),
     Command('start', 'run the proxy until Ctrl-C, or with -d in the background', cmd_start, (
         (('-d', '--daemon'), {'action': 'store_true',
                               'help': 'in the background; returns when its ports answer'}),)),

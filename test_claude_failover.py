@@ -42,6 +42,11 @@ SCRIPT = os.path.join(HERE, 'claude_failover.py')
 START = 1_700_000_000.0       # a unix time for wall clocks
 PATIENCE_S = 10               # for threads to meet; never slept through
 OPUS, SONNET = 'claude-opus-5-5', 'claude-sonnet-5-5'
+#: Where .ci/run installs them; any folder of the same shape will do.
+CLIENTS = os.environ.get('CLAUDE_FAILOVER_CLIENTS') or os.path.expanduser('~/.cache/claude-failover-test-clients')
+CLAUDE = os.path.join(CLIENTS, 'npm', 'node_modules', '.bin', 'claude')
+NODE_SDK = os.path.join(CLIENTS, 'npm', 'node_modules', '@anthropic-ai', 'sdk')
+SDK_PYTHON = os.path.join(CLIENTS, 'venv', 'bin', 'python')
 
 
 # ==============================================================================
@@ -4487,6 +4492,12 @@ class FailoverTest(unittest.TestCase):
     def record(self):
         return self.metrics.snapshot()[1][0]
 
+    def test_a_client_that_leaves_with_its_whole_answer_was_answered(self):
+        stream = chat_stream({'content': 'hello'})
+        answered, _ = self.one({'x': Play(stream=[stream, cf.ClientGone()])}, keys='', body=messages_body(stream=True), **with_openai('x'))
+        self.assertEqual(answered.events[-1]['type'], 'message_stop')
+        self.assertEqual(self.record()['outcome'], 'answered')
+
     def test_each_answer_of_the_first_key_has_its_consequence(self):
         """Two keys, one model: (answer of a, keys tried, what cools, client's status)."""
         pair = ('a', OPUS)
@@ -5810,67 +5821,64 @@ class ToolSetupTest(ScratchTest):
 # HTTP server
 # ==============================================================================
 
-class PretendAnthropic:
-    """A Messages API on a port of its own.  Keys in `limited` answer 429; a prompt that says
-    `write PATH` is answered by a Write tool call, then by text."""
+class PretendServer(cf.PretendUpstream):
+    """The demo's upstream, which notes what it is asked, and can be held up."""
+
+    def __init__(self, test):
+        self.seen = []                # [(key id, method, path, body), ...]
+        self.gone = threading.Event() # a client of ours left in the middle of an answer
+        self.hold = None              # an Event: answers wait for it
+        self.asked_for = threading.Semaphore(0)
+        self.connections = 0
+        super().__init__()
+        test.addCleanup(self.close)
+
+    def process_request(self, request, client_address):
+        self.connections += 1
+        super().process_request(request, client_address)
+
+    def finish_request(self, request, client_address):
+        self.watched = request
+        with contextlib.suppress(ConnectionError):        # clients of ours leave as they like
+            super().finish_request(request, client_address)
+
+    def tell(self, asked):
+        self.seen.append((asked.key, asked.method, asked.path, asked.body or None))
+        self.asked_for.release()
+        while self.hold and not self.hold.is_set():
+            if cf.readable([self.watched]) and cf.has_left(self.watched):
+                self.gone.set()
+                raise ConnectionAbortedError
+            self.hold.wait(0.01)
+        return self.answer(asked)
+
+
+class PretendAnthropic(PretendServer):
+    """A Messages API.  Keys in `limited` answer 429; a prompt that says `write PATH` is answered
+    by a Write tool call, then by text."""
 
     def __init__(self, test):
         self.limited = set()
         self.refused = set()          # key ids that get a 401
-        self.fields = ''              # more header lines of every answer
+        self.fields = []              # more header fields of every answer
         self.limits = lambda body: False      # requests that any key answers with 429
-        self.seen = []                # [(key id, method, path, body), ...]
-        self.gone = threading.Event() # a client of ours left in the middle of an answer
-        self.hold = None              # an Event: answers wait for it
-        self.asked = threading.Semaphore(0)
-        self.server = RawServer(test, self._play)
-        self.url = self.server.url
+        super().__init__(test)
 
-    def _play(self, sock, number):
-        while True:
-            request = read_request(sock)
-            if request is None:
-                return
-            head, body = request
-            method, path, _ = head.split(b'\r\n')[0].decode().split(' ')
-            token = re.search(rb'sk-ant-\w+-(\w+)', head)
-            key = token.group(1).decode() if token else 'client'
-            body = json.loads(body) if body else None
-            self.seen.append((key, method, path, body))
-            self.asked.release()
-            if self.hold and not self._held(sock):
-                return
-            sock.sendall(self._answer(key, path, body))
-
-    def _held(self, sock):
-        """Waits for `hold`; False when the client left meanwhile."""
-        while not self.hold.is_set():
-            if cf.readable([sock]) and cf.has_left(sock):
-                self.gone.set()
-                return False
-            self.hold.wait(0.01)
-        return True
-
-    def _answer(self, key, path, body):
-        fields = f'request-id: req_upstream\r\ncontent-type: application/json\r\n{self.fields}'
-        if key in self.refused:
-            error = json.dumps(api_error('authentication_error', 'bad key')).encode()
-            return plain_answer(error, '401 Unauthorized', fields)
-        if key in self.limited or body and self.limits(body):
-            error = json.dumps(api_error('rate_limit_error', 'slow down')).encode()
-            return plain_answer(error, '429 Too Many Requests', fields + 'retry-after: 3000\r\n')
-        if path.startswith('/v1/models'):
-            model = {'type': 'model', 'id': OPUS, 'display_name': 'Opus', 'created_at': '2026-01-01T00:00:00Z'}
-            listing = {'data': [model], 'has_more': False, 'first_id': OPUS, 'last_id': OPUS}
-            return plain_answer(json.dumps(listing).encode(), fields=fields)
-        if path.startswith('/v1/messages/count_tokens'):
-            return plain_answer(b'{"input_tokens": 42}', fields=fields)
-        if body and body.get('stream'):
-            data = stream_bytes(message_events(body))
-            return (b'HTTP/1.1 200 OK\r\nrequest-id: req_upstream\r\ncontent-type: text/event-stream\r\n'
-                    b'transfer-encoding: chunked\r\n\r\n'
-                    + b''.join(b'%x\r\n%b\r\n' % (len(p), p) for p in pieces(data, 100)) + b'0\r\n\r\n')
-        return plain_answer(json.dumps({**MESSAGE, 'model': (body or {}).get('model')}).encode(), fields=fields)
+    def answer(self, asked):
+        fields = [('request-id', 'req_upstream'), cf.JSON_TYPE, *self.fields]
+        if asked.key in self.refused:
+            return cf.Told(401, fields, cf.error_json('authentication_error', 'bad key'))
+        if asked.key in self.limited or asked.body and self.limits(asked.body):
+            return cf.Told(429, [*fields, ('retry-after', '3000')], cf.error_json('rate_limit_error', 'slow down'))
+        if asked.path.startswith('/v1/models'):
+            listing = {'data': [cf.model_info(OPUS)], 'has_more': False, 'first_id': OPUS, 'last_id': OPUS}
+            return cf.Told(200, fields, json.dumps(listing).encode())
+        if asked.path.startswith(cf.COUNT_TOKENS_PATH):
+            return cf.Told(200, fields, b'{"input_tokens": 42}')
+        if asked.body.get('stream'):
+            stream = [fields[0], ('content-type', 'text/event-stream'), *self.fields]
+            return cf.Told(200, stream, pieces=tuple(pieces(stream_bytes(message_events(asked.body)), 100)))
+        return cf.Told(200, fields, json.dumps({**MESSAGE, 'model': asked.body.get('model')}).encode())
 
 
 def next_write(told, results):
@@ -5904,26 +5912,17 @@ def message_events(body):
     return events
 
 
-class PretendOpenAI:
-    """Chat Completions and Responses on a port of its own, streamed, with the same task."""
+class PretendOpenAI(PretendServer):
+    """Chat Completions and Responses, streamed, with the same task."""
 
     def __init__(self, test):
-        self.seen = []                # [(path, body), ...]
         self.answered = lambda: None
-        self.server = RawServer(test, self._play)
-        self.url = self.server.url
+        super().__init__(test)
 
-    def _play(self, sock, number):
-        while True:
-            request = read_request(sock)
-            if request is None:
-                return
-            head, body = request
-            path, body = head.split(b' ')[1].decode(), json.loads(body)
-            self.seen.append((path, body))
-            answer = self._chat(body) if path.endswith('/chat/completions') else self._responses(body)
-            self.answered()
-            sock.sendall(plain_answer(answer, fields='content-type: text/event-stream\r\n'))
+    def answer(self, asked):
+        data = self._chat(asked.body) if asked.path.endswith('/chat/completions') else self._responses(asked.body)
+        self.answered()
+        return cf.Told(200, [('content-type', 'text/event-stream')], data)
 
     def _chat(self, body):
         results = sum(message['role'] == 'tool' for message in body['messages'])
@@ -6103,7 +6102,7 @@ class HttpServerTest(ProgramTest):
                    f'Content-Length: {len(body)}\r\n').encode()
         data = self.raw((request + b'\r\n' + body) * 4 + request + b'Connection: close\r\n\r\n' + body)
         self.assertEqual(data.count(b'HTTP/1.1 200 OK'), 5)
-        self.assertEqual(self.anthropic.server.connections, 1)
+        self.assertEqual(self.anthropic.connections, 1)
 
     def test_a_foreign_host_origin_or_site_is_refused_on_every_path(self):
         port = self.port
@@ -6234,7 +6233,7 @@ class HttpServerTest(ProgramTest):
         with socket.create_connection(('127.0.0.1', self.port)) as sock:
             sock.sendall(f'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
                          f'Content-Length: {len(body)}\r\n\r\n'.encode() + body)
-            self.assertTrue(self.anthropic.asked.acquire(timeout=PATIENCE_S))
+            self.assertTrue(self.anthropic.asked_for.acquire(timeout=PATIENCE_S))
         self.assertTrue(self.anthropic.gone.wait(PATIENCE_S))
         self.stop()
         self.assertEqual(self.log_lines('request')[0]['outcome'], 'client_gone')
@@ -6508,9 +6507,9 @@ class ApiTest(ProgramTest):
                 ('POST', '/api/profiles', {}, 400, 'name'), ('POST', '/api/profiles', {'name': 'default'}, 400, 'name'), ('POST', '/api/profiles', {'name': ''}, 400, 'name'),
                 ('POST', '/api/profiles', {'name': 'x\x1b'}, 400, 'name'), ('POST', '/api/profiles', {'name': 'priority'}, 400, 'name'),
                 ('POST', '/api/profiles', {'name': 'x', 'port': '4'}, 400, 'port'), ('POST', '/api/profiles', {'name': 'x', 'port': 70000}, 400, 'port'),
-                ('POST', '/api/profiles', {'name': 'x', 'port': self.anthropic.server.port}, 409, 'port'),
+                ('POST', '/api/profiles', {'name': 'x', 'port': self.anthropic.server_port}, 409, 'port'),
                 ('POST', '/api/profiles', {'name': 'x', 'keyOrder': ['nope']}, 400, 'keyOrder'), ('PUT', '/api/profiles/nope', {'port': 5000}, 404, 'profile'),
-                ('PUT', '/api/profiles/default', {'port': self.anthropic.server.port}, 409, 'port'), ('PUT', '/api/profiles/default', {'port': True}, 400, 'port'),
+                ('PUT', '/api/profiles/default', {'port': self.anthropic.server_port}, 409, 'port'), ('PUT', '/api/profiles/default', {'port': True}, 400, 'port'),
                 ('DELETE', '/api/profiles/nope', None, 404, 'profile'), ('DELETE', '/api/profiles/default', None, 409, None),
                 ('PUT', '/api/config', {'queueWaitMs': 'x'}, 400, 'queueWaitMs'), ('PUT', '/api/config', {'queueWaitMs': 5, 'logLevel': 'loud'}, 400, 'logLevel'),
                 ('PUT', '/api/config', {'nope': 1}, 400, 'nope'), ('PUT', '/api/config', {'keys': {}}, 400, 'keys'), ('PUT', '/api/config', {'tokens': []}, 400, 'tokens'),
@@ -6598,9 +6597,10 @@ class ApiTest(ProgramTest):
             self.assertEqual(file.read(), '{ broken')
 
     def test_the_status_tells_all_that_the_page_shows(self):
-        self.anthropic.fields = ('anthropic-ratelimit-unified-5h-utilization: 0.42\r\nanthropic-ratelimit-unified-5h-reset: 4000000000\r\n'
-                                 'anthropic-ratelimit-unified-5h-status: allowed\r\nanthropic-ratelimit-requests-limit: 50\r\n'
-                                 'anthropic-ratelimit-requests-remaining: 10\r\nanthropic-ratelimit-requests-reset: 2001-01-01T00:00:00Z\r\n')
+        self.anthropic.fields = [
+            ('anthropic-ratelimit-unified-5h-utilization', '0.42'), ('anthropic-ratelimit-unified-5h-reset', '4000000000'),
+            ('anthropic-ratelimit-unified-5h-status', 'allowed'), ('anthropic-ratelimit-requests-limit', '50'),
+            ('anthropic-ratelimit-requests-remaining', '10'), ('anthropic-ratelimit-requests-reset', '2001-01-01T00:00:00Z')]
         self.anthropic.limited.add('a')
         self.send()
         status = self.call('GET', '/api/status')
@@ -6823,7 +6823,7 @@ class ServiceTest(ProgramTest):
         self.anthropic.hold = threading.Event()
         answers = queue.Queue()
         threading.Thread(target=lambda: answers.put(self.send(port=port, host='localhost')), daemon=True).start()
-        self.assertTrue(self.anthropic.asked.acquire(timeout=PATIENCE_S))
+        self.assertTrue(self.anthropic.asked_for.acquire(timeout=PATIENCE_S))
         self.reload(self.profiles(default=self.port))
         self.anthropic.hold.set()
         self.assertEqual(answers.get(timeout=PATIENCE_S).status, 200)
@@ -6893,7 +6893,7 @@ class ServiceTest(ProgramTest):
         self.anthropic.hold = threading.Event()
         answers = queue.Queue()
         threading.Thread(target=lambda: answers.put(self.send()), daemon=True).start()
-        self.assertTrue(self.anthropic.asked.acquire(timeout=PATIENCE_S))
+        self.assertTrue(self.anthropic.asked_for.acquire(timeout=PATIENCE_S))
         closed = threading.Event()
         self.app.cooldowns.wake_all = closed.set      # what follows the closing of the ports
         self.app.stop()
@@ -6961,7 +6961,7 @@ class DoctorTest(ProgramTest):
     def test_a_clock_that_is_off_is_found(self):
         for date, off_s in (('Tue, 14 Nov 2023 22:13:20 GMT', 0), ('Tue, 14 Nov 2023 22:03:20 GMT', 600), (None, 0), ('soon', 0)):
             self.assertEqual(cf.clock_offset_s(date, START), off_s)
-        self.anthropic.fields = 'date: Tue, 14 Nov 2023 22:13:20 GMT\r\n'
+        self.anthropic.fields = [('date', 'Tue, 14 Nov 2023 22:13:20 GMT')]
         self.assertIn('clock is', dict(self.wrong('clock'))['clock'])
 
     def test_a_broken_configuration_and_a_taken_port_are_found(self):
@@ -7020,6 +7020,106 @@ class DoctorTest(ProgramTest):
         self.assertIn('chatgpt-account-id: acc-1', asked[-1])
         self.assertEqual(tested(anthropic._replace(token='env:NOPE'))[:3], (False, 0, 'environment variable NOPE is not set'))
         self.assertEqual(tested(anthropic._replace(base_url='http://localhost:9'))[:2], (False, 0))
+
+
+# ==============================================================================
+# Demo
+# ==============================================================================
+
+class DemoTest(ScratchTest):
+    def run_demo(self, *arguments, **environ):
+        return subprocess.run([sys.executable, SCRIPT, 'demo', '--fast', *arguments], capture_output=True, text=True, timeout=60,
+                              env={**os.environ, **environ}, stdin=subprocess.DEVNULL)
+
+    def test_it_shows_everything_and_leaves_nothing_behind(self):
+        temporary = os.path.join(self.folder, 'tmp')
+        os.mkdir(temporary)
+        done = self.run_demo(TMPDIR=temporary, ANTHROPIC_API_KEY=token_of('real'), HTTPS_PROXY='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        for words in ('claude-opus-5-5: personal 200', 'personal 429 -> work 200', 'personal 529 -> work 200',
+                      'work 529 -> work 529 -> claude-sonnet-5-5 on personal 200', 'personal 429 -> work 429 -> personal 200, held 2.0 s',
+                      'personal 429 -> work 429 -> gpt-5.4-mini on openai 200', 'in the words of Claude', '7 of 7 requests were answered; without the',
+                      '6 rotations, 2 fallbacks, 1 queued, 1 answered by OpenAI.', f'python3 {SCRIPT} add-key', f'python3 {SCRIPT} start'):
+            self.assertIn(words, re.sub(r'\s+', ' ', done.stdout))
+        self.assertNotIn('\x1b', done.stdout)
+        self.assertEqual([files for _, folders, files in os.walk(self.folder) if files], [])
+        self.assertEqual(os.listdir(temporary), [])
+
+    def test_a_narrow_window_is_no_mess(self):
+        done = self.run_demo(COLUMNS='60')
+        self.assertEqual([line for line in done.stdout.splitlines() if len(line) > 60 and SCRIPT not in line], [])
+
+    def test_a_port_that_is_taken_is_one_clear_sentence(self):
+        taken = RawServer(self, lambda sock, number: None)
+        done = self.run_demo('--port', str(taken.port))
+        self.assertEqual((done.returncode, done.stdout), (1, ''))
+        self.assertEqual(done.stderr, f'claude-failover: Port {taken.port} of profile default cannot be opened (Address already in use). '
+                                      'Choose another with --port, or leave it out.\n')
+
+    def test_it_is_ended_by_ctrl_c(self):
+        port = free_port()
+        process = subprocess.Popen([sys.executable, SCRIPT, 'demo', '--fast', '--keep', '--port', str(port)], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True, env={**os.environ, 'TMPDIR': self.folder})
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        for line in process.stdout:
+            if f'localhost:{port}' in line:
+                break
+        self.assertEqual(os.listdir(self.folder)[0][:20], 'claude-failover-demo')
+        process.send_signal(signal.SIGINT)
+        self.assertEqual((process.wait(PATIENCE_S), process.stderr.read(), os.listdir(self.folder)), (130, '', []))
+
+    def demo(self):
+        folder = tempfile.mkdtemp(dir=self.folder)
+        cf.forget_user(folder)
+        demo = cf.Demo(folder, 0, 0)
+        self.addCleanup(demo.close)
+        return demo
+
+    def test_it_calls_nobody_whatever_its_dashboard_is_told(self):
+        demo = self.demo()
+        demo.app.update(lambda config: cf.change_settings(config, {'anthropicBaseUrl': 'https://api.anthropic.com'}))
+        with mock.patch('socket.getaddrinfo', side_effect=AssertionError('a name was looked up')):
+            outcome = cf.test_key(demo.app.store.current, demo.app.store.current.keys['anthropic:work'], demo.app.upstream, mock.MagicMock())
+        self.assertEqual((outcome.status, outcome.message), (0, 'api.anthropic.com: the demo calls nobody'))
+        self.assertEqual(set(os.environ) - {'LANG', 'TERM', 'TZ', 'COLUMNS', 'NO_COLOR', 'LC_ALL'}, {'HOME', 'PATH'})
+
+    def test_everyday_traffic_is_answered_and_shows_limits(self):
+        demo = self.demo()
+        with mock.patch.object(cf, 'demo_document', cf.demo_document):
+            demo.app.update(lambda config: cf.change_settings(config, {'queueWaitMs': 0}))
+        for scene in cf.EVERYDAY:
+            for record, _, text in demo.play(scene):
+                self.assertEqual((record['outcome'], text[:8]), ('answered', 'This is '))
+        health = demo.app.health()
+        self.assertEqual([window['name'] for window in health['keys'][0]['windows']], ['5h', '7d', 'requests', 'tokens'])
+        self.assertTrue(health['cooldowns'])
+
+    @needs(SDK_PYTHON)
+    def test_the_official_sdks_can_be_pointed_at_it(self):
+        demo = self.demo()
+        program = '''
+import sys, json, anthropic, openai
+question = dict(model='claude-sonnet-5-5', max_tokens=50, messages=[{'role': 'user', 'content': 'hi'}])
+claude = anthropic.Anthropic(base_url=sys.argv[1], api_key='any', max_retries=0)
+with claude.messages.stream(**question) as stream:
+    streamed = stream.get_final_message()
+gpt = openai.OpenAI(base_url=sys.argv[2], api_key='any', max_retries=0)
+chat = dict(model='gpt-5.4', messages=question['messages'])
+chunks = list(gpt.chat.completions.create(stream=True, **chat))
+print(json.dumps([
+    claude.messages.create(**question).content[0].text, streamed.content[0].text, streamed.usage.output_tokens > 5,
+    claude.messages.count_tokens(model=question['model'], messages=question['messages']).input_tokens > 0,
+    [model.id for model in claude.models.list()][0], gpt.chat.completions.create(**chat).choices[0].message.content,
+    ''.join(chunk.choices[0].delta.content or '' for chunk in chunks if chunk.choices), chunks[-1].usage.completion_tokens > 5,
+    [model.id for model in gpt.models.list()]]))
+'''
+        done = subprocess.run([SDK_PYTHON, '-c', program, f'http://127.0.0.1:{demo.port}', f'{demo.upstream.url}/openai/v1'], capture_output=True,
+                              text=True, timeout=60, env={'PATH': '/usr/bin:/bin', 'HOME': self.folder, 'NO_PROXY': '127.0.0.1'})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        claude = 'This is claude-sonnet-5-5, by way of the key personal. What is next?'
+        gpt = 'This is gpt-5.4, in the words of Claude. What is next?'
+        self.assertEqual(json.loads(done.stdout), [claude, claude, True, True, OPUS, gpt, gpt, True, ['gpt-5.4']])
 
 
 # ==============================================================================
@@ -8055,7 +8155,7 @@ class DashboardTest(ProgramTest):
         document = make_document(*ids, anthropicBaseUrl=self.anthropic.url, **with_openai('o', 'p'))
         document['profiles']['second'] = {'port': free_port()}
         self.reload(document)
-        self.anthropic.fields = 'anthropic-ratelimit-unified-5h-utilization: 0.9\r\nanthropic-ratelimit-requests-limit: 50\r\nanthropic-ratelimit-requests-remaining: 40\r\n'
+        self.anthropic.fields = cf.limit_fields(100)
         self.anthropic.limits = lambda body: random.random() < 0.05
         for number in range(200):
             self.send(body=messages_body(model=(OPUS, SONNET, 'claude-haiku-5-5')[number % 3]))
@@ -8123,12 +8223,6 @@ class DashboardTest(ProgramTest):
 # ==============================================================================
 # Real clients
 # ==============================================================================
-
-#: Where .ci/run installs them; any folder of the same shape will do.
-CLIENTS = os.environ.get('CLAUDE_FAILOVER_CLIENTS') or os.path.expanduser('~/.cache/claude-failover-test-clients')
-CLAUDE = os.path.join(CLIENTS, 'npm', 'node_modules', '.bin', 'claude')
-NODE_SDK = os.path.join(CLIENTS, 'npm', 'node_modules', '@anthropic-ai', 'sdk')
-SDK_PYTHON = os.path.join(CLIENTS, 'venv', 'bin', 'python')
 
 PYTHON_CLIENT = '''
 import json, os, anthropic
@@ -8213,7 +8307,7 @@ class RealClientsTest(ProgramTest):
         for changes, path in (({}, '/v1/chat/completions'), ({'openaiApi': 'responses'}, '/v1/responses')):
             self.add_openai(**changes)
             result = self.run_claude_code(f'{len(path)}.txt')
-            self.assertEqual({seen for seen, _ in self.openai.seen}, {path})
+            self.assertEqual({path for _, _, path, _ in self.openai.seen}, {path})
             self.assertEqual(result['usage']['cache_read_input_tokens'], 20 * len(self.openai.seen))
             os.unlink(os.path.join(self.folder, f'{len(path)}.txt'))
 
