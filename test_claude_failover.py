@@ -5839,8 +5839,7 @@ class PretendServer(cf.PretendUpstream):
 
     def finish_request(self, request, client_address):
         self.watched = request
-        with contextlib.suppress(ConnectionError):        # clients of ours leave as they like
-            super().finish_request(request, client_address)
+        super().finish_request(request, client_address)
 
     def tell(self, asked):
         self.seen.append((asked.key, asked.method, asked.path, asked.body or None))
