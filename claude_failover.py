@@ -8900,8 +8900,9 @@ class PretendHandler(http.server.BaseHTTPRequestHandler):
         data = self.rfile.read(int(self.headers.get('content-length', 0)))
         token = self.headers.get('x-api-key') or self.headers.get('authorization', '')
         key = re.search(r'sk-(?:ant-\w+|proj)-(\w+)-', token)
-        self._send(self.server.tell(Asked(key.group(1) if key else 'client', self.command, self.path,
-                                          loads_object(data) if data else {})))
+        asked = Asked(key.group(1) if key else 'client', self.command, self.path,
+                      loads_object(data) if data else {})
+        self._send(self.server.tell(asked))
 
     do_GET = do_HEAD = do_DELETE = do_POST
 
@@ -8936,8 +8937,8 @@ def pretend_answer(asked, count):
         return Told(200, fields, dump_body({'input_tokens': estimate_tokens(asked.body)}))
     if not asked.path.startswith(MESSAGES_PATH):
         models = list(map(model_info, DEMO_MODELS))
-        return Told(200, fields, dump_body({'data': models, 'has_more': False,
-                                            'first_id': DEMO_MODELS[0], 'last_id': DEMO_MODELS[-1]}))
+        listing = {'data': models, 'has_more': False, 'first_id': OPUS, 'last_id': HAIKU}
+        return Told(200, fields, dump_body(listing))
     events = pretend_events(asked, count)
     if asked.body.get('stream'):
         stream = [('content-type', 'text/event-stream'), *fields[1:]]
@@ -8949,15 +8950,15 @@ def pretend_events(asked, count):
     """[event, ...] of a message."""
     text = f'This is {asked.body.get("model")}, by way of the key {asked.key}. What is next?'
     usage = {'input_tokens': estimate_tokens(asked.body), 'output_tokens': 1}
-    message = {'id': f'msg_demo_{count:06d}', 'type': 'message', 'role': 'assistant', 'content': [],
-               'model': asked.body.get('model'), 'stop_reason': None, 'stop_sequence': None,
-               'usage': usage}
+    message = {'id': f'msg_demo_{count:06d}', 'type': 'message', 'role': 'assistant',
+               'content': [], 'model': asked.body.get('model'), 'stop_reason': None,
+               'stop_sequence': None, 'usage': usage}
     words = re.findall(r'\S+\s*', text)
     return [
         {'type': 'message_start', 'message': message},
         {'type': 'content_block_start', 'index': 0, 'content_block': {'type': 'text', 'text': ''}},
-        *({'type': 'content_block_delta', 'index': 0, 'delta': {'type': 'text_delta', 'text': word}}
-          for word in words),
+        *({'type': 'content_block_delta', 'index': 0,
+           'delta': {'type': 'text_delta', 'text': word}} for word in words),
         {'type': 'content_block_stop', 'index': 0},
         {'type': 'message_delta', 'delta': {'stop_reason': 'end_turn', 'stop_sequence': None},
          'usage': {'output_tokens': len(words)}},
@@ -9038,7 +9039,7 @@ class Scene(NamedTuple):
     """Some requests, and how the keys answer them."""
     title: str
     model: str
-    plays: dict               # key id -> (name in PLAYS, ...) for one request each; then it is well
+    plays: dict               # key id -> (name in PLAYS, ...), one each time; then it is well
     is_streamed: bool = True
     requests: int = 1
 
@@ -9138,7 +9139,8 @@ class Demo:
 def answer_text(data, is_streamed):
     """The words of an answer of the Messages API."""
     if is_streamed:
-        events = [loads_object(line[6:]) for line in data.splitlines() if line.startswith(b'data: ')]
+        lines = (line for line in data.splitlines() if line.startswith(b'data: '))
+        events = [loads_object(line[6:]) for line in lines]
         return ''.join(as_dict(event.get('delta')).get('text', '') for event in events)
     return ''.join(block.get('text', '') for block in loads_object(data).get('content', []))
 
@@ -9220,8 +9222,8 @@ def play_demo(demo, options):
                 'nothing leaves this machine.', width)
     if os.path.exists(DASHBOARD_PATH):
         say(f'Dashboard  {local_url(demo.port)}/dashboard')
-    say_wrapped('Each line: the model asked, who was tried, the time to the first byte, the answer.',
-                width)
+    say_wrapped('Each line: the model asked, who was tried, the time to the first byte, the '
+                'answer.', width)
     for number, scene in enumerate(SCENES, 1):
         say()
         say_wrapped(f'{number}. {scene.title}', width)
