@@ -9751,6 +9751,8 @@ def set_setting(options):
     ConfigStore(options.config).update(
         lambda config: change_settings(config, {options.field: value}))
     say(f'{options.field} is {"set" if value is not None else "the default again"}.')
+    if options.field == 'accessToken' and value:
+        say(f'Have Claude Code present it: {RUN} setup')
     return 0
 
 

@@ -7515,7 +7515,8 @@ class CommandLineTest(ScratchTest):
             self.assertEqual((done.returncode, done.stdout, done.stderr), (0, printed + '\n', ''), arguments)
         self.assertEqual({name: self.read_config().get(name) for name in ('queueWaitMs', 'logLevel')},
                          {'queueWaitMs': None, 'logLevel': 'debug'})
-        self.assertEqual(self.run_command('config', 'set', 'accessToken', '-', stdin='my-secret-access-token-0123456789abcdefg\n').returncode, 0)
+        done = self.run_command('config', 'set', 'accessToken', '-', stdin='my-secret-access-token-0123456789abcdefg\n')
+        self.assertIn(f'Have Claude Code present it: python3 {SCRIPT} setup', done.stdout)
         listed = self.run_command('config', 'get').stdout
         self.assertEqual((json.loads(listed)['logLevel'], 'my-secret' in listed), ('debug', False))
 
