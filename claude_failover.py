@@ -264,6 +264,11 @@ class Forbidden(FailoverError):
     status, type = 403, 'permission_error'
 
 
+class NotSaved(FailoverError):
+    """A configuration that could not be written: the disk is full, or not to be written to."""
+    status = 507
+
+
 class ClientGone(Exception):
     """The client left; nobody is there to be answered."""
 
@@ -4053,7 +4058,8 @@ class JsonLog:
                 self._append_locked(data)
                 self.failed = False
             except OSError:       # a full disk must not stop a request; /health shows it
-                self.failed, self._file = True, None
+                self.failed = True
+                self._drop_rest_locked()
 
     def _append_locked(self, data):
         if self._file is None:
@@ -4061,12 +4067,22 @@ class JsonLog:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             self._file = os.fdopen(descriptor, 'ab', buffering=0)
             self._size = os.fstat(descriptor).st_size
-        self._file.write(data)
+        left = memoryview(data)
+        while left:                   # a disk that is nearly full takes a part of it
+            left = left[self._file.write(left):]
         self._size += len(data)
         if self._size >= self._max_bytes:
             self._file.close()
             self._file = None
             os.replace(self.path, self.path + '.1')
+
+    def _drop_rest_locked(self):
+        """Closes the file, less what was written of lines that are not whole."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):    # then one line stays cut, and is passed over
+                self._file.truncate(self._size)
+            self._file.close()
+            self._file = None
 
     def close(self):
         self.flush()
@@ -4173,7 +4189,7 @@ class Metrics:
         """Keeps an answer's header fields, if they tell of rate limits and no others were kept
         in the last second; they are read when somebody asks."""
         now = self._now()
-        if now - self._looked.get(ref, 0) < 1:
+        if 0 <= now - self._looked.get(ref, 0) < 1:       # below 0: the clock was set back
             return
         self._looked[ref] = now
         if tells_limits(headers):
@@ -4313,8 +4329,8 @@ class ConfigStore:
             try:
                 write_atomically(self.path, dump_config(config))
             except OSError as error:
-                raise FailoverError(f'{self.path} could not be written ({error.strerror}): '
-                                    'nothing was changed.') from error
+                raise NotSaved(f'{self.path} could not be written ({error.strerror}): '
+                               'nothing was changed.') from error
             self._signature, self.current, self.problem = self._look(), config, None
         return config
 
@@ -8517,24 +8533,34 @@ class PidFile:
         self._file.truncate(0)
         self._file.close()
 
-    def holder(self):
+    def holder(self, patience_s=5.0):
         """The pid of the process that runs, or None.  It counts when it was read twice: in
-        between, a process that has just taken the place would have written its own."""
+        between, a process that has just taken the place would have written its own.  Raises
+        FailoverError when the file stays locked without one."""
         try:
             file = open(self.path, 'rb', buffering=0)
         except FileNotFoundError:
             return None
         with file:
-            before = 0
+            before, deadline = None, time.monotonic() + patience_s
             while not lock_file(file, is_shared=True):
                 file.seek(0)
-                text = file.read(20).strip()
-                pid = int(text) if text.isdigit() else 0
+                pid = read_pid(file.read(20))
                 if pid and pid == before:
                     return pid
+                if not pid and time.monotonic() >= deadline:
+                    raise FailoverError(f'{self.path} is locked by a program that is not this '
+                                        'one: end that, or remove the file.')
                 before = pid
                 time.sleep(POLL_S)
         return None
+
+
+def read_pid(text):
+    """The number of a process, None in all that a signal must not be sent to: to kill(2), -1
+    is every process, 0 the own group, and 1 is the system's first."""
+    match = re.fullmatch(rb'([0-9]{1,9})\s*', text)
+    return int(match.group(1)) if match and int(match.group(1)) > 1 else None
 
 
 def lock_file(file, is_shared):
@@ -9180,7 +9206,7 @@ def say(text=''):
 
 
 def complain(text):
-    print(f'{PROGRAM}: {text}', file=sys.stderr, flush=True)
+    print(f'{PROGRAM}: {printable(text)}', file=sys.stderr, flush=True)
 
 
 def say_json(value):
@@ -9189,9 +9215,10 @@ def say_json(value):
 
 def say_table(rows, indent='  '):
     """Rows of texts in columns."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        say((indent + '  '.join(str(cell).ljust(w) for cell, w in zip(row, widths))).rstrip())
+        say((indent + '  '.join(cell.ljust(w) for cell, w in zip(row, widths))).rstrip())
 
 
 def cmd_demo(options):
@@ -10032,6 +10059,7 @@ def argument_parser():
 def main(argv=None):
     """Runs one command; its exit status."""
     prepare_output()
+    hide_values_of_crashes()
     options = argument_parser().parse_args(argv)
     chosen = options.config or os.environ.get('CLAUDE_FAILOVER_CONFIG') or DEFAULT_CONFIG_PATH
     options.config = os.path.abspath(os.path.expanduser(chosen))
@@ -10049,6 +10077,17 @@ def main(argv=None):
         complain(f'{options.command}: {error_reason(error)}')
         leave_output()
         return 1
+
+
+def hide_values_of_crashes():
+    """What nobody catches is told by its kind and place alone: messages quote values, and those
+    of http.client's are header fields with tokens."""
+    def tell(error):
+        if not isinstance(error, (SystemExit, type(None))):
+            with contextlib.suppress(OSError):    # nobody listens any more
+                complain(f'an error of its own, {type(error).__name__} at {where_raised(error)}')
+    sys.excepthook = lambda kind, error, traceback: tell(error)
+    threading.excepthook = sys.unraisablehook = lambda failed: tell(failed.exc_value)
 
 
 def leave_output():

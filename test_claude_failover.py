@@ -3525,6 +3525,18 @@ class JournalTest(ScratchTest):
         self.assertFalse(log.failed)
         self.assertEqual([line['event'] for line in self.lines()], ['kept'])
 
+    def test_a_disk_that_fills_up_within_a_line_leaves_none_of_it(self):
+        log = self.log()
+        log.info('whole')
+        full, file = OSError(28, 'No space left on device'), log._file
+        log._file = mock.Mock(write=mock.Mock(side_effect=lambda data: file.write(data[:7])), truncate=file.truncate, close=file.close)
+        log.info('in_pieces')         # a raw file may take less than it was given
+        log._file.write.side_effect = [file.write(b'{"time'), full]
+        log.info('lost')
+        self.assertTrue(log.failed)
+        log.info('kept')
+        self.assertEqual([line['event'] for line in self.lines()], ['whole', 'in_pieces', 'kept'])
+
     def test_once_started_lines_are_written_by_a_thread_and_all_are_there_in_the_end(self):
         log = self.log()
         log.start()
@@ -3548,6 +3560,15 @@ class JournalTest(ScratchTest):
             'fallbacks': 1, 'queued': 1, 'input_tokens': 7, 'output_tokens': 0,
             'by_key': {'anthropic:b': 1}, 'by_provider': {'anthropic': 1}})
         self.assertEqual(recent[0]['outcome'], 'failed')
+
+    def test_limits_are_kept_also_when_the_clock_was_set_back(self):
+        clock = FakeClock(START)
+        metrics = cf.Metrics(clock)
+        for used, seconds in ((10, 0), (20, -3600)):
+            clock.now += seconds
+            metrics.note_limits('a', {'anthropic-ratelimit-requests-limit': '100',
+                                      'anthropic-ratelimit-requests-remaining': str(100 - used)})
+            self.assertEqual([round(limit.used, 2) for limit in metrics.limits('a')[1]], [used / 100])
 
     def test_the_last_hour_is_told_by_minutes(self):
         clock = FakeClock(60 * 1000)
@@ -3648,6 +3669,20 @@ class ConfigStoreTest(ScratchTest):
             with self.assertRaisesRegex(cf.FailoverError, 'nothing was changed'):
                 store.update(self.add)
         self.assertEqual((self.read_config(), list(store.current.keys)), (before, ['anthropic:a']))
+
+    @unittest.skipUnless(hasattr(os, 'fork'), 'there is no fork')
+    def test_a_program_that_is_killed_while_it_saves_loses_nothing_and_bars_nobody(self):
+        self.write_config(make_document('a'))
+        before = self.read_config()
+        for step in ('os.fsync', 'os.replace'):
+            child = os.fork()
+            if not child:
+                with mock.patch(step, side_effect=lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)):
+                    self.store().update(self.add)
+            self.assertEqual(os.waitpid(child, 0)[1], signal.SIGKILL)
+            self.assertEqual(self.read_config(), before)
+        self.store().update(self.add)
+        self.assertEqual(list(self.read_config()['keys']), ['a', 'new'])
 
     def test_a_changed_file_is_taken_up_once(self):
         store = self.store(make_document('a'))
@@ -3922,6 +3957,51 @@ class ClientConnectionsTest(SocketTest):
         with self.assertRaises(cf.BadRequest) as caught:
             connection.read_head()
         self.assertEqual(caught.exception.status, 408)
+
+    def test_a_silent_client_is_refused_within_a_request_and_let_go_between_two(self):
+        clock = FakeClock()
+        for sent, outcome in ((REQUEST[:20], 408), (REQUEST[:-2], 408), (CHUNKED[:-9], 408), (b'', None)):
+            def silent_receive(size, left=[sent]):                # noqa: B006 - made anew for each
+                if left[0]:
+                    data, left[0] = left[0], b''
+                    return data
+                clock.now += cf.CLIENT_READ_S
+                raise BlockingIOError
+            connection = cf.ClientConnection(mock.Mock(recv=silent_receive), clock)
+            began = clock.now
+            with self.subTest(sent=sent):
+                if outcome is None:
+                    self.assertIsNone(connection.read_head())
+                    self.assertEqual(clock.now - began, cf.CLIENT_IDLE_S + cf.CLIENT_READ_S)
+                    continue
+                with self.assertRaises(cf.BadRequest) as caught:
+                    connection.read_body(connection.read_head())
+                self.assertEqual((caught.exception.status, clock.now - began), (outcome, cf.CLIENT_READ_S))
+
+    def test_a_client_that_sends_its_body_drop_by_drop_is_refused_in_the_end(self):
+        clock = FakeClock()
+        connection = cf.ClientConnection(mock.Mock(), clock)
+        connection._buffer += b'POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n'
+        head = connection.read_head()
+
+        def slow_receive(size):
+            clock.now += 19
+            return b'x'
+        connection.sock.recv = slow_receive
+        with self.assertRaises(cf.BadRequest) as caught:
+            connection.read_body(head)
+        self.assertEqual(caught.exception.status, 408)
+        self.assertLess(clock.now - 1000, cf.CLIENT_BODY_S + cf.CLIENT_READ_S)
+
+    def test_a_client_that_does_not_read_its_answer_is_given_up(self):
+        near, far = socket.socketpair()
+        self.addCleanup(near.close)
+        self.addCleanup(far.close)
+        with mock.patch.multiple(socket, TCP_NODELAY=socket.SO_KEEPALIVE, IPPROTO_TCP=socket.SOL_SOCKET):
+            connection = cf.ClientConnection(near)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack('ll', 0, 1000))     # instead of minutes
+        with self.assertRaises(cf.ClientGone):
+            connection.send(bytes(10_000_000))
 
     def response(self, method='GET', minor_version=1):
         connection = FakeConnection()
@@ -6226,6 +6306,25 @@ class HttpServerTest(ProgramTest):
             self.assertEqual((answered.status, answered.headers['connection']), (status, 'close'))
             self.assertEqual(answered.json['type'], 'error')
 
+    def test_nothing_that_a_client_or_an_upstream_says_becomes_a_field_of_the_answer(self):
+        model = 'x\r\nset-cookie: a=b\r\n\r\n<script>\u2028\xfc'
+        self.anthropic.fields = 'access-control-allow-origin: *\r\naccess-control-expose-headers: *\r\na: b\r\n c: d\r\n'
+        for limited in ((), 'ab'):
+            self.anthropic.limited.update(limited)
+            answered = self.send(body=messages_body(model=model))
+            self.assertEqual(answered.status, 429 if limited else 200)
+            self.assertFalse({'set-cookie', 'c', 'access-control-allow-origin', 'access-control-expose-headers'} & set(answered.headers))
+            self.assertEqual(answered.headers['content-type'], 'application/json')
+            self.assertIn('x??set-cookie' if not limited else '', answered.headers.get('x-proxy-model', ''))
+
+    def test_a_redirect_is_told_and_not_followed(self):
+        elsewhere = PretendAnthropic(self)
+        upstream = RawServer(self, lambda sock, number: (read_request(sock), sock.sendall(
+            plain_answer(b'', '302 Found', f'location: {elsewhere.url}/v1/messages\r\n'))))
+        self.reload(make_document('a', anthropicBaseUrl=upstream.url))
+        self.assertEqual(self.send().status, 302)
+        self.assertEqual(elsewhere.server.connections, 0)
+
     def test_a_client_that_leaves_ends_its_upstream_request(self):
         self.anthropic.hold = threading.Event()
         body = json.dumps(messages_body()).encode()
@@ -6594,6 +6693,12 @@ class ApiTest(ProgramTest):
         self.assertIn('not valid JSON', answered.error['message'])
         with open(self.path) as file:
             self.assertEqual(file.read(), '{ broken')
+
+    def test_a_full_disk_is_told_as_such_and_changes_nothing(self):
+        with mock.patch('os.fsync', side_effect=OSError(28, 'No space left on device')):
+            _, message = self.refused('POST', '/api/keys', {'token': token_of('new')}, 507)
+        self.assertIn('No space left on device', message)
+        self.assertNotIn('anthropic:new', self.app.store.current.keys)
 
     def test_the_status_tells_all_that_the_page_shows(self):
         self.anthropic.fields = [
@@ -7141,9 +7246,9 @@ class CommandLineTest(ScratchTest):
         return subprocess.run([sys.executable, SCRIPT, *arguments], input=stdin, capture_output=True, text=True,
                               env={**os.environ, **environ}, timeout=60)
 
-    def start(self, *arguments, **environ):
+    def start(self, *arguments, executable=(sys.executable,), **environ):
         """Starts the proxy; (process, port, what it printed)."""
-        process = subprocess.Popen([sys.executable, SCRIPT, *arguments, 'start'], stdout=subprocess.PIPE,
+        process = subprocess.Popen([*executable, SCRIPT, *arguments, 'start'], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True, env={**os.environ, **environ})
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.stdout.close)
@@ -7345,6 +7450,16 @@ class CommandLineTest(ScratchTest):
         self.assertEqual((cf.PidFile(self.path).acquire(patience_s=0), cf.PidFile(self.path).holder()), (os.getpid(),) * 2)
         pid_file.release()
         self.assertIsNone(cf.PidFile(self.path).holder())
+
+    def test_a_locked_pid_file_without_the_number_of_a_process_names_nobody(self):
+        self.write_config(make_document('a'))
+        path = cf.PidFile(self.path).path
+        for text in (b'-1', b'0', b'1', b'99999999999', b'1e3', '\u0663\u0663'.encode(), b'x', b''):
+            with self.subTest(text=text), open(path, 'wb', buffering=0) as file:
+                file.write(text)
+                self.assertTrue(cf.lock_file(file, is_shared=False))
+                with self.assertRaisesRegex(cf.FailoverError, 'claude-failover.pid is locked'):
+                    cf.PidFile(self.path).holder(patience_s=0)
 
     def test_those_who_look_at_a_pid_file_do_not_take_one_another_for_the_proxy(self):
         self.write_config(make_document('a'))
@@ -7642,6 +7757,30 @@ class CommandLineTest(ScratchTest):
         self.assertIn('200 in 5 ms: a 429 -> b 200', printed)
         self.assertEqual(self.run_command('logs', '-n', '1').stdout.count('\n'), 1)
 
+    def test_hostile_texts_cannot_steer_the_terminal(self):
+        steer = '\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202e\n'
+
+        def play(sock, number):
+            while read_request(sock):
+                error = json.dumps(api_error('rate_limit_error', f'slow{steer} down {token_of("a")}')).encode()
+                sock.sendall(plain_answer(error, '429 Too Many Requests', 'retry-after: 3000\r\n'))
+        document = self.free_port_document('a', anthropicBaseUrl=RawServer(self, play).url, queueWaitMs=0, **{f'odd{steer}': 1})
+        document['keys']['a']['label'] = f'My{steer}key'
+        document['keys']['b'] = {'token': f'file:/no{steer}where'}
+        self.write_config(document)
+        process, port, _ = self.start()
+        self.assertEqual(self.ask(port, 'POST', cf.MESSAGES_PATH, messages_body(model=f'claude{steer}')).status, 429)
+        told = []
+        for command in (('status',), ('status', '--json'), ('health',), ('list-keys',), ('list-keys', '--json'), ('doctor',), ('config', 'get')):
+            done = self.run_command(*command)
+            told += [done.stdout, done.stderr]
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE_S)
+        told += [process.stdout.read(), process.stderr.read(), self.run_command('logs').stdout, self.run_command('logs', '--json').stdout]
+        for text in told:
+            self.assertNotRegex(text, '[^\n -~\xa0-\ufffd]|\u202e|0123456789')
+        self.assertIn('429', told[-2])
+
     def test_logs_follow_the_file_through_a_rotation(self):
         folder = os.path.join(os.path.dirname(self.path), 'logs')
         log = cf.JsonLog(os.path.join(folder, 'claude-failover.log'), max_bytes=4096)
@@ -7660,6 +7799,67 @@ class CommandLineTest(ScratchTest):
         self.assertIn('after', process.stdout.readline())
         printed = self.run_command('logs').stdout     # those of the rotated file first
         self.assertEqual(re.findall('first|second|long|after', printed), ['first', 'second', 'long', 'after'])
+
+    def test_a_crash_tells_where_and_no_value(self):
+        program = f"""
+import sys, threading
+sys.path.insert(0, {HERE!r})
+import claude_failover as cf
+def fail(*arguments):
+    raise ValueError("Invalid header value b'secret {token_of('a')}'")
+class Odd:
+    def __del__(self):
+        fail()
+def fail_everywhere():
+    threading.Thread(target=fail).start()
+    Odd()
+    threading.Thread(target=sys.exit).start()
+    fail()
+cf.argument_parser = fail_everywhere
+cf.main(['status'])
+"""
+        done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60)
+        self.assertEqual((done.returncode, done.stdout), (1, ''))
+        self.assertEqual(re.findall('ValueError at fail:', done.stderr), ['ValueError at fail:'] * 3, done.stderr)
+        self.assertNotRegex(done.stderr, 'secret|0123456789|Traceback|SystemExit')
+
+    @needs('/proc/self/limits')       # Linux
+    def test_the_running_proxy_dumps_no_memory_and_makes_no_file_that_others_can_read(self):
+        self.write_config(self.free_port_document('a'))
+        process, _, _ = self.start()
+        with open(f'/proc/{process.pid}/limits') as file:
+            self.assertRegex(file.read(), r'Max core file size +0 +0 ')
+        for folder, _, names in os.walk(os.path.dirname(self.path)):
+            for path in (folder, *(os.path.join(folder, name) for name in names)):
+                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode) & 0o077, 0, path)
+
+    def ask(self, port, method, path, body=None):
+        """One request to a running proxy, on a connection of its own."""
+        data = b'' if body is None else json.dumps(body).encode()
+        with socket.create_connection(('127.0.0.1', port), timeout=PATIENCE_S) as sock:
+            sock.sendall(f'{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n'
+                         f'Content-Length: {len(data)}\r\n\r\n'.encode() + data)
+            return Answered(b''.join(iter(lambda: sock.recv(65536), b'')))
+
+    @needs('/bin/sh')
+    def test_a_disk_without_room_costs_lines_of_the_log_and_no_answers(self):
+        self.write_config(self.free_port_document('a', anthropicBaseUrl=PretendAnthropic(self).url))
+        before = self.read_config()
+        # Files that may not grow are as near to a full disk as a program can be brought anywhere.
+        process, port, _ = self.start(executable=('sh', '-c', 'ulimit -f 4 && exec "$@"', 'sh', sys.executable))
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.ask(port, 'GET', '/health').json['problems'] and time.monotonic() < deadline:
+            self.assertEqual(self.ask(port, 'POST', cf.MESSAGES_PATH, messages_body()).status, 200)
+        log = os.path.join(os.path.dirname(self.path), 'logs', 'claude-failover.log')
+        self.assertEqual(self.ask(port, 'GET', '/health').json['problems'], [f'The log {log} cannot be written.'])
+        too_large = {'modelFallback': {f'model-{number}': 'x' * 100 for number in range(50)}}
+        self.assertEqual(self.ask(port, 'PUT', '/api/config', too_large).status, 507)
+        self.assertEqual(self.read_config(), before)
+        self.assertEqual(self.ask(port, 'POST', cf.MESSAGES_PATH, messages_body()).status, 200)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual((process.wait(PATIENCE_S), process.stderr.read()), (0, ''))
+        with open(log) as file:
+            self.assertGreater(len([json.loads(line) for line in file]), 1)       # whole ones
 
     def test_colours_are_for_terminals_that_want_them(self):
         terminal = mock.Mock(isatty=lambda: True)
