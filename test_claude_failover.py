@@ -7,6 +7,7 @@ HOME is a temporary folder.  Tests with real clients skip where those are not in
 """
 import ast
 import base64
+import collections
 import contextlib
 import copy
 import http.client
@@ -6539,6 +6540,266 @@ class CarryingTest(ProgramTest):
             self.stream()
         self.stop()
         self.assertEqual([line['kind'] for line in self.log_lines('internal_error')], ['ZeroDivisionError'])
+
+
+# ==============================================================================
+# Faults of upstreams
+# ==============================================================================
+# Played in turn and under load here, for seconds; .ci/soak plays them to real clients, for minutes.
+
+class GoodAnswer:
+    """The answer that a request should get; its text repeats what was asked, so that one can tell
+    whose it is.  `head` and `parts` are what is sent; `begun` is about half of it."""
+
+    def __init__(self, body):
+        asked = body['messages'][0]['content']
+        text = asked if isinstance(asked, str) else asked[0]['text']
+        self.is_stream = bool(body.get('stream'))
+        if self.is_stream:
+            self.head, self.end = STREAM_HEAD, b'0\r\n\r\n'
+            self.pieces = list(map(cf.event_bytes, stream_events(text * 5)))
+            self.parts = list(map(chunked, self.pieces))
+        else:
+            message = {**MESSAGE, 'content': [{'type': 'text', 'text': text * 5}]}
+            self.pieces = self.parts = pieces(json.dumps(message).encode(), 40)
+            self.head = f'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(b"".join(self.parts))}\r\n\r\n'.encode()
+            self.end = b''
+        self.begun = self.head + b''.join(self.parts[:len(self.parts) // 2])
+        self.data = self.head + b''.join(self.parts) + self.end
+
+    def framed(self, version, fields):
+        """The same with a body of another framing."""
+        kind = 'text/event-stream' if self.is_stream else 'application/json'
+        return f'HTTP/{version} 200 OK\r\ncontent-type: {kind}\r\n{fields}\r\n'.encode() + b''.join(self.pieces)
+
+
+STALE = GoodAnswer(messages_body(messages=[{'role': 'user', 'content': 'stale '}])).data
+ABSURD_HINTS = ('-5', '99999999999', 'nan', 'inf', '1e9', '', 'x' * 1000, 'Fri, 31 Dec 9999 23:59:59 GMT', '\u0663', '5, 5', '0x10')
+
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+
+
+def stall(sock):
+    """Says nothing more until the other side has enough of it."""
+    sock.recv(1)
+
+
+def error_answer(status, type='api_error', fields=''):
+    return plain_answer(json.dumps(api_error(type, 'of the upstream')).encode(), status, 'content-type: application/json\r\n' + fields)
+
+
+#: name: (how it is played after a request, what a client of one key gets for a stream, and for a
+#: plain request).  'whole'; a status and type; 'event TYPE' for an error that ends a stream; 'cut'.
+#: A player that returns true keeps its connection.
+BAD_GATEWAY, TIMEOUT = '502 api_error', '504 timeout_error'
+FAULTS = {
+    'none': (lambda sock, good: sock.sendall(good.data) or True, 'whole', 'whole'),
+    'reset before its head': (lambda sock, good: reset(sock), BAD_GATEWAY, BAD_GATEWAY),
+    'closed before its head': (lambda sock, good: None, BAD_GATEWAY, BAD_GATEWAY),
+    'closed within its head': (lambda sock, good: sock.sendall(good.head[:30]), BAD_GATEWAY, BAD_GATEWAY),
+    'reset in the middle': (lambda sock, good: sock.sendall(good.begun) or reset(sock), 'event api_error', 'cut'),
+    'closed in the middle': (lambda sock, good: sock.sendall(good.begun), 'event api_error', 'cut'),
+    'closed before its first event': (lambda sock, good: sock.sendall(good.head), BAD_GATEWAY, BAD_GATEWAY),
+    'a bad chunk': (lambda sock, good: sock.sendall(good.framed('1.1', 'transfer-encoding: chunked\r\n')), BAD_GATEWAY, BAD_GATEWAY),
+    'a bad chunk behind others': (
+        lambda sock, good: sock.sendall(STREAM_HEAD + chunked(b''.join(good.pieces[:4])) + b'-5\r\nhello\r\n'), BAD_GATEWAY, BAD_GATEWAY),
+    'a length that is too long': (lambda sock, good: sock.sendall(good.framed('1.1', 'content-length: 99999\r\n')), 'whole', 'cut'),
+    'two lengths': (lambda sock, good: sock.sendall(good.framed('1.1', 'content-length: 9\r\ncontent-length: 8\r\n')), BAD_GATEWAY, BAD_GATEWAY),
+    'silent before its head': (lambda sock, good: stall(sock), TIMEOUT, TIMEOUT),
+    'silent in the middle': (lambda sock, good: sock.sendall(good.begun) or stall(sock), 'event api_error', 'cut'),
+    'interim answers': (
+        lambda sock, good: sock.sendall(b'HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n' + good.data) or True, 'whole', 'whole'),
+    'endless interim answers': (lambda sock, good: sock.sendall(b'HTTP/1.1 103 Early Hints\r\n\r\n' * 40), BAD_GATEWAY, BAD_GATEWAY),
+    'another protocol': (lambda sock, good: sock.sendall(b'HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n'), BAD_GATEWAY, BAD_GATEWAY),
+    'no HTTP at all': (lambda sock, good: sock.sendall(b'SSH-2.0-OpenSSH_9.6\r\n\r\n'), BAD_GATEWAY, BAD_GATEWAY),
+    'HTTP/1.0 without a length': (lambda sock, good: sock.sendall(good.framed('1.0', '')), 'whole', 'whole'),
+    'an answer that nobody asked for': (lambda sock, good: sock.sendall(good.data + STALE) or True, 'whole', 'whole'),
+    'a 408 on an idle connection': (
+        lambda sock, good: sock.sendall(good.data + b'HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n'), 'whole', 'whole'),
+    'a huge head': (lambda sock, good: sock.sendall(b'HTTP/1.1 200 OK\r\na: ' + b'x' * 200_000 + b'\r\n' + good.data[17:]), BAD_GATEWAY, BAD_GATEWAY),
+    'too many fields': (lambda sock, good: sock.sendall(b'HTTP/1.1 200 OK\r\n' + b'a: b\r\n' * 200 + good.data[17:]), BAD_GATEWAY, BAD_GATEWAY),
+    'an error as its first event': (
+        lambda sock, good: sock.sendall(STREAM_HEAD + chunked(cf.event_bytes(OVERLOADED_EVENT)) + b'0\r\n\r\n') or True,
+        '529 overloaded_error', 'whole'),
+    'an error in the middle': (
+        lambda sock, good: sock.sendall(STREAM_HEAD + chunked(*good.pieces[:4], cf.event_bytes(OVERLOADED_EVENT)) + b'0\r\n\r\n') or True,
+        'event overloaded_error', 'whole'),
+    **{f'429 with retry-after {hint[:40]!r}': (
+        lambda sock, good, hint=hint: sock.sendall(
+            error_answer('429 Too Many Requests', 'rate_limit_error', 'retry-after: ').replace(b'retry-after: ', b'retry-after: %b\r\n' % hint.encode())) or True,
+        '429 rate_limit_error', '429 rate_limit_error') for hint in ABSURD_HINTS},
+    '500': (lambda sock, good: sock.sendall(error_answer('500 Internal Server Error')) or True, BAD_GATEWAY, BAD_GATEWAY),
+    '503 of another program': (lambda sock, good: sock.sendall(plain_answer(b'<html>\xff', '503 x', 'content-type: text/html\r\n')), BAD_GATEWAY, BAD_GATEWAY),
+    '529': (lambda sock, good: sock.sendall(error_answer('529 x', 'overloaded_error')) or True, '529 overloaded_error', '529 overloaded_error'),
+    'byte by byte': (lambda sock, good: [sock.sendall(piece) for piece in pieces(good.data, 1)], 'whole', 'whole'),
+}
+#: Plain requests are answered by what a stream is; nothing says that this is a fault.
+NOT_OF_PLAIN_REQUESTS = ('an error as its first event', 'an error in the middle', 'a bad chunk behind others')
+
+
+class FaultyUpstream:
+    """A Messages API whose every answer plays one of FAULTS: `choose()` gives its name."""
+
+    def __init__(self, test, choose):
+        self.choose = choose
+        self.server = RawServer(test, self._play)
+        self.url = self.server.url
+
+    def _play(self, sock, number):
+        goes_on = True
+        while goes_on:
+            request = read_request(sock)
+            goes_on = request and FAULTS[self.choose()][0](sock, GoodAnswer(json.loads(request[1])))
+
+
+def describe_answer(data, asked):
+    """What a client got, in the words of FAULTS; an assertion fails for what it must not get."""
+    answered = Answered(data)
+    if answered.status != 200:
+        assert answered.json['type'] == 'error' and answered.error['message'], data
+        return f'{answered.status} {answered.error["type"]}'
+    if 'text/event-stream' not in answered.headers['content-type']:
+        if len(answered.body) < int(answered.headers.get('content-length', 1 << 60)) and not answered.is_complete:
+            return 'cut'
+        if len(answered.body) < int(answered.headers.get('content-length', 0)):
+            return 'cut'
+        assert answered.json['content'][0]['text'] == asked * 5, data
+        return 'whole'
+    events = answered.events
+    kinds = [event['type'] for event in events]
+    text = ''.join(event['delta'].get('text', '') for event in events if event['type'] == 'content_block_delta')
+    assert (asked * 5).startswith(text), data
+    assert kinds.count('message_start') == 1, data
+    if kinds[-1] == 'error':
+        assert 'message_stop' not in kinds, data
+        return f'event {events[-1]["error"]["type"]}'
+    assert text == asked * 5 and kinds[-1] == 'message_stop' and answered.is_complete, data
+    return 'whole'
+
+
+class FaultsTest(ProgramTest):
+    def setUp(self):
+        self.threads = set(threading.enumerate())
+        for name, seconds in (('STREAM_FIRST_BYTE_S', 0.2), ('FIRST_BYTE_S', 0.2), ('STREAM_IDLE_S', 0.2), ('WATCH_S', 0.01)):
+            patch = mock.patch.object(cf, name, seconds)
+            patch.start()
+            self.addCleanup(patch.stop)
+        super().setUp()
+        self.app.failover._jitter = lambda low, high: 0
+
+    def use(self, upstream, *keys, **changes):
+        # A hint may rest a key for this long at the most: other faults want their turn.
+        self.reload(make_document(*keys, anthropicBaseUrl=upstream.url, cooldownMs=20, queueWaitMs=0, modelFallback={}, **changes))
+
+    def ask(self, asked, stream):
+        body = messages_body(stream=stream, messages=[{'role': 'user', 'content': asked}])
+        return describe_answer(self.send_raw(body), asked)
+
+    def send_raw(self, body):
+        data = json.dumps(body).encode()
+        return self.raw(f'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n'
+                        f'Content-Length: {len(data)}\r\n\r\n'.encode() + data)
+
+    def test_each_fault_alone_has_its_clear_outcome(self):
+        upstream = FaultyUpstream(self, None)
+        self.use(upstream, 'a')
+        for name, (_, of_stream, of_plain) in FAULTS.items():
+            upstream.choose = lambda name=name: name
+            for stream, expected in ((True, of_stream), (False, of_plain)):
+                if not stream and name in NOT_OF_PLAIN_REQUESTS:
+                    continue
+                with self.subTest(name, stream=stream):
+                    self.app.cooldowns.clear()
+                    self.app.upstream.close_idle()
+                    self.assertEqual(self.ask(f'{name}. ', stream), expected)
+
+    def test_a_fault_before_the_first_event_is_the_next_keys_turn(self):
+        names = []
+        upstream = FaultyUpstream(self, lambda: names.pop(0) if names else 'none')
+        self.use(upstream, 'a', 'b')
+        for name, (_, of_stream, of_plain) in FAULTS.items():
+            for stream, alone in ((True, of_stream), (False, of_plain)):
+                if alone.startswith('event') or alone == 'cut' or not stream and name in NOT_OF_PLAIN_REQUESTS:
+                    continue
+                with self.subTest(name, stream=stream):
+                    self.app.cooldowns.clear()
+                    self.app.upstream.close_idle()
+                    names[:] = [name]
+                    # After a long silence the request may still be running, and be paid for.
+                    self.assertEqual(self.ask(f'{name}. ', stream), alone if alone == TIMEOUT else 'whole')
+
+    def test_under_load_every_client_gets_an_answer_or_a_clear_error_and_nothing_is_left(self):
+        chance = random.Random(6)
+        upstream = FaultyUpstream(self, lambda: chance.choice(list(FAULTS)) if chance.random() < 0.7 else 'none')
+        with socket.create_server(('127.0.0.1', 0)) as closed:
+            refusing = f'http://127.0.0.1:{closed.getsockname()[1]}'
+        keys = {id: {'token': token_of(id)} for id in 'abc'}
+        keys['d'] = {'token': token_of('d'), 'baseUrl': refusing}
+        self.use(upstream, 'd', 'a', 'b', 'c', keys=keys)
+        outcomes, problems = queue.Queue(), []
+
+        def run(number):
+            for turn in range(25):
+                try:
+                    self.app.cooldowns.clear()    # every fault shall have its turn
+                    outcomes.put(self.ask(f'client {number}, turn {turn}. ', (number + turn) % 3 > 0))
+                except Exception as error:        # told by the assertion below
+                    problems.append(error)
+        before = self.open_files()
+        threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(6 * PATIENCE_S)
+        self.assertEqual((problems, sum(thread.is_alive() for thread in threads)), ([], 0))
+        counts = collections.Counter(outcomes.queue)
+        self.assertEqual(sum(counts.values()), 12 * 25)
+        self.assertGreater(counts['whole'], 150, counts)
+        self.assertLess({outcome for outcome in counts if not outcome.startswith(('event ', '502 ', '429 ', '529 ', '504 '))}, {'whole', 'cut', 'x'})
+        self.check_nothing_is_left(before)
+
+    def test_many_connections_in_a_row_leave_nothing(self):
+        upstream = FaultyUpstream(self, lambda: 'none')
+        self.use(upstream, 'a')
+        request = b'GET /health HTTP/1.1\r\nHost: localhost\r\n'
+
+        def connect(data=b'', answer_bytes=0, is_reset=False):
+            with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
+                sock.sendall(data)
+                self.assertEqual(len(sock.recv(answer_bytes)), answer_bytes)
+                if is_reset:
+                    reset(sock)
+        self.ask('once. ', True)
+        before = self.open_files()
+        for _ in range(60):
+            connect()                 # and leave
+            connect(request)          # within the head
+            connect(request + b'\r\n', 9)            # within the answer
+            connect(request + b'\r\n', 9, is_reset=True)
+            connect(b'nonsense\r\n\r\n', 9)
+        self.assertEqual(self.ask('again. ', True), 'whole')
+        self.check_nothing_is_left(before)
+
+    def open_files(self):
+        self.app.upstream.close_idle()
+        self.app.log.info('counted')
+        self.app.log.flush()          # its file is open from the first line on
+        return len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
+
+    def check_nothing_is_left(self, open_files):
+        def left():
+            """Connections in use, watched requests, dashboards, waiting requests, carried streams, files."""
+            return (cf.MAX_CONNECTIONS - self.app.slots._value, len(self.app.watcher), len(self.app.bus.subscriptions),
+                    self.app.cooldowns.queue_length(), len(self.app.carrier._selector.get_map()),
+                    max(0, self.open_files() - open_files))
+        deadline = time.monotonic() + PATIENCE_S
+        while any(left()) and time.monotonic() < deadline:
+            threading.Event().wait(0.01)          # the ends of connections are on their way
+        self.assertEqual(left(), (0,) * 6)
+        workers = [thread for thread in set(threading.enumerate()) - self.threads if thread.name == 'worker']
+        self.assertLessEqual(len(workers), cf.IDLE_WORKERS)
 
 
 # ==============================================================================
