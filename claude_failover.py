@@ -4263,9 +4263,10 @@ def describe_request(record):
              record.get('fallback') or record.get('model'),
              record.get('status') or record.get('outcome'), f'in {record.get("duration_ms")} ms')
     text = ' '.join(str(part) for part in parts if part)
-    attempts = record.get('attempts') or ()
+    attempts = list(map(as_dict, as_list(record.get('attempts'))))
     if attempts:
-        text += ': ' + ' -> '.join(f'{a["key"]} {a["status"] or a["result"]}' for a in attempts)
+        text += ': ' + ' -> '.join(f'{a.get("key")} {a.get("status") or a.get("result")}'
+                                   for a in attempts)
     if record.get('error') or record.get('outcome') == 'client_gone':
         text += f' ({record.get("error") or "the client left"})'
     return printable(text)
@@ -4677,15 +4678,16 @@ class ClientConnection:
         BadRequest, ClientGone."""
         if not self._wait_for_request():
             return None
-        deadline = self._clock() + CLIENT_HEAD_S
-        while True:
-            end = self._buffer.find(b'\r\n\r\n')
+        deadline, searched = self._clock() + CLIENT_HEAD_S, 0
+        while True:                   # only what is new is searched: it may come byte by byte
+            end = self._buffer.find(b'\r\n\r\n', max(0, searched - 3))
             if end >= 0:
                 break
             if len(self._buffer) > MAX_HEAD_BYTES:
                 raise BadRequest(f'The request head is over {MAX_HEAD_BYTES} bytes.', 431)
-            if BARE_LF.search(self._buffer):
+            if BARE_LF.search(self._buffer, searched):
                 raise BadRequest('Lines of a request head must end in CR LF.')
+            searched = len(self._buffer)
             self._buffer += self._receive(deadline)
         return parse_head(self._take(end, 4))
 
@@ -4700,7 +4702,7 @@ class ClientConnection:
         while True:
             while self._buffer.startswith(b'\r\n'):    # RFC 9112 section 2.2: it may precede
                 del self._buffer[:2]
-            if self._buffer:
+            if self._buffer and self._buffer != b'\r':        # half of such a line end
                 return True
             try:
                 data = self.sock.recv(RECEIVE_BYTES)

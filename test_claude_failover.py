@@ -3924,11 +3924,25 @@ class ClientConnectionsTest(SocketTest):
         head, _, _ = self.read(b'GET / HTTP/1.1\r\nA:' + b' ' * 16_000 + b'\r\n\r\n')
         self.assertEqual(head.headers['a'], '')
 
+    def test_a_head_that_comes_byte_by_byte_is_searched_once(self):
+        data = b'GET / HTTP/1.1\r\nA: ' + b'b' * 3000 + b'\r\n\r\n'
+        connection = cf.ClientConnection(mock.Mock(recv=mock.Mock(side_effect=pieces(data, 1))))
+        with mock.patch.object(cf, 'BARE_LF') as searched:
+            searched.search.side_effect = lambda buffer, start=0: sizes.append(len(buffer) - start)
+            sizes = []
+            connection.read_head()
+        self.assertLess(sum(sizes), len(data))
+        connection = cf.ClientConnection(mock.Mock(recv=mock.Mock(side_effect=pieces(data.replace(b'b\r\n', b'b\n'), 1))))
+        with self.assertRaisesRegex(cf.BadRequest, 'must end in CR LF'):
+            connection.read_head()
+
     def test_line_ends_before_and_after_a_request_are_no_request(self):
-        connection = self.connection(b'\r\n' + REQUEST + b'\r\n\r\n')
-        head = connection.read_head()
-        self.assertEqual((head.method, connection.read_body(head)), ('POST', b'hello'))
-        self.assertIsNone(connection.read_head())
+        data = b'\r\n' + REQUEST + b'\r\n\r\n'
+        for size in (1, len(data)):
+            connection = cf.ClientConnection(mock.Mock(recv=mock.Mock(side_effect=[*pieces(data, size), b''])))
+            head = connection.read_head()
+            self.assertEqual((head.method, connection.read_body(head)), ('POST', b'hello'))
+            self.assertIsNone(connection.read_head())
 
     def test_a_body_of_too_many_chunks_is_refused(self):
         with mock.patch.object(cf, 'MAX_CHUNKS', 2), self.assertRaisesRegex(cf.BadRequest, 'more than 2 chunks'):
@@ -8010,6 +8024,7 @@ class CommandLineTest(ScratchTest):
                    'path': '/v1/messages', 'model': 'evil\x1b[31m', 'status': 200, 'duration_ms': 5,
                    'attempts': [{'key': 'a', 'status': 429}, {'key': 'b', 'status': 200}]}
         with open(os.path.join(folder, 'claude-failover.log'), 'w') as file:
+            file.write('{"event": "request", "attempts": [null, {}, 5]}\n{"event": "request", "attempts": 5}\n')
             file.write(json.dumps(request) + '\nnot json \x1b[2J\n')
         for arguments in (('logs',), ('logs', '--json')):
             self.assertNotIn('\x1b', self.run_command(*arguments).stdout)
