@@ -3671,17 +3671,16 @@ class ConfigStoreTest(ScratchTest):
                 store.update(self.add)
         self.assertEqual((self.read_config(), list(store.current.keys)), (before, ['anthropic:a']))
 
-    @unittest.skipUnless(hasattr(os, 'fork'), 'there is no fork')
+    @unittest.skipUnless(hasattr(signal, 'SIGKILL'), 'there is no SIGKILL')
     def test_a_program_that_is_killed_while_it_saves_loses_nothing_and_bars_nobody(self):
         self.write_config(make_document('a'))
         before = self.read_config()
-        for step in ('os.fsync', 'os.replace'):
-            child = os.fork()
-            if not child:
-                with mock.patch(step, side_effect=lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)):
-                    self.store().update(self.add)
-            self.assertEqual(os.waitpid(child, 0)[1], signal.SIGKILL)
-            self.assertEqual(self.read_config(), before)
+        for step in ('fsync', 'replace'):
+            program = (f'import os, sys\nsys.path.insert(0, {HERE!r})\nimport claude_failover as cf\n'
+                       f'os.{step} = lambda *arguments: os.kill(os.getpid(), {signal.SIGKILL})\n'
+                       f'cf.ConfigStore({self.path!r}).update(lambda config: cf.change_settings(config, {{"queueWaitMs": 5}}))')
+            done = subprocess.run([sys.executable, '-c', program], capture_output=True, timeout=60)
+            self.assertEqual((done.returncode, self.read_config()), (-signal.SIGKILL, before), done.stderr)
         self.store().update(self.add)
         self.assertEqual(list(self.read_config()['keys']), ['a', 'new'])
 
@@ -6323,7 +6322,7 @@ class HttpServerTest(ProgramTest):
 
     def test_nothing_that_a_client_or_an_upstream_says_becomes_a_field_of_the_answer(self):
         model = 'x\r\nset-cookie: a=b\r\n\r\n<script>\u2028\xfc'
-        self.anthropic.fields = 'access-control-allow-origin: *\r\naccess-control-expose-headers: *\r\na: b\r\n c: d\r\n'
+        self.anthropic.fields = [('access-control-allow-origin', '*'), ('access-control-expose-headers', '*'), ('a', 'b\r\n c: d')]
         for limited in ((), 'ab'):
             self.anthropic.limited.update(limited)
             answered = self.send(body=messages_body(model=model))
@@ -6333,12 +6332,12 @@ class HttpServerTest(ProgramTest):
             self.assertIn('x??set-cookie' if not limited else '', answered.headers.get('x-proxy-model', ''))
 
     def test_a_redirect_is_told_and_not_followed(self):
-        elsewhere = PretendAnthropic(self)
+        elsewhere = RawServer(self, lambda sock, number: None)
         upstream = RawServer(self, lambda sock, number: (read_request(sock), sock.sendall(
             plain_answer(b'', '302 Found', f'location: {elsewhere.url}/v1/messages\r\n'))))
         self.reload(make_document('a', anthropicBaseUrl=upstream.url))
         self.assertEqual(self.send().status, 302)
-        self.assertEqual(elsewhere.server.connections, 0)
+        self.assertEqual(elsewhere.connections, 0)
 
     def test_a_client_that_leaves_ends_its_upstream_request(self):
         self.anthropic.hold = threading.Event()
@@ -6755,7 +6754,7 @@ class FaultsTest(ProgramTest):
         outcomes, problems = queue.Queue(), []
 
         def run(number):
-            for turn in range(25):
+            for turn in range(15):
                 try:
                     self.app.cooldowns.clear()    # every fault shall have its turn
                     outcomes.put(self.ask(f'client {number}, turn {turn}. ', (number + turn) % 3 > 0))
@@ -6769,8 +6768,8 @@ class FaultsTest(ProgramTest):
             thread.join(6 * PATIENCE_S)
         self.assertEqual((problems, sum(thread.is_alive() for thread in threads)), ([], 0))
         counts = collections.Counter(outcomes.queue)
-        self.assertEqual(sum(counts.values()), 12 * 25)
-        self.assertGreater(counts['whole'], 150, counts)
+        self.assertEqual(sum(counts.values()), 12 * 15)
+        self.assertGreater(counts['whole'], 90, counts)
         self.assertLess({outcome for outcome in counts if not outcome.startswith(('event ', '502 ', '429 ', '529 ', '504 '))}, {'whole', 'cut', 'x'})
         self.check_nothing_is_left(before)
 
@@ -8047,7 +8046,7 @@ class CommandLineTest(ScratchTest):
         process, port, _ = self.start()
         self.assertEqual(self.ask(port, 'POST', cf.MESSAGES_PATH, messages_body(model=f'claude{steer}')).status, 429)
         told = []
-        for command in (('status',), ('status', '--json'), ('health',), ('list-keys',), ('list-keys', '--json'), ('doctor',), ('config', 'get')):
+        for command in (('status',), ('list-keys',), ('doctor',)):
             done = self.run_command(*command)
             told += [done.stdout, done.stderr]
         process.send_signal(signal.SIGTERM)
