@@ -136,7 +136,7 @@ MAX_CHUNKS = 100_000
 MAX_INTERIM = 20
 #: Each connection is a thread with two sockets; a client that opens more is out of control.
 MAX_CONNECTIONS = 2000
-#: Threads that wait for the next connection; each holds some 20 KB.
+#: Threads that wait for the next connection.
 IDLE_WORKERS = 32
 
 #: Waiting for a client: each read of a head or body, the whole head, the whole body, between
@@ -874,18 +874,21 @@ def token_type(provider, token):
     return 'oauth' if token.startswith('sk-ant-oat') else 'api-key'
 
 
+def ids_in_order(order, provider):
+    """['work', ...]: one provider's keys among the refs of an order."""
+    return [ref.partition(':')[2] for ref in order if ref.startswith(f'{provider}:')]
+
+
 def append_to_orders(profile, order, provider, id):
     """Writes the order in force into a profile's entry, the new key behind its provider's.
     Older files hold a keyOrder beside a priorityOrder: both are kept in step."""
-    prefix = f'{provider}:'
-    ids = [ref[len(prefix):] for ref in order if ref.startswith(prefix)]
-    profile[ORDER_FIELDS[provider]] = [*ids, id]
+    profile[ORDER_FIELDS[provider]] = [*ids_in_order(order, provider), id]
     if profile.get('priorityOrder') is not None:
         # OpenAI keys at the end are the last resort, and stay behind a new Claude key.
         end = len(order)
         while provider == ANTHROPIC and end and order[end - 1].startswith(f'{OPENAI}:'):
             end -= 1
-        profile['priorityOrder'] = [*order[:end], prefix + id, *order[end:]]
+        profile['priorityOrder'] = [*order[:end], f'{provider}:{id}', *order[end:]]
 
 
 def free_id(label, taken):
@@ -895,14 +898,20 @@ def free_id(label, taken):
     return next(id for id in candidates if id not in taken and id != 'reorder')
 
 
+def refs_called(config, key_id):
+    """[ref, ...] of the keys with an id, or of the one with a ref.  Raises UnknownKey."""
+    refs = [ref for ref, key in config.keys.items() if key_id in (ref, key.id)]
+    if not refs:
+        raise UnknownKey(key_id)
+    return refs
+
+
 def remove_key(config, key_id):
     """The Config without this key, taken out of every profile's orders too.
 
     `key_id` is an id, or 'anthropic:ID' or 'openai:ID' where both have one.  Raises UnknownKey.
     """
-    refs = [ref for ref, key in config.keys.items() if key_id in (ref, key.id)]
-    if not refs:
-        raise UnknownKey(key_id)
+    refs = refs_called(config, key_id)
     if len(refs) > 1:
         raise ConfigError(f'Two keys are called {key_id}: say which, {" or ".join(refs)}.')
     key = config.keys[refs[0]]
@@ -993,8 +1002,7 @@ def order_profile(config, name, refs):
     edited = parse_config(document)
     entry, order = document['profiles'][name], edited.profiles[name].order
     for provider, field in ORDER_FIELDS.items():
-        entry[field] = [edited.keys[ref].id for ref in order
-                        if ref.startswith(f'{provider}:')]
+        entry[field] = ids_in_order(order, provider)
     return parse_config(document)
 
 
@@ -4114,7 +4122,19 @@ def last_lines(path, count):
             lines = file.read().splitlines()[bool(start):] + lines     # the first may be cut
         if len(lines) >= count:
             break
-    return lines[-count:]
+    return lines[-count:] if count else []
+
+
+def last_records(path, count, level=LEVELS[0]):
+    """[{'time': ..., 'level': ..., 'event': ...}, ...]: those of the last lines of a log that
+    have this level at least."""
+    records = []
+    for line in last_lines(path, count):
+        with contextlib.suppress(ValueError):     # a line that is none of ours
+            record = loads_object(line)
+            if record.get('level') in LEVELS[LEVELS.index(level):]:
+                records.append(record)
+    return records
 
 
 class Minute:
@@ -4602,7 +4622,7 @@ def read_field(line):
     return match and (match.group(1), match.group(2).rstrip(' \t'))
 
 
-#: Most lines of a head came in the one before, too: reading them anew takes six times as long.
+#: Most lines of a head came in the one before, too: read anew, one takes five times as long.
 known_field = functools.lru_cache(maxsize=1024)(read_field)
 
 
@@ -5103,9 +5123,9 @@ def build_request(request, key, base_url, token, data, betas):
     base = parse_base_url(base_url)
     credentials = request.credentials
     if key.id != CLIENT_REF:
-        is_oauth = key.oauth or token.startswith('sk-ant-oat')
-        credentials = [key_field(token, is_oauth)]
-        if is_oauth and OAUTH_BETA not in betas:
+        is_bearer = is_oauth(key, token)
+        credentials = [key_field(token, is_bearer)]
+        if is_bearer and OAUTH_BETA not in betas:
             betas = [*betas, OAUTH_BETA]
     lines = [f'{request.method} {base.path}{request.target} HTTP/1.1', f'host: {base.host_field}']
     lines += [f'{name}: {value}' for name, value in credentials]
@@ -5116,6 +5136,17 @@ def build_request(request, key, base_url, token, data, betas):
     lines.append('accept-encoding: identity')
     head = '\r\n'.join(lines) + '\r\n' + request.forwarded_head + '\r\n'
     return UpstreamRequest(base, request.method, head.encode('latin-1'), data)
+
+
+def is_oauth(key, token):
+    """Whether an Anthropic key's token goes as Bearer, with its beta."""
+    return key.oauth or token.startswith('sk-ant-oat')
+
+
+def request_head(first_line, fields):
+    """The bytes of a request's head."""
+    lines = [first_line, *(f'{name}: {value}' for name, value in fields)]
+    return ('\r\n'.join(lines) + '\r\n\r\n').encode('latin-1')
 
 
 def key_field(token, is_bearer):
@@ -5136,9 +5167,8 @@ def build_openai_request(target, token, body, session):
         fields += [('chatgpt-account-id', account_id(jwt_claims(token))),
                    ('openai-beta', 'responses=experimental'), ('originator', PROGRAM)]
         fields += [('session_id', session)] if session else []
-    lines = [f'POST {openai_path(target)} HTTP/1.1', *(f'{n}: {v}' for n, v in fields)]
-    head = '\r\n'.join(lines) + '\r\n\r\n'
-    return UpstreamRequest(base, 'POST', head.encode('latin-1'), data)
+    head = request_head(f'POST {openai_path(target)} HTTP/1.1', fields)
+    return UpstreamRequest(base, 'POST', head, data)
 
 
 def openai_path(target):
@@ -5588,15 +5618,14 @@ def build_key_test(target, key, token):
     fields = [('host', base.host_field), ('accept-encoding', 'identity'),
               ('user-agent', f'{PROGRAM}/{VERSION}')]
     if target.wire == MESSAGES:
-        is_oauth = key.oauth or token.startswith('sk-ant-oat')
-        fields += [('anthropic-version', '2023-06-01'), key_field(token, is_oauth)]
-        fields += [('anthropic-beta', OAUTH_BETA)] if is_oauth else []
+        fields += [('anthropic-version', '2023-06-01'), key_field(token, is_oauth(key, token))]
+        fields += [('anthropic-beta', OAUTH_BETA)] if is_oauth(key, token) else []
     else:
         fields.append(key_field(token, is_bearer=True))
     if target.is_codex:
         fields.append(('chatgpt-account-id', account_id(jwt_claims(token))))
-    lines = [f'GET {models_path(target)} HTTP/1.1', *(f'{n}: {v}' for n, v in fields)]
-    return UpstreamRequest(base, 'GET', ('\r\n'.join(lines) + '\r\n\r\n').encode('latin-1'), b'')
+    head = request_head(f'GET {models_path(target)} HTTP/1.1', fields)
+    return UpstreamRequest(base, 'GET', head, b'')
 
 
 # ==============================================================================
@@ -5632,8 +5661,8 @@ class Carried:
 
 
 class StreamCarrier:
-    """The thread that carries streams: to wake a thread of its own for each event costs twice
-    the processor time from some ten streams on."""
+    """The thread that carries streams: to wake a thread of its own for each event took twice the
+    processor time with 50 streams."""
 
     def __init__(self):
         self._selector = selectors.DefaultSelector()
@@ -6830,6 +6859,8 @@ ANY_TOKEN = PROGRAM
 BLOCK_START, BLOCK_END = f'# >>> {PROGRAM} >>>', f'# <<< {PROGRAM} <<<'
 BLOCK = re.compile(f'^{BLOCK_START}.*?^{BLOCK_END}[^\n]*(?:\n|\\Z)', re.DOTALL | re.MULTILINE)
 JSON_SPACE = re.compile(r'[ \t\r\n]*')
+#: What may stand around the object: white space, and the byte order mark that Claude Code takes.
+SETTINGS_EDGE = '\ufeff \t\r\n'
 CURSOR_NOTE = ("Cursor cannot use a proxy on this machine: its servers make the calls. Nothing is "
                'to be set.')
 
@@ -6887,7 +6918,7 @@ def set_member(text, start, name, value):
 def empty_object_gaps(text, start):
     """White space before and after the first member of an object: lines of their own, but in a
     text that is all one line."""
-    is_outermost = not text[:start].strip('\ufeff \t\r\n')
+    is_outermost = not text[:start].strip(SETTINGS_EDGE)
     if not is_outermost and '\n' not in text.strip():
         return '', ''
     outer = line_indent(text, start)
@@ -6924,13 +6955,13 @@ def read_settings(text):
     """The settings in a text; none in an empty one.  Raises ToolError where Claude Code could
     not read them either (it takes no comments, and passes over such a file)."""
     try:
-        return loads_object(text.lstrip('\ufeff')) if text.strip('\ufeff \t\r\n') else {}
+        return loads_object(text.lstrip('\ufeff')) if text.strip(SETTINGS_EDGE) else {}
     except ValueError as error:
         raise ToolError(f'is not valid JSON ({error}): correct it, and run setup again') from error
 
 
 def settings_environment(text):
-    """The `env` of settings; None where it is no object."""
+    """The `env` of settings.  Raises ToolError where it is no object."""
     env = read_settings(text).get('env', {})
     if not isinstance(env, dict):
         raise ToolError('has an "env" that is no object: correct it, and run setup again')
@@ -6940,7 +6971,7 @@ def settings_environment(text):
 def settings_with(text, variables):
     """Settings whose `env` holds these variables; nothing else in the text changes."""
     settings_environment(text)
-    text = text if text.strip('\ufeff \t\r\n') else '{}\n'
+    text = text if text.strip(SETTINGS_EDGE) else '{}\n'
     start = text.index('{')
     for name, value in variables.items():
         if 'env' not in read_settings(text):
@@ -7488,13 +7519,7 @@ def api_logs(call):
     if level not in LEVELS:
         raise BadRequest(f'level must be one of {", ".join(LEVELS)}.', field='level')
     call.app.log.flush()
-    records = []
-    for line in last_lines(call.app.log.path, int(count)) if int(count) else ():
-        with contextlib.suppress(ValueError):     # a line that is none of ours
-            record = loads_object(line)
-            if record.get('level') in LEVELS[LEVELS.index(level):]:
-                records.append(record)
-    call.send_json(200, {'logs': records})
+    call.send_json(200, {'logs': last_records(call.app.log.path, int(count), level)})
 
 
 # -- cooldowns ---------------------------------------------------------------------
@@ -7502,12 +7527,8 @@ def api_logs(call):
 def api_clear_cooldowns(call):
     """Body: {} for all, {"key": ID} or {"key": ID, "model": NAME}."""
     wanted = call.json(key=check_text, model=check_text)
-    refs = [None]
-    if wanted.get('key'):
-        keys = call.app.store.current.keys
-        refs = [ref for ref, key in keys.items() if wanted['key'] in (ref, key.id)]
-        if not refs:
-            raise UnknownKey(wanted['key'])
+    is_one = bool(wanted.get('key'))
+    refs = refs_called(call.app.store.current, wanted['key']) if is_one else [None]
     cleared = sum(call.app.cooldowns.clear(ref, wanted.get('model')) for ref in refs)
     call.app.log.info('cooldowns_cleared', key=wanted.get('key'), model=wanted.get('model'),
                       count=cleared)
@@ -7524,20 +7545,25 @@ def key_ref(kind, id):
     return f'{PROVIDER_OF[kind]}:{urllib.parse.unquote(id)}'
 
 
+def key_views(call, refs):
+    """[{...}, ...]: keys as the Node program showed them, with ours of them."""
+    told = {key['ref']: key for key in call.app.health()['keys']}
+    return [{**told[ref], 'success': True, 'masked': told[ref]['token'],
+             'addedAt': told[ref]['added_at'], 'requests': told[ref]['answers'],
+             'inCooldown': told[ref]['state'] in ('cooling', 'limited')} for ref in refs]
+
+
 def key_view(call, ref):
-    """A key as the Node program showed it, with ours of it."""
-    told = next(key for key in call.app.health()['keys'] if key['ref'] == ref)
-    return {**told, 'success': True, 'masked': told['token'], 'addedAt': told['added_at'],
-            'requests': told['answers'], 'inCooldown': told['state'] in ('cooling', 'limited')}
+    return key_views(call, [ref])[0]
 
 
 def api_list_keys(call, kind):
     """Query: profile, in whose order they come."""
     config, name = call.app.store.current, call.query.get('profile', call.profile_name)
     refuse_unknown_profile(config, name)
-    prefix = f'{PROVIDER_OF[kind]}:'
-    call.send_json(200, {'keys': [key_view(call, ref) for ref in config.profiles[name].order
-                                  if ref.startswith(prefix)]})
+    provider = PROVIDER_OF[kind]
+    refs = [f'{provider}:{id}' for id in ids_in_order(config.profiles[name].order, provider)]
+    call.send_json(200, {'keys': key_views(call, refs)})
 
 
 def api_add_key(call, kind):
@@ -7629,8 +7655,7 @@ PROFILE_CHECKS = {'name': check_text, 'port': whole_number(1, 'a port'), **ORDER
 
 
 def profile_view(profile):
-    orders = {field: [ref.partition(':')[2] for ref in profile.order
-                      if ref.startswith(f'{provider}:')]
+    orders = {field: ids_in_order(profile.order, provider)
               for provider, field in ORDER_FIELDS.items()}
     return {'name': profile.name, 'port': profile.port, **orders,
             'priorityOrder': list(profile.order)}
@@ -8130,8 +8155,8 @@ def where_raised(error):
 
 
 class Workers:
-    """Threads that serve one connection after another: to start one takes as long as a third of
-    a short connection."""
+    """Threads that serve one connection after another: to start one for each took a quarter of
+    the time of a short connection."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -8757,8 +8782,7 @@ def find_keys(config, health):
 
 
 def find_environment():
-    names = ('HTTPS_PROXY', 'https_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE', 'SSL_CERT_DIR')
-    for name in names:
+    for name in CARRIED_VARIABLES:
         value = os.environ.get(name)
         if not value:
             continue
@@ -8824,7 +8848,7 @@ def find_upstreams(config):
 def find_server(upstream, url, exchange):
     """Whether a server can be reached: name, TLS, HTTP, and what time it is there."""
     base = parse_base_url(url)
-    head = f'HEAD {base.path or "/"} HTTP/1.1\r\nhost: {base.host_field}\r\n\r\n'.encode('latin-1')
+    head = request_head(f'HEAD {base.path or "/"} HTTP/1.1', [('host', base.host_field)])
     started = time.monotonic()
     try:
         response = upstream.open(UpstreamRequest(base, 'HEAD', head, b''), exchange, CONNECT_S)
@@ -8858,12 +8882,7 @@ def key_finding(key, tested):
 
 def find_failures(path):
     """The last failures that the log tells of."""
-    failures = collections.deque(maxlen=LAST_FAILURES)
-    for line in last_lines(path, LINES_SEARCHED):
-        with contextlib.suppress(ValueError):     # a line that is none of ours
-            record = loads_object(line)
-            if record.get('level') in ('warn', 'error'):
-                failures.append(record)
+    failures = last_records(path, LINES_SEARCHED, 'warn')[-LAST_FAILURES:]
     yield Finding('log', f'{tilde(path)}: {len(failures)} of the last warnings and errors follow'
                   if failures else f'{tilde(path)}: no warnings')
     for record in failures:

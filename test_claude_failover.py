@@ -7469,8 +7469,7 @@ class DemoTest(ScratchTest):
 
     def test_everyday_traffic_is_answered_and_shows_limits(self):
         demo = self.demo()
-        with mock.patch.object(cf, 'demo_document', cf.demo_document):
-            demo.app.update(lambda config: cf.change_settings(config, {'queueWaitMs': 0}))
+        demo.app.update(lambda config: cf.change_settings(config, {'queueWaitMs': 0}))
         for scene in cf.EVERYDAY:
             for record, _, text in demo.play(scene):
                 self.assertEqual((record['outcome'], text[:8]), ('answered', 'This is '))
