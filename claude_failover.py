@@ -74,6 +74,7 @@ import http.server
 import itertools
 import json
 import math
+import operator
 import os
 import queue
 import random
@@ -124,6 +125,8 @@ MAX_ERROR_BODY_BYTES = 4 * 1024 * 1024
 MAX_MESSAGE_CHARS = 2000
 #: An event longer than this is passed on in parts; the longest real one is a tool's input.
 MAX_EVENT_BYTES = 4 * 1024 * 1024
+#: Field lines of heads up to this size are kept as read; clients' have some 1.5 KB.
+MAX_KNOWN_HEAD_BYTES = 4096
 #: Bodies below this travel in one packet train with their head: one system call less.
 JOIN_BYTES = 64 * 1024
 #: A larger body goes in pieces of this size, with a look for an early answer between them.
@@ -4575,11 +4578,20 @@ LENGTH = re.compile(r'[0-9]{1,18}')
 DOT_SEGMENT = re.compile(r'(?i)(?:^|/|%2f|%5c)(?:\.|%2e){1,2}(?=/|%2f|%5c|$)')
 
 
+class Field(NamedTuple):
+    """A header field, with all that each message asks of it: most of them came in the message
+    before, too."""
+    name: str                 # as sent
+    value: str
+    entry: tuple              # (lower-case name, value)
+    line: str                 # as it goes on to the other side; '' for one that ends here
+
+
 class RequestHead(NamedTuple):
     method: str
     target: str               # path and query, as sent
     minor_version: int        # 1 for HTTP/1.1
-    fields: list              # [(name, value), ...] as sent
+    fields: list              # [Field, ...] as sent
     headers: dict             # lower-case name -> value; repeated ones joined by ', '
 
     @property
@@ -4596,6 +4608,10 @@ class RequestHead(NamedTuple):
         return int(self.headers.get('content-length', 0))
 
 
+#: Options that change what becomes of the connection, and of no field.
+CONNECTION_OPTIONS = frozenset({'close', 'keep-alive'})
+
+
 def connection_options(headers):
     """The names in a Connection field, lower case."""
     return name_list(headers.get('connection', ''))
@@ -4606,41 +4622,59 @@ def name_list(value):
     return frozenset(name.strip().lower() for name in value.split(',')) - {''}
 
 
-def split_head(data):
-    """(first line, [(name, value), ...], whether every field line is well-formed); lines
-    that are not are left out."""
+def split_head(data, read):
+    """(first line, [Field, ...], whether every field line is well-formed); lines that are not
+    are left out.  `read` is one of the cached readers below."""
     first, *lines = data.decode('latin-1').split('\r\n')
-    fields = [known_field(line) if len(line) < 200 else read_field(line) for line in lines]
+    if len(data) > MAX_KNOWN_HEAD_BYTES:
+        read = read.__wrapped__       # what is kept must not grow large
+    fields = list(map(read, lines))
     if None in fields:
         return first, [field for field in fields if field], False
     return first, fields, True
 
 
-def read_field(line):
-    """(name, value) of a field line; None when it is malformed."""
+def read_field(line, goes_on):
+    """The Field in a line; None when it is malformed.  `goes_on(name)` tells what is forwarded."""
     match = FIELD_LINE.fullmatch(line)
-    return match and (match.group(1), match.group(2).rstrip(' \t'))
+    if not match:
+        return None
+    name, value = match.group(1), match.group(2).rstrip(' \t')
+    forwarded = f'{name}: {value}\r\n' if goes_on(name.lower()) else ''
+    return Field(name, value, (name.lower(), value), forwarded)
 
 
-#: Most lines of a head came in the one before, too: read anew, one takes five times as long.
-known_field = functools.lru_cache(maxsize=1024)(read_field)
+def goes_upstream(name):
+    return name not in OWN_REQUEST_FIELDS and not name.startswith('x-proxy-')
 
 
-def join_fields(fields):
-    """{lower-case name: value}.  Repeated fields are joined, so that a second Host or
-    Content-Length makes a value that no strict pattern accepts."""
-    headers = {name.lower(): value for name, value in fields}
-    if len(headers) < len(fields):
+read_request_field = functools.lru_cache(maxsize=512)(
+    functools.partial(read_field, goes_on=goes_upstream))
+ENTRY = operator.itemgetter(Field._fields.index('entry'))
+
+
+def join_fields(entries):
+    """{lower-case name: value} of such pairs.  Repeated fields are joined, so that a second Host
+    or Content-Length makes a value that no strict pattern accepts."""
+    headers = dict(entries)
+    if len(headers) < len(entries):
         headers = {}
-        for name, value in fields:
-            name = name.lower()
+        for name, value in entries:
             headers[name] = f'{headers[name]}, {value}' if name in headers else value
     return headers
 
 
+def forwarded_lines(fields, headers):
+    """The lines of those fields that go on, as text."""
+    named_by_connection = connection_options(headers)
+    if named_by_connection <= CONNECTION_OPTIONS:     # nearly always
+        return ''.join([field.line for field in fields])
+    return ''.join([field.line for field in fields if field.entry[0] not in named_by_connection])
+
+
 def parse_head(data):
     """The RequestHead in the bytes before the blank line.  Raises BadRequest."""
-    first, fields, is_well_formed = split_head(data)
+    first, fields, is_well_formed = split_head(data, read_request_field)
     match = REQUEST_LINE.fullmatch(first)
     if not match:
         raise BadRequest('The request line is not one of HTTP/1.0 or HTTP/1.1.')
@@ -4651,7 +4685,8 @@ def parse_head(data):
     if len(data) > MAX_LINE_BYTES and max(map(len, data.split(b'\r\n'))) > MAX_LINE_BYTES:
         raise BadRequest(f'A line of the request head is over {MAX_LINE_BYTES} bytes.', 431)
     method, target, minor_version = match.groups()
-    head = RequestHead(method, target, int(minor_version), fields, join_fields(fields))
+    head = RequestHead(method, target, int(minor_version), fields,
+                       join_fields(list(map(ENTRY, fields))))
     check_head(head)
     return head
 
@@ -4861,8 +4896,9 @@ class ClientResponse:
         self.started = True
         self._connection.send(head + body if self._has_body else head)
 
-    def start(self, status, fields, length=None):
-        """The head of an answer that comes in pieces; `length` of the body when it is known."""
+    def start(self, status, fields, length=None, forwarded=''):
+        """The head of an answer that comes in pieces; `length` of the body when it is known;
+        `forwarded` is text of field lines that precede."""
         if length is not None:
             fields = [*fields, ('content-length', length)]
         elif status not in (204, 304):
@@ -4870,7 +4906,7 @@ class ClientResponse:
             fields = [*fields, ('transfer-encoding', 'chunked')] if self._chunked else fields
             self._is_unframed = not self._chunked
             self.keep_alive = self.keep_alive and self._chunked
-        self._pending = self._head(status, fields)
+        self._pending = self._head(status, fields, forwarded)
         self.started = True
 
     def write(self, data):
@@ -4905,14 +4941,13 @@ class ClientResponse:
         if self.started and self._is_unframed:
             self._connection.reset()
 
-    def _head(self, status, fields):
+    def _head(self, status, fields, forwarded=''):
         self.status = status
-        lines = [f'HTTP/1.1 {status} {REASONS.get(status, "Unknown")}']
-        lines += [f'{name}: {value}' for name, value in fields]
-        if not self.keep_alive:
-            lines.append('connection: close')
         # Fields come from upstreams that were read strictly and from header_text: no CR, no LF.
-        return ('\r\n'.join(lines) + '\r\n\r\n').encode('latin-1', 'replace')
+        lines = ''.join([f'{name}: {value}\r\n' for name, value in fields])
+        close = '' if self.keep_alive else 'connection: close\r\n'
+        return (f'HTTP/1.1 {status} {REASONS.get(status, "Unknown")}\r\n{forwarded}{lines}{close}'
+                '\r\n').encode('latin-1', 'replace')
 
 
 class ClientRequest:
@@ -4929,8 +4964,8 @@ class ClientRequest:
         betas = head.headers.get('anthropic-beta', '').split(',')
         self.betas = [beta.strip() for beta in betas if beta.strip()]
         self.credentials = read_credentials(head.headers, access_token)
-        self._fields = head.fields
-        self._named_by_connection = connection_options(head.headers)
+        #: The field lines that every attempt sends, as text.
+        self.forwarded_head = forwarded_lines(head.fields, head.headers)
 
     @property
     def is_message(self):
@@ -4939,13 +4974,6 @@ class ClientRequest:
     @property
     def is_read(self):
         return self.method in ('GET', 'HEAD')
-
-    @functools.cached_property
-    def forwarded_head(self):
-        """The field lines that every attempt sends, as text."""
-        return ''.join([
-            f'{name}: {value}\r\n' for name, value in self._fields
-            if goes_upstream(name) and name.lower() not in self._named_by_connection])
 
     @functools.cached_property
     def client_key(self):
@@ -4961,11 +4989,6 @@ class ClientRequest:
 
 
 CLIENT_SALT = os.urandom(32)
-
-
-@functools.lru_cache(maxsize=1024)        # clients send the same names again and again
-def goes_upstream(name):
-    return name.lower() not in OWN_REQUEST_FIELDS and not name.lower().startswith('x-proxy-')
 
 
 def read_credentials(headers, access_token=None):
@@ -5179,8 +5202,17 @@ def openai_path(target):
     return f'{path}?{parts.query}' if parts.query else path
 
 
+def goes_to_client(name):
+    """Neither fields of the connection, nor any that would let a web page read the answer."""
+    return name not in OWN_RESPONSE_FIELDS and not name.startswith(('access-control-', 'x-proxy-'))
+
+
+read_response_field = functools.lru_cache(maxsize=512)(
+    functools.partial(read_field, goes_on=goes_to_client))
+
+
 class UpstreamResponse:
-    """An upstream's answer: `status`, `fields`, `headers`, and the body by `read`."""
+    """An upstream's answer: `status`, `headers`, and the body by `read`."""
 
     def __init__(self, sock, exchange):
         self._sock, self._exchange = sock, exchange
@@ -5214,15 +5246,25 @@ class UpstreamResponse:
 
     def _parse_head(self, data):
         # Malformed and folded lines are dropped, but not where they would tell the length.
-        first, self.fields, is_well_formed = split_head(data)
+        first, self._fields, is_well_formed = split_head(data, read_response_field)
         if not is_well_formed and ODD_LENGTH.search(data):
             raise UpstreamCut('the length of its body is unclear')
         match = STATUS_LINE.fullmatch(first)
-        if not match or len(self.fields) > MAX_FIELDS:
+        if not match or len(self._fields) > MAX_FIELDS:
             raise UpstreamCut('it is no HTTP answer')
         self._is_old = match.group(1) == '0'
         self.status = int(match.group(2))
-        self.headers = join_fields(self.fields)
+        self.headers = join_fields(list(map(ENTRY, self._fields)))
+
+    @property
+    def forwarded_head(self):
+        """The field lines that the client gets, as text."""
+        return forwarded_lines(self._fields, self.headers)
+
+    @property
+    def fields(self):
+        """[(name, value), ...] of these lines."""
+        return [tuple(line.split(': ', 1)) for line in self.forwarded_head.split('\r\n')[:-1]]
 
     def _choose_framing(self, method):
         """RFC 9112 section 6.3."""
@@ -5698,7 +5740,7 @@ class StreamCarrier:
 class Reply(NamedTuple):
     """What came of one attempt: an answer to relay (`upstream`), or one read to its end."""
     outcome: Outcome
-    fields: list = []
+    fields: list = ()         # [(name, value), ...]; of an answer to relay only ours, if any
     body: bytes = b''
     upstream: UpstreamResponse | None = None
     events: MessageStream | TranslatedStream | None = None     # of a stream of /v1/messages
@@ -5801,20 +5843,6 @@ class Serving:
                              for a in self.attempts[-MAX_TOLD_ATTEMPTS:])
             fields.append(('x-proxy-attempts', trail))
         return fields
-
-
-def end_to_end_fields(response_fields, headers):
-    """An upstream's header fields as the client gets them."""
-    named_by_connection = connection_options(headers)
-    return [field for field in response_fields
-            if goes_to_client(field[0]) and field[0].lower() not in named_by_connection]
-
-
-@functools.lru_cache(maxsize=1024)
-def goes_to_client(name):
-    """Neither fields of the connection, nor any that would let a web page read the answer."""
-    name = name.lower()
-    return name not in OWN_RESPONSE_FIELDS and not name.startswith(('access-control-', 'x-proxy-'))
 
 
 class Failover:
@@ -6181,9 +6209,9 @@ class Failover:
         except UpstreamCut as error:
             return self._cut_reply(error)
         outcome = self._classify(serving, attempt, upstream)
-        return Reply(outcome, upstream.fields, upstream=upstream, held=held)
+        return Reply(outcome, upstream=upstream, held=held)
 
-    def _read_opening(self, serving, attempt, upstream, events, fields=None):
+    def _read_opening(self, serving, attempt, upstream, events, fields=()):
         """Holds a stream back until its first content: an error before that is no answer."""
         held = b''
         while not events.opened_by and len(held) <= MAX_EVENT_BYTES:
@@ -6200,7 +6228,6 @@ class Failover:
         if events.opened_by == 'error':
             return self._refused_in_stream(serving, attempt, upstream, events)
         outcome = self._classify(serving, attempt, upstream)
-        fields = fields or upstream.fields
         return Reply(outcome, fields, upstream=upstream, events=events, held=held)
 
     def _read_piece(self, serving, upstream, events):
@@ -6304,15 +6331,15 @@ class Failover:
         if attempt.model != asked:
             serving.record['fallback'] = f'{asked} -> {attempt.model}'
         upstream = reply.upstream
-        is_whole = upstream is None or reply.events and reply.events.is_translated
-        headers = join_fields(reply.fields) if is_whole else upstream.headers
+        is_own = upstream is None or bool(reply.fields)       # its head is ours
+        headers = {n.lower(): v for n, v in reply.fields} if is_own else upstream.headers
         serving.request_id = headers.get('request-id', serving.request_id)
-        fields = end_to_end_fields(reply.fields, headers) + serving.proxy_fields(attempt)
+        fields = [*reply.fields, *serving.proxy_fields(attempt)]
         if upstream is None:
             return self._send_whole(serving, reply.client_status, fields, reply.body)
         try:
             relay = self._relay_stream if reply.events else self._relay_body
-            relay(serving, reply, fields)
+            relay(serving, reply, fields, '' if is_own else upstream.forwarded_head)
         finally:
             upstream.close()
 
@@ -6324,14 +6351,14 @@ class Failover:
         serving.response.write(error_event(error.type.split(' ')[0] or 'api_error', error.message))
         serving.response.finish()
 
-    def _relay_body(self, serving, reply, fields):
+    def _relay_body(self, serving, reply, fields, forwarded):
         """Any answer but a stream of messages, piece by piece as it comes."""
         response, upstream = serving.response, reply.upstream
         if response.started:
             message = f'{PROGRAM}: a stream was asked for, and the upstream sent none.'
             serving.record.update(outcome='failed', error=message)
             return self._send_whole(serving, 502, [], error_json('api_error', message))
-        response.start(upstream.status, fields, upstream.length)
+        response.start(upstream.status, fields, upstream.length, forwarded)
         piece, tail = reply.held, b''
         try:
             while piece:
@@ -6344,12 +6371,12 @@ class Failover:
             serving.record.update(outcome='failed', error=f'cut after the commit: {error}')
         serving.record.update(read_usage(tail))
 
-    def _relay_stream(self, serving, reply, fields):
+    def _relay_stream(self, serving, reply, fields, forwarded):
         """Whole events as they arrive, unchanged; an end that is none is told as an error."""
         response, upstream, events = serving.response, reply.upstream, reply.events
         serving.record['stream'] = True
         if not response.started:
-            response.start(upstream.status, fields)
+            response.start(upstream.status, fields, forwarded=forwarded)
         self._write(serving, reply.held)
         problem = "the upstream's stream ended before the message did"
         try:
@@ -6617,8 +6644,7 @@ def no_plan_failure(serving):
 
 def verbatim_failure(failure, serving, is_clients_own):
     """An upstream's own answer.  A client whose own login was refused mends it by itself."""
-    fields = end_to_end_fields(failure.reply.fields, join_fields(failure.reply.fields))
-    fields += serving.proxy_fields(failure.attempt)
+    fields = [*failure.reply.fields, *serving.proxy_fields(failure.attempt)]
     has_advice = any(name.lower() == 'x-should-retry' for name, _ in fields)
     if not (is_clients_own or has_advice or failure.outcome.status == 429):
         fields.append(('x-should-retry', 'false'))
