@@ -355,7 +355,7 @@ SECRET_MARKS = ('sk-', 'gsk_', 'xai-', 'hf_', 'pplx-', 'nvapi-', 'AIza', 'eyJ')
 
 def redact(text):
     """A text (a whole line of the log, say) with all that looks like a token masked."""
-    if not any(mark in text for mark in SECRET_MARKS):
+    if not any(map(text.__contains__, SECRET_MARKS)):
         return text
     return SECRET.sub(lambda match: mask_token(match.group()), text)
 
@@ -1154,7 +1154,7 @@ def plan_attempts(config, profile, models, client_key):
 
 #: Claude Code and the load of most clients name the model first: no need to parse a megabyte.
 MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*"([A-Za-z0-9._:@/\[\]-]{1,256})"')
-STREAM_FIELD = re.compile(rb'"stream"\s*:\s*true')
+STREAM_NAME, STREAM_FIELD = b'"stream"', re.compile(rb'"stream"\s*:\s*true')
 EDGE_BYTES = 1024
 #: What stands for a signature in thinking that came from OpenAI: nothing, or its encrypted
 #: reasoning, which goes back to OpenAI and never to Anthropic.
@@ -1171,6 +1171,9 @@ class RequestBody:
 
     def __init__(self, data):
         self.data = data
+        match = MODEL_FIRST.match(data)
+        #: The model that is asked for, or None.
+        self.model = match.group(1).decode() if match else text_or_none(self.json.get('model'))
 
     @functools.cached_property
     def json(self):
@@ -1180,21 +1183,15 @@ class RequestBody:
         except ValueError:
             return {}
 
-    @functools.cached_property
-    def model(self):
-        """The model that is asked for, or None."""
-        match = MODEL_FIRST.match(self.data)
-        if match:
-            return match.group(1).decode()
-        model = self.json.get('model')
-        return model if isinstance(model, str) and model else None
-
     @property
     def seems_streamed(self):
         """Whether a stream is probably wanted: good enough for a timeout, and cheap.  Clients
         name it near one end, and searching a megabyte takes milliseconds."""
-        ends = (self.data[:EDGE_BYTES], self.data[-EDGE_BYTES:])
-        return any(STREAM_FIELD.search(end) for end in ends)
+        data = self.data
+        for start in data.find(STREAM_NAME, 0, EDGE_BYTES), data.rfind(STREAM_NAME, -EDGE_BYTES):
+            if start >= 0 and STREAM_FIELD.match(data, start):
+                return True
+        return False
 
     @property
     def is_streamed(self):
@@ -5886,18 +5883,18 @@ class Failover:
             serving.begin_round(Plan([], []))
             return 0
         model = request.body.model if request.has_body else None
-        client_key = request.client_key if uses_clients_own(config, profile) else None
         if request.is_message:
-            plan = self._message_plan(config, profile, model, client_key)
+            plan = self._message_plan(request, config, profile, model)
             if serving.uses_last_resort:
                 plan = Plan(plan.attempts + plan.last_resort, [])
         else:
-            plan = self._other_plan(request, config, profile, model, client_key)
+            plan = self._other_plan(request, config, profile, model)
         serving.begin_round(plan)
         return 0
 
-    def _other_plan(self, request, config, profile, model, client_key):
+    def _other_plan(self, request, config, profile, model):
         """The Plan for a path that only Anthropic has."""
+        client_key = request.client_key if uses_clients_own(config, profile) else None
         planned, _ = plan_attempts(config, profile, [model], client_key)
         attempts = [attempt for attempt in planned if attempt.key.provider == ANTHROPIC]
         # Their own limits are not those of messages: a cooling key is only second choice.
@@ -5906,17 +5903,19 @@ class Failover:
             del attempts[1:]          # what it makes belongs to one key's organization
         return Plan(attempts, [])
 
-    def _message_plan(self, config, profile, model, client_key):
-        """The Plan for a model; kept for a Config, but where a client's own key is in it."""
+    def _message_plan(self, request, config, profile, model):
+        """The Plan for a model; kept for a Config, but where a client's own key may be in it."""
         planned_for, plans = self._plans
         if planned_for is not config or len(plans) > MAX_PLANS:
             plans = {}
             self._plans = config, plans
-        plan = plans.get((profile.name, model)) if client_key is None else None
+        plan = plans.get((profile.name, model))
         if plan is None:
+            may_be_own = uses_clients_own(config, profile)
             models = model_chain(config.model_fallback, model) if model else [model]
-            plan = plan_attempts(config, profile, models, client_key)
-            if client_key is None:
+            plan = plan_attempts(config, profile, models,
+                                 request.client_key if may_be_own else None)
+            if not may_be_own:
                 plans[profile.name, model] = plan
         return plan
 
@@ -5949,7 +5948,7 @@ class Failover:
                 continue
             if serving.ticket:
                 self.cooldowns.try_slot(serving.ticket, serving.slot(attempt))
-            if self._try(serving, attempt, self._is_alone(serving, attempt, index)):
+            if self._try(serving, attempt, index):
                 return True
         return False
 
@@ -5962,7 +5961,7 @@ class Failover:
         """What keeps an attempt from being made now, or None."""
         return self.cooldowns.blocking(serving.slot(attempt), serving.ticket)
 
-    def _try(self, serving, attempt, is_alone):
+    def _try(self, serving, attempt, index):
         """One attempt, with its repeats and repairs; whether the client was answered."""
         was_repeated = False
         for _ in range(MAX_REPAIRS + 2):
@@ -5975,7 +5974,7 @@ class Failover:
             if rule.step in (Step.RELAY, Step.REPAIR):
                 self._relay(serving, attempt, reply)
                 return True
-            if self._tries_again(serving, attempt, rule, is_alone) and not was_repeated:
+            if self._tries_again(serving, attempt, index, rule) and not was_repeated:
                 was_repeated = True
                 self._pause(serving)
                 continue
@@ -5983,14 +5982,15 @@ class Failover:
         self._give_up_attempt(serving, attempt, reply)
         return False
 
-    def _tries_again(self, serving, attempt, rule, is_alone):
+    def _tries_again(self, serving, attempt, index, rule):
         """Counts this answer, and says whether the same key is tried once more."""
         counted = (attempt.kind, rule.name)
         serving.counts[counted] = serving.counts.get(counted, 0) + 1
         if serving.counts[counted] >= rule.tries:
             serving.given_up.add(attempt.kind)
             return False
-        return rule.again is Again.FIRST or rule.again is Again.ALONE and is_alone
+        return rule.again is Again.FIRST or (
+            rule.again is Again.ALONE and self._is_alone(serving, attempt, index))
 
     def _give_up_attempt(self, serving, attempt, reply):
         outcome, rule = reply.outcome, reply.outcome.rule
@@ -8015,13 +8015,18 @@ def check_access(route, headers, access_token):
                          'authentication_error')
 
 
+@functools.lru_cache(maxsize=64)
+def media_types(value):
+    """{'application/json'}: of a Content-Type field, or of several that were joined."""
+    return frozenset(part.partition(';')[0].strip().lower() for part in value.split(','))
+
+
 def check_content_type(head):
     """A body must say that it is JSON (or, for files, multipart): forms of a web page never
     do.  Raises BadRequest."""
     if not (head.is_chunked or head.length):
         return
-    content_types = {value.partition(';')[0].strip().lower()
-                     for value in head.headers.get('content-type', '').split(',')}
+    content_types = media_types(head.headers.get('content-type', ''))
     is_file = content_types == {'multipart/form-data'} and head.target.startswith('/v1/')
     if content_types != {'application/json'} and not is_file:
         raise BadRequest('The body must be sent with content-type: application/json.', 415)
