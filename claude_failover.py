@@ -530,6 +530,11 @@ class Config(NamedTuple):
     def __repr__(self):
         return f'Config({len(self.profiles)} profiles, {len(self.keys)} keys)'
 
+    @property
+    def has_other_providers(self):
+        """Whether answers may come from others than Anthropic itself."""
+        return any(key.provider == OPENAI or key.base_url for key in self.keys.values())
+
 
 class Setting(NamedTuple):
     """One top-level field: `check(value)` answers None, or what the value must be."""
@@ -2025,10 +2030,12 @@ class MessageStream:
 
     def _note(self, event):
         """Remembers what matters of one event; whether it was one, with a JSON object."""
-        data = b'\n'.join(line[5:] for line in event.splitlines() if line.startswith(b'data:'))
+        data = b'\n'.join([line[5:] for line in event.splitlines() if line.startswith(b'data:')])
+        if not data:
+            return False              # a comment, or what follows the last event
         try:
             event = loads_object(data)
-        except ValueError:        # a comment, an empty block, or no JSON: passed on all the same
+        except ValueError:        # no JSON: passed on all the same
             return False
         type = event.get('type')
         if type not in HELD_BACK:
@@ -5810,6 +5817,16 @@ class Serving:
         """The request as it is translated.  Raises Untranslatable."""
         return read_conversation(self.request.body.json)
 
+    @functools.cached_property
+    def claude_body(self):
+        """The body without thinking that Anthropic did not sign; to look for it takes
+        milliseconds where it is a megabyte."""
+        body = self.request.body
+        if not (self.request.is_message or self.request.path == COUNT_TOKENS_PATH):
+            return body
+        data = drop_unsigned_thinking(body.data)
+        return body if data is body.data else RequestBody(data)
+
     @property
     def was_queued(self):
         return self.queued_s >= 0.01          # not for having asked how long it would be
@@ -6078,17 +6095,18 @@ class Failover:
         """(UpstreamRequest, the TranslatedStream that reads its answer or None).  Raises
         TokenUnavailable, Untranslatable."""
         request, betas = serving.request, serving.request.betas
-        is_own = attempt.key.id == CLIENT_REF
-        token = '' if is_own else usable_token(attempt.key, self._now())
+        is_clients = attempt.key.id == CLIENT_REF
+        token = '' if is_clients else usable_token(attempt.key, self._now())
         serving.secrets.add(token)
         target = find_target(serving.config, attempt.key, token, attempt.model)
         if target.wire != MESSAGES:
             return self._translate(serving, target, token)
-        data = request.body.data
-        if request.is_message or request.path == COUNT_TOKENS_PATH:
-            data = drop_unsigned_thinking(data)
+        # Where there is one provider alone, a 400 would tell of thinking that was not signed.
+        is_alone = request.is_message and not serving.config.has_other_providers
+        body = request.body if is_alone else serving.claude_body
+        data = body.data
         if request.is_message:
-            data = RequestBody(data).for_model(attempt.model)
+            data = body.for_model(attempt.model)
             repairs = self._repairs_for(serving, attempt.model)
             if repairs:
                 data, betas = apply_repairs(repairs, data, betas)

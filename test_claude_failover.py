@@ -5595,6 +5595,13 @@ class FailoverTest(unittest.TestCase):
         self.serve(self.failover(FakeUpstream(a=Play()), make_config('a')), body, target='/v1/messages/count_tokens')
         self.assertNotIn(b'cfo1', self.upstream.sent[0].body)
 
+    def test_claude_sees_no_marks_of_ours_where_another_provider_may_answer(self):
+        body = messages_body(messages=[{'role': 'assistant', 'content': [
+            {'type': 'thinking', 'thinking': '', 'signature': 'cfo1:x'}, {'type': 'text', 'text': 'a'}]}])
+        failover = self.failover(FakeUpstream(a=Play(), b=Play()), make_config('a', **with_openai('oa')))
+        self.assertEqual(self.serve(failover, body).status, 200)
+        self.assertNotIn(b'cfo1', self.upstream.sent[0].body)
+
     def test_only_a_post_is_a_message(self):
         refused = self.serve(self.failover(FakeUpstream(), make_config(**with_openai('oa'))), method='DELETE')
         self.assertEqual(refused.status, 404)
