@@ -3859,6 +3859,15 @@ class SocketTest(unittest.TestCase):
         return ours
 
 
+def make_socket(receive):
+    """A pretend socket that receives what `receive(size)` gives."""
+    def receive_into(view):
+        data = receive(len(view))
+        view[:len(data)] = data
+        return len(data)
+    return mock.Mock(recv=receive, recv_into=receive_into)
+
+
 class ClientConnectionsTest(SocketTest):
     def connection(self, data, size=None):
         with mock.patch.object(socket, 'TCP_NODELAY', socket.SO_KEEPALIVE), \
@@ -3932,7 +3941,7 @@ class ClientConnectionsTest(SocketTest):
 
     def test_a_head_that_comes_byte_by_byte_is_searched_once(self):
         data = b'GET / HTTP/1.1\r\nA: ' + b'b' * 3000 + b'\r\n\r\n'
-        connection = cf.ClientConnection(mock.Mock(recv=mock.Mock(side_effect=pieces(data, 1))))
+        connection = cf.ClientConnection(make_socket(mock.Mock(side_effect=pieces(data, 1))))
         with mock.patch.object(cf, 'BARE_LF') as searched:
             searched.search.side_effect = lambda buffer, start=0: sizes.append(len(buffer) - start)
             sizes = []
@@ -3945,7 +3954,7 @@ class ClientConnectionsTest(SocketTest):
     def test_line_ends_before_and_after_a_request_are_no_request(self):
         data = b'\r\n' + REQUEST + b'\r\n\r\n'
         for size in (1, len(data)):
-            connection = cf.ClientConnection(mock.Mock(recv=mock.Mock(side_effect=[*pieces(data, size), b''])))
+            connection = cf.ClientConnection(make_socket(mock.Mock(side_effect=[*pieces(data, size), b''])))
             head = connection.read_head()
             self.assertEqual((head.method, connection.read_body(head)), ('POST', b'hello'))
             self.assertIsNone(connection.read_head())
@@ -3953,6 +3962,18 @@ class ClientConnectionsTest(SocketTest):
     def test_a_body_of_too_many_chunks_is_refused(self):
         with mock.patch.object(cf, 'MAX_CHUNKS', 2), self.assertRaisesRegex(cf.BadRequest, 'more than 2 chunks'):
             self.read(CHUNKED)
+
+    def test_a_large_body_comes_whole_however_it_is_cut(self):
+        body = bytes(range(256)) * 12_000             # three times what is prepared for it
+        for size in (1_000_000, cf.PREPARED_BYTES, 65_537):
+            left = bytearray(b'POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+
+            def receive(wanted, left=left, size=size):
+                data = bytes(left[:min(wanted, size)])
+                del left[:len(data)]
+                return data
+            connection = cf.ClientConnection(make_socket(receive))
+            self.assertEqual(connection.read_body(connection.read_head()), body)
 
     def test_a_length_alone_takes_no_memory(self):
         tracemalloc.start()
@@ -3988,7 +4009,7 @@ class ClientConnectionsTest(SocketTest):
                     return data
                 clock.now += cf.CLIENT_READ_S
                 raise BlockingIOError
-            connection = cf.ClientConnection(mock.Mock(recv=silent_receive), clock)
+            connection = cf.ClientConnection(make_socket(silent_receive), clock)
             began = clock.now
             with self.subTest(sent=sent):
                 if outcome is None:
@@ -4001,14 +4022,13 @@ class ClientConnectionsTest(SocketTest):
 
     def test_a_client_that_sends_its_body_drop_by_drop_is_refused_in_the_end(self):
         clock = FakeClock()
-        connection = cf.ClientConnection(mock.Mock(), clock)
-        connection._buffer += b'POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n'
-        head = connection.read_head()
 
         def slow_receive(size):
             clock.now += 19
             return b'x'
-        connection.sock.recv = slow_receive
+        connection = cf.ClientConnection(make_socket(slow_receive), clock)
+        connection._buffer += b'POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n'
+        head = connection.read_head()
         with self.assertRaises(cf.BadRequest) as caught:
             connection.read_body(head)
         self.assertEqual(caught.exception.status, 408)
