@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import plistlib
 import queue
 import random
@@ -5682,10 +5683,17 @@ class AutostartTest(ScratchTest):
             os.symlink(sys.executable, os.path.join(folder, 'python3'))
             unit = os.path.join(self.folder, f'claude-failover-{number}.service')
             with open(unit, 'wb') as file:
-                file.write(cf.systemd_unit([os.path.join(folder, 'python3'), f'{folder}/claude_failover.py', 'start'], {'SSL_CERT_FILE': path}))
+                file.write(cf.systemd_unit([os.path.join(folder, 'python3'), *cf.BOOT, f'{folder}/claude_failover.py', 'start'], {'SSL_CERT_FILE': path}))
             done = subprocess.run(['/usr/bin/systemd-analyze', 'verify', '--user', '--man=no', unit], capture_output=True, text=True,
                                   env={**os.environ, 'XDG_RUNTIME_DIR': self.folder}, timeout=60)
             self.assertEqual((done.returncode, done.stderr.replace(self.folder, '')), (0, ''), path)
+
+    def test_what_starts_the_proxy_takes_no_module_of_the_folder_it_is_started_in(self):
+        with open(os.path.join(self.folder, 'json.py'), 'w') as file:
+            file.write('raise SystemExit("taken")')
+        command = cf.start_command(sys.executable, '/c')[:-3]
+        done = subprocess.run([*command, '--version'], cwd=self.folder, capture_output=True, text=True, timeout=60)
+        self.assertEqual((done.stdout.split(), done.stderr), ([cf.PROGRAM, cf.VERSION], ''))
 
     def test_the_interpreter_is_one_that_an_upgrade_does_not_take_away(self):
         cellar = '/opt/homebrew/Cellar/python@3.12/3.12.4/bin/python3.12'
@@ -7212,7 +7220,27 @@ class ApiTest(ProgramTest):
 # Service
 # ==============================================================================
 
+#: Holes between blocks that stay, 40 MB of them; how much of it the system gets back, in KB.
+HOLES = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+import claude_failover as cf
+def used():
+    return int(open('/proc/self/status').read().split('VmRSS:')[1].split()[0])
+blocks = [bytes(4000) for _ in range(10_000)]
+blocks = blocks[::100]
+before = used()
+cf.return_memory()
+print(before - used())
+'''
+
+
 class ServiceTest(ProgramTest):
+    @unittest.skipUnless(platform.libc_ver()[0] == 'glibc', 'the C library is not to be told')
+    def test_free_memory_goes_back_to_the_system(self):
+        done = subprocess.run([sys.executable, '-c', HOLES, os.path.dirname(SCRIPT)], capture_output=True, text=True, timeout=60)
+        self.assertGreater(int(done.stdout), 30_000, done.stderr)
+
     def profiles(self, **ports):
         document = make_document('a', anthropicBaseUrl=self.anthropic.url)
         document['profiles'] = {name: {'port': port} for name, port in ports.items()}
@@ -7400,7 +7428,7 @@ class DoctorTest(ProgramTest):
         cf.install_autostart(autostart._replace(content=autostart.content.replace(b'claude_failover.py', b'moved.py')))
         self.assertIn('another program', self.wrong('autostart')[0][1])
         plist = cf.find_autostart('/c', {}, 'darwin', '/home/me')
-        self.assertEqual(cf.start_commands(plist, plist.content)[1:], [SCRIPT, '--config', '/c', 'start'])
+        self.assertEqual(cf.start_commands(plist, plist.content)[1:], [*cf.BOOT, SCRIPT, '--config', '/c', 'start'])
 
     def test_each_servers_answer_to_a_key_is_judged(self):
         def tested(key, config=self.app.store.current):
