@@ -151,8 +151,8 @@ CLIENT_HEAD_S = 30
 CLIENT_BODY_S = 300
 CLIENT_IDLE_S = 600
 CLIENT_WRITE_S = 300
-#: Waiting for an upstream: the connection, the first byte of a plain answer and of a stream
-#: (long thinking is silent), and between two events.
+#: Waiting for an upstream: the connection, the whole head of a plain answer and of a stream,
+#: whose first byte is what takes long (thinking is silent), and between two events.
 CONNECT_S = 10
 FIRST_BYTE_S = 600
 STREAM_FIRST_BYTE_S = 300
@@ -5245,10 +5245,12 @@ class UpstreamResponse:
         self.ended = False
         self.keep_alive = False
         self.got_bytes = False
+        self._is_head_read = False
         self.when_closed = None       # takes the socket when it can be used again
 
     def read_head(self, method):
-        """Reads up to the body.  Raises UpstreamCut, ClientGone, UpstreamTimeout."""
+        """Reads up to the body, interim answers too, within the time that the exchange has.
+        Raises UpstreamCut, ClientGone, UpstreamTimeout."""
         heads = 0
         while True:
             end = self._buffer.find(b'\r\n\r\n')
@@ -5265,6 +5267,8 @@ class UpstreamResponse:
             if self.status == 101 or heads > MAX_INTERIM:
                 raise UpstreamCut('it switched protocols, or only announces an answer')
         self._choose_framing(method)
+        self._is_head_read = True
+        self._exchange.extend(STREAM_IDLE_S)
 
     def _parse_head(self, data):
         # Malformed and folded lines are dropped, but not where they would tell the length.
@@ -5353,7 +5357,8 @@ class UpstreamResponse:
 
     def _note_received(self, data):
         self.got_bytes = True
-        self._exchange.extend(STREAM_IDLE_S)
+        if self._is_head_read:        # a head that comes byte by byte has no longer than others
+            self._exchange.extend(STREAM_IDLE_S)
         self._buffer = self._buffer + data if self._buffer else data
 
     def _take_rest(self):

@@ -6641,6 +6641,15 @@ def stall(sock):
     sock.recv(1)
 
 
+def drip(sock, data):
+    """Sends a byte each time that the other side has said nothing for a moment, until it hangs up."""
+    sock.settimeout(0.01)
+    for byte in pieces(data, 1):
+        sock.sendall(byte)
+        with contextlib.suppress(socket.timeout):
+            return sock.recv(1)
+
+
 def error_answer(status, type='api_error', fields=''):
     return plain_answer(json.dumps(api_error(type, 'of the upstream')).encode(), status, 'content-type: application/json\r\n' + fields)
 
@@ -6663,6 +6672,8 @@ FAULTS = {
     'a length that is too long': (lambda sock, good: sock.sendall(good.framed('1.1', 'content-length: 99999\r\n')), 'whole', 'cut'),
     'two lengths': (lambda sock, good: sock.sendall(good.framed('1.1', 'content-length: 9\r\ncontent-length: 8\r\n')), BAD_GATEWAY, BAD_GATEWAY),
     'silent before its head': (lambda sock, good: stall(sock), TIMEOUT, TIMEOUT),
+    'a head that drips': (lambda sock, good: drip(sock, good.head[:17] + b'a: ' + b'x' * 1000), TIMEOUT, TIMEOUT),
+    'interim answers that drip': (lambda sock, good: drip(sock, b'HTTP/1.1 102 Processing\r\n\r\n' * 20), TIMEOUT, TIMEOUT),
     'silent in the middle': (lambda sock, good: sock.sendall(good.begun) or stall(sock), 'event api_error', 'cut'),
     'interim answers': (
         lambda sock, good: sock.sendall(b'HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n' + good.data) or True, 'whole', 'whole'),
