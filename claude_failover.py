@@ -8727,19 +8727,36 @@ def fetch_health(config_path, config):
     It is looked for where it said that it is, and where `config` (None: broken) says so.
     """
     ports = [profile.port for profile in config.profiles.values()] if config else []
-    note = running_path(config_path)
-    with contextlib.suppress(OSError, ValueError), open(note, 'rb') as file:     # none: none runs
-        ports = [*as_dict(loads_object(file.read()).get('ports')).values(), *ports]
-    headers = access_fields(config)
+    ports = [*read_note(config_path)[1], *ports]
     for port in dict.fromkeys(port for port in ports if is_whole(port) and 0 < port < 65536):
-        health = fetch_json(port, '/health', headers)
+        health = fetch_json(port, '/health', access_fields(config_path, config, port))
         if health and health.get('program') == PROGRAM:
             return health
     return None
 
 
-def access_fields(config):
-    return {'x-api-key': config.access_token} if config and config.access_token else {}
+def read_note(config_path):
+    """(pid, [port, ...]): what the proxy left that runs, or ran, with this configuration."""
+    try:
+        with open(running_path(config_path), 'rb') as file:
+            note = loads_object(file.read())
+    except (OSError, ValueError):
+        return None, []
+    return note.get('pid'), [*as_dict(note.get('ports')).values()]
+
+
+def access_fields(config_path, config, port):
+    """The access token as a header field, for a port that the running proxy has.  At any other,
+    a program of another user may listen, and would be told it: so a note counts only as long as
+    the process that left it holds the pid file."""
+    if not (config and config.access_token):
+        return {}
+    noted, ports = read_note(config_path)
+    with contextlib.suppress(FailoverError, OSError):     # it is only starting, or not ours to see
+        pid = PidFile(config_path).holder(patience_s=0) if port in ports else None
+        if pid and pid == noted:
+            return {'x-api-key': config.access_token}
+    return {}
 
 
 def fetch_json(port, path, headers, method='GET'):
@@ -9863,7 +9880,8 @@ def cmd_config(options):
     port = next((profile['port'] for profile in health['profiles'] if profile['port']), None)
     url, config = f'{local_url(port)}/dashboard', read_config(options.config)[0]
     if config and config.access_token:            # a code that is good once lets the browser in
-        answer = fetch_json(port, '/api/login-code', access_fields(config), 'POST') or {}
+        fields = access_fields(options.config, config, port)
+        answer = fetch_json(port, '/api/login-code', fields, 'POST') or {}
         url += f'?code={answer.get("code")}'
     say(url if open_browser(url) else f'Open this address in a browser: {url}')
     return 0

@@ -7381,6 +7381,38 @@ class DoctorTest(ProgramTest):
         """[(topic, text), ...] of what is wrong, of some topics."""
         return [(f.topic, f.text) for f in self.findings() if f.remedy and (not topics or f.topic in topics)]
 
+    def test_the_access_token_goes_to_the_running_proxy_alone(self):
+        seen = []
+
+        def pretend(sock, number):
+            seen.append(read_request(sock)[0].decode())
+            sock.sendall(plain_answer(json.dumps({'program': cf.PROGRAM, 'pid': 4711}).encode()))
+        server, other = RawServer(self, pretend), RawServer(self, pretend)
+        path = os.path.join(self.folder, 'another', 'config.json')
+        config = cf.parse_config({'accessToken': 'open-sesame', 'profiles': {'default': {'port': server.port}}})
+
+        def sent_token(pid, port):
+            """Whether a look for the proxy shows the token, where a note tells of this pid and port."""
+            cf.write_atomically(cf.running_path(path), json.dumps({'pid': pid, 'ports': {'default': port}}).encode())
+            self.assertEqual(cf.fetch_health(path, config), {'program': cf.PROGRAM, 'pid': 4711})
+            return 'open-sesame' in seen[-1]
+        cf.make_private_folder(os.path.dirname(path))
+        self.assertEqual(cf.fetch_health(path, config)['pid'], 4711)        # neither note nor pid file
+        self.assertNotIn('sesame', seen[-1])
+        with open(cf.PidFile(path).path, 'w') as file:
+            file.write(f'{os.getpid()}\n')
+        self.assertFalse(sent_token(os.getpid(), server.port))              # it was killed: nobody holds its file
+        self.assertFalse(sent_token(None, server.port))
+        pid_file = cf.PidFile(path)
+        self.assertIsNone(pid_file.acquire())
+        self.addCleanup(pid_file.release)
+        self.assertFalse(sent_token(None, server.port))
+        self.assertFalse(sent_token(os.getpid() + 1, server.port))          # it has not opened its ports yet
+        self.assertTrue(sent_token(os.getpid(), server.port))
+        self.assertTrue(sent_token(os.getpid(), other.port))                # its ports are others than those of the file
+        other.listener.shutdown(socket.SHUT_RDWR)
+        self.assertFalse(sent_token(os.getpid(), other.port))               # the file's port is none of its
+
     def test_all_is_well_where_everything_is(self):
         cf.ToolSetup(self.path).configure(cf.TOOLS[1], f'http://localhost:{self.port}')
         pid_file = cf.PidFile(self.path)
@@ -7749,7 +7781,7 @@ class CommandLineTest(ScratchTest):
         return int(pid.group(1)) if pid else None, done
 
     def test_a_daemon_is_started_serves_and_is_stopped(self):
-        self.write_config(self.free_port_document('a'))
+        self.write_config(self.free_port_document('a', accessToken='open-sesame'))
         pid, done = self.daemon()
         self.assertEqual((done.returncode, done.stderr), (0, ''))
         self.assertIn('http://localhost:', done.stdout)
