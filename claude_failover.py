@@ -470,6 +470,17 @@ def folder_locked(path):
         os.close(descriptor)          # and with it the lock goes
 
 
+def remove_leftovers(path):
+    """Removes the temporary files of this file whose processes were killed while they saved it.
+    Who saves it at this moment has its folder locked."""
+    folder, name = os.path.split(os.path.realpath(path))
+    temporary = re.compile(re.escape(name) + r'\.[0-9]+\.[0-9]+\.tmp')
+    with folder_locked(path):
+        for found in filter(temporary.fullmatch, os.listdir(folder)):
+            with contextlib.suppress(OSError):    # a folder, or one that must not be changed
+                os.unlink(os.path.join(folder, found))
+
+
 # ==============================================================================
 # Configuration
 # ==============================================================================
@@ -9450,6 +9461,7 @@ def cmd_start(options):
     app = App(options.config)
     pid_file = PidFile(options.config)
     refuse_second(pid_file.acquire())
+    tidy_up(options.config)
     try:
         app.start()
     except PortTaken as error:
@@ -9472,6 +9484,14 @@ def cmd_start(options):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(1 if sys.exc_info()[0] else 0)
+
+
+def tidy_up(config_path):
+    """Removes what was left by saves that were cut short; it may hold keys.  Only for who has the
+    pid file: another proxy may be writing its note."""
+    for path in (config_path, running_path(config_path), ToolSetup(config_path).record_path):
+        with contextlib.suppress(FailoverError):      # the folder of a link that leads nowhere
+            remove_leftovers(path)
 
 
 def refuse_second(pid):

@@ -3689,8 +3689,26 @@ class ConfigStoreTest(ScratchTest):
                        f'cf.ConfigStore({self.path!r}).update(lambda config: cf.change_settings(config, {{"queueWaitMs": 5}}))')
             done = subprocess.run([sys.executable, '-c', program], capture_output=True, timeout=60)
             self.assertEqual((done.returncode, self.read_config()), (-signal.SIGKILL, before), done.stderr)
+        self.assertEqual(len(os.listdir(os.path.dirname(self.path))), 3)
+        cf.remove_leftovers(self.path)
+        self.assertEqual(os.listdir(os.path.dirname(self.path)), ['config.json'])
         self.store().update(self.add)
         self.assertEqual(list(self.read_config()['keys']), ['a', 'new'])
+
+    def test_leftovers_are_looked_for_in_the_real_folder_and_others_files_stay(self):
+        self.write_config(make_document('a'))
+        link = os.path.join(self.folder, 'link', 'my.json')
+        os.mkdir(os.path.dirname(link))
+        os.symlink(self.path, link)
+        folder = os.path.dirname(self.path)
+        others = ['config.json', 'config.json.1.tmp', 'config.json.1.2.tmp.old', 'config.json.1.x.tmp', 'config.json.\u0661.2.tmp', 'config.json~',
+                  'configXjson.1.2.tmp', 'my.json.1.2.tmp', 'old-config.json.1.2.tmp', 'running.json.1.2.tmp']
+        for name in [*others[1:], 'config.json.1.2.tmp', 'config.json.4711.139776.tmp']:
+            with open(os.path.join(folder, name), 'w'):
+                pass
+        os.mkdir(os.path.join(folder, 'config.json.3.4.tmp'))
+        cf.remove_leftovers(link)
+        self.assertEqual(sorted(os.listdir(folder)), sorted([*others, 'config.json.3.4.tmp']))
 
     def test_a_changed_file_is_taken_up_once(self):
         store = self.store(make_document('a'))
@@ -7797,6 +7815,24 @@ class CommandLineTest(ScratchTest):
         stopped = self.run_command('stop')
         self.assertEqual((stopped.returncode, stopped.stdout), (0, 'not running\n'))
         self.assertEqual(self.run_command('health').returncode, 1)
+
+    def test_a_start_removes_what_killed_programs_left_but_not_where_one_runs(self):
+        self.write_config(self.free_port_document('a'))
+        folder = os.path.dirname(self.path)
+
+        def leave():
+            for name in ('config.json', 'running.json', 'setup.json'):
+                with open(os.path.join(folder, f'{name}.4711.139776.tmp'), 'w'):
+                    pass
+
+        def left():
+            return [name for name in os.listdir(folder) if name.endswith('.tmp')]
+        leave()
+        self.start()
+        self.assertEqual(left(), [])
+        leave()
+        self.assertIn('is running already', self.run_command('start').stderr)
+        self.assertEqual(len(left()), 3)
 
     def test_a_daemon_that_cannot_start_says_why(self):
         taken = RawServer(self, lambda sock, number: None)
