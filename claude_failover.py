@@ -416,6 +416,12 @@ def utc_seconds(unix_s):
     return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(unix_s))
 
 
+@functools.lru_cache(maxsize=4)       # many answers leave in one second
+def http_date(unix_s):
+    """A unix time as RFC 9110 section 5.6.7 has it: 'Sun, 01 Mar 2026 12:00:00 GMT'."""
+    return email.utils.formatdate(unix_s, usegmt=True)
+
+
 def loads_object(data):
     """The JSON object in `data`.  Raises ValueError for anything else, however odd."""
     try:
@@ -4912,8 +4918,8 @@ class ClientResponse:
     The commit is the first byte that leaves: `started` says whether it did.
     """
 
-    def __init__(self, connection, head):       # head None: the request could not be read
-        self._connection = connection
+    def __init__(self, connection, head, now=time.time):      # head None: it could not be read
+        self._connection, self._now = connection, now
         self._has_body = head is None or head.method != 'HEAD'
         self._minor_version = head.minor_version if head else 0
         self.keep_alive = head.keeps_alive if head else False
@@ -4976,6 +4982,9 @@ class ClientResponse:
 
     def _head(self, status, fields, forwarded=''):
         self.status = status
+        # RFC 9110 section 6.6.1: who answers says when.
+        if not (forwarded or any(name.lower() == 'date' for name, _ in fields)):
+            fields = [('date', http_date(int(self._now()))), *fields]
         # Fields come from upstreams that were read strictly and from header_text: no CR, no LF.
         lines = ''.join([f'{name}: {value}\r\n' for name, value in fields])
         close = '' if self.keep_alive else 'connection: close\r\n'
@@ -6387,6 +6396,8 @@ class Failover:
         headers = {n.lower(): v for n, v in reply.fields} if is_own else upstream.headers
         serving.request_id = headers.get('request-id', serving.request_id)
         fields = [*reply.fields, *serving.proxy_fields(attempt)]
+        if 'date' not in headers:     # RFC 9110 section 6.6.1: who passes on adds what is missing
+            fields.append(('date', http_date(int(self._now()))))
         if upstream is None:
             return self._send_whole(serving, reply.client_status, fields, reply.body)
         try:

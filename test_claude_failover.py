@@ -10,6 +10,7 @@ import base64
 import collections
 import contextlib
 import copy
+import email.utils
 import http.client
 import io
 import itertools
@@ -4068,6 +4069,17 @@ class ClientConnectionsTest(SocketTest):
         head = cf.RequestHead(method, '/', minor_version, [], {})
         return cf.ClientResponse(connection, head), connection
 
+    def test_an_answer_has_the_date_that_it_came_with_or_ours(self):
+        head = cf.RequestHead('GET', '/', 1, [], {})
+        for given, date in (([], 'Thu, 01 Jan 2026 00:00:59 GMT'), ([('Date', 'long ago')], 'long ago'), ([('update', 'x')], 'Thu, 01 Jan 2026 00:00:59 GMT')):
+            for way in ('send', 'start'):
+                connection = FakeConnection()
+                response = cf.ClientResponse(connection, head, now=lambda: 1767225659.9)
+                getattr(response, way)(200, given)
+                response.flush()
+                with self.subTest(given=given, way=way):
+                    self.assertEqual([value for name, value in Answered(connection.data).fields if name.lower() == 'date'], [date])
+
     def test_a_head_and_its_first_piece_leave_together(self):
         response, connection = self.response()
         response.start(200, [('a', 'b')])
@@ -5283,7 +5295,7 @@ class FailoverTest(unittest.TestCase):
                            (messages_body(), openai_refusal(400, 'x', set_cookie='x=1', openai_organization='org'))):
             answered, _ = self.openai_one({'oa': play}, keys='', body=body)
             names = {name for name in answered.headers if not name.startswith('x-proxy-')}
-            self.assertLessEqual(names, {'content-type', 'content-length', 'request-id', 'transfer-encoding', 'cache-control'})
+            self.assertLessEqual(names, {'content-type', 'content-length', 'date', 'request-id', 'transfer-encoding', 'cache-control'})
             self.assertRegex(answered.headers['request-id'], '^req_proxy_')
 
     def test_nothing_of_the_clients_credentials_reaches_openai(self):
@@ -6218,6 +6230,16 @@ class HttpServerTest(ProgramTest):
                 self.assertEqual(answered.status, 200)
                 self.assertEqual(self.anthropic.seen[-1][1:3], (method, sent))
         self.assertEqual(answered.json, {'input_tokens': 42})
+
+    def test_every_answer_has_one_date(self):
+        for method, path, status in (('GET', '/', 200), ('GET', '/health', 200), ('GET', '/dashboard', 200), ('GET', '/api/status', 200),
+                                     ('GET', '/nothing', 404), ('OPTIONS', '/v1/messages', 204), ('POST', '/v1/messages', 200)):
+            with self.subTest(path):
+                answered = self.send(method, path)
+                dates = [value for name, value in answered.fields if name.lower() == 'date']
+                self.assertEqual((answered.status, len(dates)), (status, 1))
+                self.assertLess(abs(email.utils.parsedate_to_datetime(dates[0]).timestamp() - time.time()), 60)
+        self.assertRegex(self.raw(b'nonsense\r\n\r\n').decode(), r'\A.* 400 [^\0]*\ndate: ')
 
     def test_probes_and_unknown_paths_get_sensible_answers(self):
         for method, path, status in (
