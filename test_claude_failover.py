@@ -4146,15 +4146,23 @@ class RawServer:
         self.connections = 0
         self.problems = []
         self._play, self._wrap = play, wrap
-        thread = threading.Thread(target=self._accept, daemon=True)
-        thread.start()
-        test.addCleanup(thread.join, PATIENCE_S)
+        self._serving = []            # a thread for each connection
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+        test.addCleanup(self._thread.join, PATIENCE_S)
         test.addCleanup(self._close)
 
     def _close(self):
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
+
+    def end(self):
+        """Takes no further connection, and returns when those that there were have ended."""
+        self._close()
+        self._thread.join(PATIENCE_S)
+        for thread in self._serving:
+            thread.join(PATIENCE_S)
 
     def _accept(self):
         while True:
@@ -4163,7 +4171,8 @@ class RawServer:
             except OSError:
                 return
             self.connections += 1
-            threading.Thread(target=self._serve, args=(sock, self.connections), daemon=True).start()
+            self._serving.append(threading.Thread(target=self._serve, args=(sock, self.connections), daemon=True))
+            self._serving[-1].start()
 
     def _serve(self, sock, number):
         try:
@@ -6864,7 +6873,7 @@ class FaultsTest(ProgramTest):
         self.assertEqual(sum(counts.values()), 12 * 15)
         self.assertGreater(counts['whole'], 90, counts)
         self.assertLess({outcome for outcome in counts if not outcome.startswith(('event ', '502 ', '429 ', '529 ', '504 '))}, {'whole', 'cut', 'x'})
-        self.check_nothing_is_left(before)
+        self.check_nothing_is_left(upstream, before)
 
     def test_many_connections_in_a_row_leave_nothing(self):
         upstream = FaultyUpstream(self, lambda: 'none')
@@ -6886,7 +6895,7 @@ class FaultsTest(ProgramTest):
             connect(request + b'\r\n', 9, is_reset=True)
             connect(b'nonsense\r\n\r\n', 9)
         self.assertEqual(self.ask('again. ', True), 'whole')
-        self.check_nothing_is_left(before)
+        self.check_nothing_is_left(upstream, before)
 
     def open_files(self):
         self.app.upstream.close_idle()
@@ -6894,16 +6903,14 @@ class FaultsTest(ProgramTest):
         self.app.log.flush()          # its file is open from the first line on
         return len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
 
-    def check_nothing_is_left(self, open_files):
-        def left():
-            """Connections in use, watched requests, dashboards, waiting requests, carried streams, files."""
-            return (cf.MAX_CONNECTIONS - self.app.slots._value, len(self.app.watcher), len(self.app.bus.subscriptions),
-                    self.app.cooldowns.queue_length(), len(self.app.carrier._selector.get_map()),
-                    max(0, self.open_files() - open_files))
-        deadline = time.monotonic() + PATIENCE_S
-        while any(left()) and time.monotonic() < deadline:
-            threading.Event().wait(0.01)          # the ends of connections are on their way
-        self.assertEqual(left(), (0,) * 6)
+    def check_nothing_is_left(self, upstream, open_files):
+        for _ in range(cf.MAX_CONNECTIONS):       # a connection gives its slot back when it has ended
+            self.assertTrue(self.app.slots.acquire(timeout=PATIENCE_S))
+        self.app.upstream.close_idle()
+        upstream.server.end()
+        # Watched requests, dashboards, waiting requests, carried streams, files.
+        self.assertEqual((len(self.app.watcher), len(self.app.bus.subscriptions), self.app.cooldowns.queue_length(),
+                          len(self.app.carrier._selector.get_map()), max(0, self.open_files() - open_files)), (0,) * 5)
         workers = [thread for thread in set(threading.enumerate()) - self.threads if thread.name == 'worker']
         self.assertLessEqual(len(workers), cf.IDLE_WORKERS)
 
