@@ -4323,6 +4323,25 @@ class UpstreamTest(SocketTest):
                     self.assertEqual(response.read_all(100), body)
                     self.assertTrue(response.ended)
 
+    def test_a_head_has_one_deadline_and_a_body_a_new_one_with_each_piece(self):
+        clock, deadlines = FakeClock(), []
+        exchange = cf.Exchange(None, clock)
+        sent = iter(pieces(b'HTTP/1.1 103 Early Hints\r\n\r\n' + plain_answer(b'hello'), 1))
+
+        def receive(size):
+            deadlines.append(exchange.deadline)
+            clock.now += 1
+            return next(sent)
+        exchange.attach(None, 60)
+        begun = clock.now
+        response = cf.UpstreamResponse(mock.Mock(spec=['recv'], recv=receive), exchange)
+        response.read_head('POST')
+        self.assertEqual(set(deadlines), {begun + 60})
+        deadlines.clear()
+        in_body = clock.now
+        self.assertEqual(response.read_all(5), b'hello')
+        self.assertEqual(deadlines, [in_body + cf.STREAM_IDLE_S + second for second in range(5)])
+
     def test_an_answer_to_head_has_no_body(self):
         response = self.response(b'HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n', method='HEAD')
         self.assertEqual((response.length, response.read()), (5, b''))
