@@ -8611,7 +8611,7 @@ class DashboardTest(ProgramTest):
         self.anthropic.limited.add('a')
         self.send()
         self.shown('Serving from b', '#state-sentence')
-        self.assertRegex(self.browser.text('#state-sentence'), r'a rests for claude-opus-5-5 until \d\d:\d\d: rate limit')
+        self.assertRegex(self.browser.text('#state-sentence'), r'a rests for claude-opus-5-5 until (\d+ \w+, )?\d\d:\d\d: rate limit')
         self.browser.until('document.querySelector("#requests .chain").textContent === "a 429b 200"')
         self.assertIn('Serving from b', self.browser.run('return document.title'))
         self.assertEqual(self.browser.text('[data-number="rotations"] dd')[0], '1')
