@@ -6341,6 +6341,28 @@ class HttpServerTest(ProgramTest):
             with self.subTest(fields=fields):
                 self.assertEqual(self.send(**fields).status, status)
 
+    def addresses(self):
+        """Yields (method, path) for every route, each method of it and each shape of its path."""
+        for route in cf.ROUTES:
+            for pattern in route.pattern.pattern.split('|'):
+                for prefix in ('', 'openai-'):
+                    for rest in ('', '/x'):
+                        path = pattern.replace('(openai-)?', prefix).replace('([^/]+)', 'x').replace('(?:/.*)?', rest)
+                        path = path.replace('/.+', '/messages').replace('/.*', '/x')
+                        self.assertTrue(route.pattern.fullmatch(path), path)
+                        yield from ((method, path) for method in route.methods)
+
+    def test_every_route_is_behind_the_guard(self):
+        addresses = sorted(set(self.addresses()))
+        self.assertGreater(len(addresses), 50)
+        before = self.read_config()
+        for method, path in addresses:
+            for fields in ({'host': f'evil.example:{self.port}'}, {'origin': 'https://evil.example'}, {'origin': f'http://localhost:{self.port}0'},
+                           {'origin': f'http://localhost:{self.port}.evil.example'}, {'sec_fetch_site': 'cross-site'}):
+                with self.subTest(method=method, path=path, fields=fields):
+                    self.assertEqual(self.send(method, path, {}, **fields).status, 403)
+        self.assertEqual((self.anthropic.seen, self.read_config()), ([], before))
+
     def ask_as_stranger(self, *requests, address='127.0.0.1'):
         """[Answered, ...] to some raw requests that a program of another user sends."""
         if os.name == 'nt' or os.geteuid() != 0:
