@@ -6341,6 +6341,9 @@ class HttpServerTest(ProgramTest):
             with self.subTest(fields=fields):
                 self.assertEqual(self.send(**fields).status, status)
 
+    #: What answers without the access token: whoever has none sees here where to enter it.
+    OPEN_TO_ALL = ('/', '/dashboard', '/dashboard/x', '/api/login')
+
     def addresses(self):
         """Yields (method, path) for every route, each method of it and each shape of its path."""
         for route in cf.ROUTES:
@@ -6361,6 +6364,17 @@ class HttpServerTest(ProgramTest):
                            {'origin': f'http://localhost:{self.port}.evil.example'}, {'sec_fetch_site': 'cross-site'}):
                 with self.subTest(method=method, path=path, fields=fields):
                     self.assertEqual(self.send(method, path, {}, **fields).status, 403)
+        self.assertEqual((self.anthropic.seen, self.read_config()), ([], before))
+
+    def test_every_route_asks_for_the_access_token_but_those_that_lead_to_it(self):
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame'))
+        before = self.read_config()
+        for method, path in sorted(set(self.addresses())):
+            if method == 'OPTIONS' or path in self.OPEN_TO_ALL:
+                continue
+            for fields in ({}, {'x_api_key': None}, {'authorization': 'Bearer open-sesam'}):
+                with self.subTest(method=method, path=path, fields=fields):
+                    self.assertEqual(self.send(method, path, {}, **fields).status, 401)
         self.assertEqual((self.anthropic.seen, self.read_config()), ([], before))
 
     def ask_as_stranger(self, *requests, address='127.0.0.1'):
