@@ -6377,6 +6377,23 @@ class HttpServerTest(ProgramTest):
                     self.assertEqual(self.send(method, path, {}, **fields).status, 401)
         self.assertEqual((self.anthropic.seen, self.read_config()), ([], before))
 
+    def test_a_comparison_in_constant_time_alone_decides_on_a_secret(self):
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame'))
+        cookie = self.send('POST', '/api/login', {'token': 'open-sesame'}).headers['set-cookie'].partition(';')[0]
+        attempts = (                  # (the same request with the right secret, and with a wrong one)
+            (('GET', '/health', {}, {'x_api_key': 'open-sesame'}), ('GET', '/health', {}, {'x_api_key': 'x'})),
+            (('GET', '/health', {}, {'authorization': 'Bearer open-sesame'}), ('GET', '/health', {}, {'authorization': 'Bearer x'})),
+            (('GET', '/health', {}, {'cookie': cookie}), ('GET', '/health', {}, {'cookie': 'claude-failover=x'})),
+            (('POST', '/api/login', {'token': 'open-sesame'}, {}), ('POST', '/api/login', {'token': 'x'}, {})))
+        for right, wrong in attempts:
+            for equal, asked, status in ((False, right, 401), (True, wrong, 200)):
+                method, path, body, fields = asked
+                with self.subTest(asked=asked), mock.patch.object(cf.hmac, 'compare_digest', return_value=equal):
+                    self.assertEqual(self.send(method, path, body, **fields).status, status)
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url))
+        with mock.patch.object(cf.hmac, 'compare_digest', return_value=False):
+            self.assertEqual(self.send('PUT', '/api/keys/a', {'baseUrl': 'http://localhost:1', 'token': token_of('a')}).status, 400)
+
     def ask_as_stranger(self, *requests, address='127.0.0.1'):
         """[Answered, ...] to some raw requests that a program of another user sends."""
         if os.name == 'nt' or os.geteuid() != 0:
