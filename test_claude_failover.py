@@ -6394,6 +6394,25 @@ class HttpServerTest(ProgramTest):
         with mock.patch.object(cf.hmac, 'compare_digest', return_value=False):
             self.assertEqual(self.send('PUT', '/api/keys/a', {'baseUrl': 'http://localhost:1', 'token': token_of('a')}).status, 400)
 
+    def test_every_answer_of_our_own_forbids_what_a_page_could_do_with_it(self):
+        path = os.path.join(self.folder, 'dashboard.html')
+        with open(path, 'w') as file:
+            file.write('<style>a</style><script>b</script>')
+        for method, address, fields in (
+                ('GET', '/health', {}), ('GET', '/api/config', {}), ('GET', '/api/logs', {}), ('GET', '/', {}), ('GET', '/', {'accept': 'text/html'}),
+                ('OPTIONS', '/v1/messages', {}), ('GET', '/nothing', {}), ('POST', '/health', {}), ('GET', '/health', {'host': 'evil.example'}),
+                ('GET', '/dashboard?code=x', {}), ('GET', '/dashboard', {})):
+            with self.subTest(method=method, address=address, fields=fields), mock.patch.object(cf, 'DASHBOARD_PATH', path):
+                headers = self.send(method, address, **fields).headers
+                self.assertEqual([headers.get(name) for name in ('cache-control', 'x-content-type-options', 'x-frame-options')],
+                                 ['no-store', 'nosniff', 'DENY'])
+                policy = dict(part.split(' ', 1) for part in headers['content-security-policy'].split('; '))
+                self.assertEqual(policy.pop('default-src'), "'none'")
+        self.assertEqual({name: value for name, value in policy.items() if name not in ('script-src', 'style-src')}, {
+            'connect-src': "'self'", 'img-src': "'self' data:", 'frame-ancestors': "'none'", 'base-uri': "'none'", 'form-action': "'none'"})
+        self.assertNotIn('unsafe', str(policy))
+        self.assertEqual(headers['referrer-policy'], 'no-referrer')
+
     def ask_as_stranger(self, *requests, address='127.0.0.1'):
         """[Answered, ...] to some raw requests that a program of another user sends."""
         if os.name == 'nt' or os.geteuid() != 0:
