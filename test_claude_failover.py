@@ -6413,6 +6413,21 @@ class HttpServerTest(ProgramTest):
         self.assertNotIn('unsafe', str(policy))
         self.assertEqual(headers['referrer-policy'], 'no-referrer')
 
+    def test_an_access_token_stands_in_no_line_of_the_log(self):
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame', logLevel='debug'))
+        self.send('POST', '/api/login', {'token': 'open-sesame'})
+        self.send('GET', '/dashboard?code=open-sesame')
+        for fields in ({'x_api_key': 'open-sesame'}, {'authorization': 'Bearer open-sesame'}):
+            self.send(**fields)
+            self.send('PUT', '/api/config', {'accessToken': 'open-sesame', 'x': 1}, **fields)
+            self.send('PUT', '/api/config', {'accessToken': 'open-sesame'}, **fields)
+        self.send('GET', '/health', x_api_key='not-open-sesame')
+        self.stop()
+        with open(self.app.log.path) as file:
+            lines = file.read()
+        self.assertIn('config_changed', lines)
+        self.assertNotIn('sesame', lines)
+
     def ask_as_stranger(self, *requests, address='127.0.0.1'):
         """[Answered, ...] to some raw requests that a program of another user sends."""
         if os.name == 'nt' or os.geteuid() != 0:
