@@ -3943,10 +3943,11 @@ class ClientConnectionsTest(SocketTest):
                 (post + b'A: b\rc\r\n\r\n', 400), (post + b'no colon\r\n\r\n', 400), (post + b': empty\r\n\r\n', 400),
                 (post + b'Expect: 200-maybe\r\n\r\n', 417),
                 (post + b'A: b\r\n' * 101 + b'\r\n', 431), (post + b'A: ' + b'b' * 17_000 + b'\r\n\r\n', 431),
-                (post + b'A: ' + b'b' * 70_000 + b'\r\n\r\n', 431),
+                (post + b'A: ' + b'b' * 70_000 + b'\r\n\r\n', 431), (post + (b'A: ' + b'b' * 1000 + b'\r\n') * 70, 431),
                 (post + b'Transfer-Encoding: chunked\r\n\r\nxyz\r\n', 400),
                 (post + b'Transfer-Encoding: chunked\r\n\r\n-1\r\n', 400),
                 (post + b'Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n', 400),
+                (post + b'Transfer-Encoding: chunked\r\n\r\n3\r\nhelxx0\r\n\r\n', 400),
                 (post + b'Transfer-Encoding: chunked\r\n\r\n' + b'1' * 17_000, 400),
                 (post + b'Transfer-Encoding: chunked\r\n\r\n0\r\n' + b'T: x\r\n' * 101, 400),
                 (post + b'Transfer-Encoding: chunked\r\n\r\n7ffffff\r\n', 413)):
