@@ -4065,6 +4065,12 @@ class ClientConnectionsTest(SocketTest):
         with self.assertRaises(cf.ClientGone):
             connection.send(bytes(10_000_000))
 
+    @unittest.skipIf(os.name == 'nt', 'Windows has them in milliseconds')
+    def test_the_kernel_ends_reads_and_writes_that_take_too_long(self):
+        connection = self.connection(b'')
+        for option, seconds in ((socket.SO_RCVTIMEO, cf.CLIENT_READ_S), (socket.SO_SNDTIMEO, cf.CLIENT_WRITE_S)):
+            self.assertEqual(struct.unpack('ll', connection.sock.getsockopt(socket.SOL_SOCKET, option, 16)), (seconds, 0))
+
     def response(self, method='GET', minor_version=1):
         connection = FakeConnection()
         head = cf.RequestHead(method, '/', minor_version, [], {})
