@@ -7153,6 +7153,21 @@ class ApiTest(ProgramTest):
         self.assertNotIn('queueWaitMs', self.read_config())
         self.assertEqual(self.read_config()['logLevel'], 'debug')
 
+    def test_a_token_that_a_server_quotes_in_a_keys_test_is_hidden(self):
+        def quote(sock, number):
+            token = re.search('(?i)x-api-key: (.*)', read_request(sock)[0].decode()).group(1)
+            words = f'{token} is wrong, and so is {token_of("z")}'
+            sock.sendall(plain_answer(json.dumps(api_error('authentication_error', words)).encode(), '401 x'))
+        document = make_document('a', 'b', anthropicBaseUrl=RawServer(self, quote).url)
+        document['keys']['b']['token'] = 'a-word-of-another-shape'
+        self.reload(document)
+        for id in 'ab':
+            message = self.call('POST', f'/api/keys/{id}/test')['message']
+            self.assertIn('is wrong, and so is sk-ant-api...cdef', message)
+            self.assertNotIn('another-shape', message)
+        self.stop()
+        self.assertNotRegex(json.dumps(self.log_lines('key_tested')), '0123456789|another-shape')
+
     def test_a_token_goes_to_another_server_only_where_it_is_entered_again(self):
         document = make_document('a', 'b', anthropicBaseUrl=self.anthropic.url, **with_openai('o', openaiBaseUrl='http://localhost:9'))
         document['keys']['b']['baseUrl'] = 'http://localhost:8'
