@@ -429,6 +429,16 @@ class SmallToolsTest(ScratchTest):
             self.assertEqual(file.read(), 'new')
         self.assertEqual(stat.S_IMODE(os.stat(real).st_mode), 0o600)
 
+    def test_a_write_follows_nothing_that_stands_where_its_temporary_file_goes(self):
+        path, other = os.path.join(self.folder, 'file'), os.path.join(self.folder, 'other')
+        cf.write_atomically(path, b'old')
+        os.symlink(other, f'{path}.{os.getpid()}.{threading.get_ident()}.tmp')
+        with self.assertRaises(FileExistsError):
+            cf.write_atomically(path, b'secret')
+        self.assertFalse(os.path.exists(other))
+        with open(path) as file:
+            self.assertEqual(file.read(), 'old')
+
     def test_a_failed_write_leaves_the_old_file_and_no_litter(self):
         path = os.path.join(self.folder, 'file')
         cf.write_atomically(path, b'old')
