@@ -8414,6 +8414,8 @@ cf.main(['status'])
         process, _, _ = self.start()
         with open(f'/proc/{process.pid}/limits') as file:
             self.assertRegex(file.read(), r'Max core file size +0 +0 ')
+        with open(f'/proc/{process.pid}/status') as file:
+            self.assertIn('Umask:\t0077\n', file.read())
         for folder, _, names in os.walk(os.path.dirname(self.path)):
             for path in (folder, *(os.path.join(folder, name) for name in names)):
                 self.assertEqual(stat.S_IMODE(os.stat(path).st_mode) & 0o077, 0, path)
