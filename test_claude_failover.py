@@ -8420,6 +8420,16 @@ cf.main(['status'])
             for path in (folder, *(os.path.join(folder, name) for name in names)):
                 self.assertEqual(stat.S_IMODE(os.stat(path).st_mode) & 0o077, 0, path)
 
+    @needs('/proc/self/limits')
+    def test_there_are_descriptors_for_as_many_connections_as_are_let_in(self):
+        import resource
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.write_config(self.free_port_document('a'))
+        process, _, _ = self.start(executable=('sh', '-c', 'ulimit -S -n 256 && exec "$@"', 'sh', sys.executable))
+        wanted = 2 * cf.MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(2 * cf.MAX_CONNECTIONS, hard)
+        with open(f'/proc/{process.pid}/limits') as file:
+            self.assertGreaterEqual(int(re.search(r'Max open files +(\d+)', file.read()).group(1)), wanted)
+
     def ask(self, port, method, path, body=None):
         """One request to a running proxy, on a connection of its own."""
         data = b'' if body is None else json.dumps(body).encode()
