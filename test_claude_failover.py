@@ -4388,7 +4388,7 @@ class UpstreamTest(SocketTest):
                      b'HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nhello',
                      b'HTTP/1.1 200 OK\r\ncontent-length: 1\r\n 0\r\n\r\nhello',
                      b'HTTP/1.1 200 OK\r\nTransfer-Encoding : chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n',
-                     b'HTTP/1.1 103 Early Hints\r\n\r\n' * 21,
+                     b'HTTP/1.1 103 Early Hints\r\n\r\n' * 21 + plain_answer(), b'HTTP/1.1 101 Switching\r\n\r\n' + plain_answer(),
                      b'HTTP/1.1 200 OK\r\n' + b'a: b\r\n' * 101 + b'\r\n', b'HTTP/1.1 200 OK\r\na: ' + b'b' * 70_000):
             with self.subTest(data=data[:60]), self.assertRaises(cf.UpstreamCut) as caught:
                 self.response(data)
