@@ -4483,6 +4483,31 @@ class UpstreamTest(SocketTest):
         self.upstream._now = lambda: time.time() + cf.POOL_IDLE_S + 1
         self.assertEqual(self.get(server.url)[1], b'3')
 
+    def test_an_idle_connection_is_reused_only_while_it_is_young_and_silent(self):
+        base = ('http', 'h', 1)
+        for seconds, does, is_good in (
+                (0, lambda peer: None, True), (cf.POOL_IDLE_S, lambda peer: None, True), (cf.POOL_IDLE_S + 1, lambda peer: None, False),
+                (-1, lambda peer: None, False), (0, lambda peer: peer.sendall(b'x'), False), (0, socket.socket.close, False)):
+            now = [1000]
+            self.upstream._now = lambda: now[0]
+            sock, peer = socket.socketpair()
+            self.addCleanup(sock.close)
+            self.addCleanup(peer.close)
+            self.upstream._put_back(base, sock)
+            now[0] += seconds
+            does(peer)
+            with self.subTest(seconds=seconds, is_good=is_good):
+                self.assertEqual((self.upstream._take_idle(base), sock.fileno() > 0), (sock if is_good else None, is_good))
+
+    def test_a_connection_with_bytes_behind_its_answer_is_not_used_again(self):
+        for behind, kept in ((b'', 1), (b'HTTP/1.1 408 Request Timeout\r\n\r\n', 0)):
+            response, again = self.response(plain_answer(b'hello') + behind), []
+            response.when_closed = again.append
+            self.assertEqual(response.read_all(100), b'hello')
+            response.close()
+            with self.subTest(behind=behind):
+                self.assertEqual((len(again), response._sock.fileno() > 0), (kept, bool(kept)))
+
     def test_old_idle_connections_are_closed(self):
         now = [0]
         self.upstream._now = lambda: now[0]
