@@ -4838,6 +4838,7 @@ class FailoverTest(unittest.TestCase):
         self.assertTrue(head.startswith('POST /prefix/v1/messages?beta=true HTTP/1.1\r\nhost: host.example\r\n'))
         self.assertIn(f'x-api-key: {token_of("a")}\r\n', head)
         self.assertIn('anthropic-beta: x-1,y-2\r\n', head)
+        self.assertIn('accept-encoding: identity\r\n', head)         # a compressed answer could not be read
         self.assertIn('User-Agent: claude-cli/2\r\nanthropic-version: 2026-10-21\r\n', head)
         self.assertNotIn('mine', head)
         self.assertEqual(upstream.sent[0].body, json.dumps(messages_body()).encode())
