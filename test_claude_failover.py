@@ -6495,6 +6495,24 @@ class HttpServerTest(ProgramTest):
         self.assertEqual(self.send('GET', '/v1/models').status, 200)
 
     @needs('/proc/net/tcp')
+    def test_a_stranger_who_says_nothing_holds_no_thread(self):
+        answered, = self.ask_as_stranger(b'')     # it is refused and let go before it is waited for
+        self.assertEqual(answered.status, 403)
+
+    def test_a_stranger_who_waits_is_refused_once_no_access_token_is_asked_for(self):
+        request = b'GET /health HTTP/1.1\r\nHost: localhost\r\nx-api-key: open-sesame\r\n\r\n'
+        self.reload(make_document('a', accessToken='open-sesame'))
+        with mock.patch.object(cf, 'peer_owner', return_value=os.geteuid() + 1), \
+                socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
+            sock.sendall(request)
+            self.assertEqual(sock.recv(15), b'HTTP/1.1 200 OK')
+            self.reload(make_document('a'))
+            sock.sendall(request)
+            rest = b''.join(iter(lambda: sock.recv(65536), b''))
+        self.assertIn(b'\r\n\r\n', rest)
+        self.assertIn(b'HTTP/1.1 403 Forbidden\r\n', rest)
+
+    @needs('/proc/net/tcp')
     def test_with_an_access_token_other_users_are_asked_for_it(self):
         self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame'))
         request = b'GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
