@@ -8317,6 +8317,24 @@ class CommandLineTest(ScratchTest):
             process.send_signal(signal.SIGINT)
             self.assertEqual(process.wait(PATIENCE_S), 1)
 
+    def test_after_the_first_signal_a_running_answer_is_whole_and_the_exit_is_clean(self):
+        anthropic = PretendAnthropic(self)
+        anthropic.hold = threading.Event()
+        self.write_config(self.free_port_document('a', anthropicBaseUrl=anthropic.url))
+        process, port, _ = self.start()
+        answers = queue.Queue()
+        threading.Thread(target=lambda: answers.put(self.ask(port, 'POST', cf.MESSAGES_PATH, messages_body(stream=True))), daemon=True).start()
+        self.assertTrue(anthropic.asked_for.acquire(timeout=PATIENCE_S))
+        process.send_signal(signal.SIGTERM)
+        while self.accepts(port):
+            pass
+        self.assertEqual(self.run_command('health').returncode, 1)         # it takes its time, too
+        self.assertIsNone(process.poll())
+        anthropic.hold.set()
+        answered = answers.get(timeout=PATIENCE_S)
+        self.assertEqual((answered.status, answered.events, answered.is_complete), (200, stream_events(), True))
+        self.assertEqual(process.wait(PATIENCE_S), 0)
+
     def accepts(self, port):
         with contextlib.suppress(ConnectionError), socket.create_connection(('127.0.0.1', port)):
             return True
