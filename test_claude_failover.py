@@ -8011,6 +8011,26 @@ class CommandLineTest(ScratchTest):
             self.addCleanup(self.run_command, 'stop', '--now')
         return int(pid.group(1)) if pid else None, done
 
+    def test_a_second_instance_touches_nothing_though_its_port_is_free(self):
+        self.write_config(make_document('a'))     # on a port that the system chooses
+        process, port, _ = self.start()
+        self.ask(port, 'GET', '/api/logs')        # whatever waited to be written is in the log now
+
+        def files():
+            found = {}
+            for folder, _, names in os.walk(os.path.dirname(self.path)):
+                for name in names:
+                    with open(os.path.join(folder, name), 'rb') as file:
+                        found[name] = file.read()
+            return found
+        before = files()
+        for command in (('start',), ('start', '-d')):
+            second = self.run_command(*command)
+            self.assertEqual((second.returncode, second.stdout), (1, ''))
+            self.assertRegex(second.stderr, rf'\Aclaude-failover: claude-failover is running already \(pid {process.pid}\)\.[^\n]*\n\Z')
+            self.assertEqual(files(), before)
+        self.assertIsNone(process.poll())
+
     def test_a_daemon_is_started_serves_and_is_stopped(self):
         self.write_config(self.free_port_document('a', accessToken='open-sesame'))
         pid, done = self.daemon()
