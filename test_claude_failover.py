@@ -4459,6 +4459,24 @@ class UpstreamTest(SocketTest):
             self.get(server.url)
         self.assertEqual(requests.qsize(), 2)
 
+    def test_a_reused_connection_that_dies_within_an_answer_is_an_error(self):
+        def play(sock, number):
+            read_request(sock)
+            sock.sendall(plain_answer(b'%d' % number))
+            read_request(sock)        # it may have been paid for
+            sock.sendall(b'HTTP/1.1 200 O')
+        server = RawServer(self, play)
+        self.assertEqual(self.get(server.url)[1], b'1')
+        with self.assertRaises(cf.UpstreamUnreachable):
+            self.get(server.url)
+        self.assertEqual(server.connections, 1)
+
+    def test_a_connection_that_is_not_made_in_time_is_given_up(self):
+        with mock.patch('socket.create_connection', side_effect=TimeoutError('timed out')) as connect:
+            with self.assertRaisesRegex(cf.UpstreamUnreachable, 'timed out') as caught:
+                self.get('http://127.0.0.1:1')
+        self.assertEqual((connect.call_args[0][1], caught.exception.connected), (cf.CONNECT_S, False))
+
     def test_a_fresh_connection_that_dies_is_an_error(self):
         server = RawServer(self, lambda sock, number: read_request(sock))
         with self.assertRaises(cf.UpstreamUnreachable) as caught:
