@@ -4394,6 +4394,15 @@ class UpstreamTest(SocketTest):
                 self.response(data)
             self.assertNotRegex(str(caught.exception), 'nonsense|OK|gzip|Switching')      # its words may hold anything
 
+    def test_a_chunked_body_has_no_endless_line_and_no_endless_trailers(self):
+        head = b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n'
+        for data in (b'5;' + b'x' * cf.MAX_LINE_BYTES * 2 + b'\r\nhello\r\n0\r\n\r\n', b'0\r\n' + b'T: x\r\n' * (cf.MAX_FIELDS + 1) + b'\r\n'):
+            sock = mock.Mock(spec=['recv'], recv=mock.Mock(side_effect=pieces(head + data, 500)))
+            response = cf.UpstreamResponse(sock, self.exchange)
+            response.read_head('POST')
+            with self.subTest(data=data[:9]), self.assertRaises(cf.UpstreamCut):
+                response.read_all(100)
+
     def test_an_endless_error_body_is_not_read_to_its_end(self):
         response = self.response(b'HTTP/1.0 500 Oops\r\n\r\n')
         response._sock = mock.Mock(recv=lambda size: b'x' * size)
