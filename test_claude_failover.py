@@ -7586,6 +7586,15 @@ class ServiceTest(ProgramTest):
         self.stop()
         self.assertEqual(len(self.log_lines('config_refused')), 1)
 
+    def test_a_folder_that_cannot_be_read_is_told_once(self):
+        with mock.patch.object(cf.ConfigStore, '_look', side_effect=cf.ConfigError('the folder cannot be read')):
+            for _ in range(3):
+                self.app.reload()
+            self.assertEqual(self.send('GET', '/health').json['problems'], ['the folder cannot be read'])
+            self.assertEqual(self.send().status, 200)
+        self.stop()
+        self.assertEqual(len(self.log_lines('config_refused')), 1)
+
     def test_a_changed_token_ends_its_cooldown(self):
         self.anthropic.limited.add('a')
         self.send()
