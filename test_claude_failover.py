@@ -6477,6 +6477,7 @@ class HttpServerTest(ProgramTest):
                 headers = self.send(method, address, **fields).headers
                 self.assertEqual([headers.get(name) for name in ('cache-control', 'x-content-type-options', 'x-frame-options')],
                                  ['no-store', 'nosniff', 'DENY'])
+                self.assertFalse([name for name in headers if name.startswith('access-control')])
                 policy = dict(part.split(' ', 1) for part in headers['content-security-policy'].split('; '))
                 self.assertEqual(policy.pop('default-src'), "'none'")
         self.assertEqual({name: value for name, value in policy.items() if name not in ('script-src', 'style-src')}, {
