@@ -6611,12 +6611,13 @@ class HttpServerTest(ProgramTest):
 
     def test_nothing_that_a_client_or_an_upstream_says_becomes_a_field_of_the_answer(self):
         model = 'x\r\nset-cookie: a=b\r\n\r\n<script>\u2028\xfc'
-        self.anthropic.fields = [('access-control-allow-origin', '*'), ('access-control-expose-headers', '*'), ('a', 'b\r\n c: d')]
+        self.anthropic.fields = [('access-control-allow-origin', '*'), ('access-control-expose-headers', '*'), ('a', 'b\r\n c: d'),
+                                 ('connection', 'keep-alive, X-Hop'), ('x-hop', 'of this connection alone')]
         for limited in ((), 'ab'):
             self.anthropic.limited.update(limited)
             answered = self.send(body=messages_body(model=model))
             self.assertEqual(answered.status, 429 if limited else 200)
-            self.assertFalse({'set-cookie', 'c', 'access-control-allow-origin', 'access-control-expose-headers'} & set(answered.headers))
+            self.assertFalse({'set-cookie', 'c', 'x-hop', 'access-control-allow-origin', 'access-control-expose-headers'} & set(answered.headers))
             self.assertEqual(answered.headers['content-type'], 'application/json')
             self.assertIn('x??set-cookie' if not limited else '', answered.headers.get('x-proxy-model', ''))
 
