@@ -2020,7 +2020,7 @@ class MessageStream:
     is_translated = False
 
     def __init__(self):
-        self._tail = b''          # the beginning of an event whose end has not come
+        self._tail = bytearray()  # the beginning of an event whose end has not come
         self.opened_by = None     # the type of the first event that is more than a greeting
         self.failure = None       # the `error` object of an error event
         self.stopped = False      # message_stop came
@@ -2029,13 +2029,18 @@ class MessageStream:
 
     def feed(self, data):
         """The whole events among the bytes so far, b'' when there is none yet."""
+        searched = max(0, len(self._tail) - 3)    # only what is new: it may come byte by byte
         if self._tail:
-            data = self._tail + data
-        lf, crlf = data.rfind(b'\n\n'), data.rfind(b'\r\n\r\n')
+            self._tail += data
+            data = self._tail
+        lf, crlf = data.rfind(b'\n\n', searched), data.rfind(b'\r\n\r\n', searched)
         end = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
         if not end and len(data) > MAX_EVENT_BYTES:
             end = len(data)
-        events, self._tail = data[:end], data[end:]
+        if not end:
+            self._tail = self._tail or bytearray(data)
+            return b''
+        events, self._tail = bytes(data[:end]), bytearray(data[end:])
         # Text deltas, nearly all of a stream, need not be parsed.
         if (not self.opened_by or b'message_delta' in events or b'message_stop' in events
                 or b'error' in events):
@@ -2046,7 +2051,7 @@ class MessageStream:
     def last(self):
         """The last event of a stream that ended without the blank line after it; b'' when
         what is left is no whole event."""
-        tail, self._tail = self._tail, b''
+        tail, self._tail = bytes(self._tail), bytearray()
         return tail + b'\n\n' if self._note(tail) else b''
 
     def _note(self, event):
@@ -6274,7 +6279,7 @@ class Failover:
 
     def _read_opening(self, serving, attempt, upstream, events, fields=()):
         """Holds a stream back until its first content: an error before that is no answer."""
-        held = b''
+        held = bytearray()
         while not events.opened_by and len(held) <= MAX_EVENT_BYTES:
             try:
                 piece = self._read_piece(serving, upstream, events)
@@ -6289,7 +6294,7 @@ class Failover:
         if events.opened_by == 'error':
             return self._refused_in_stream(serving, attempt, upstream, events)
         outcome = self._classify(serving, attempt, upstream)
-        return Reply(outcome, fields, upstream=upstream, events=events, held=held)
+        return Reply(outcome, fields, upstream=upstream, events=events, held=bytes(held))
 
     def _read_piece(self, serving, upstream, events):
         """The next piece of a stream."""

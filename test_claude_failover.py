@@ -1138,6 +1138,19 @@ class ClassificationTest(unittest.TestCase):
 # ==============================================================================
 
 class EventStreamsTest(unittest.TestCase):
+    def test_an_event_that_comes_in_small_pieces_is_searched_once(self):
+        class Counted(bytearray):
+            searched = 0
+
+            def rfind(self, sub, start=0, *end):
+                Counted.searched += len(self) - start
+                return super().rfind(sub, start, *end)
+        stream, event = cf.MessageStream(), b'data: ' + b'a' * 5000 + b'\r\n\r\n'
+        with mock.patch.object(cf, 'bytearray', Counted, create=True):
+            told = [stream.feed(piece) for piece in pieces(event, 1)]
+        self.assertEqual((b''.join(told), told[-1]), (event, event))
+        self.assertTrue(len(event) < Counted.searched < 10 * len(event), Counted.searched)
+
     def read(self, data, size=None):
         stream = cf.MessageStream()
         return stream, [stream.feed(piece) for piece in pieces(data, size or len(data))]
