@@ -3814,8 +3814,8 @@ class Cooldowns:
         self._clock = clock
         self._lock = threading.Lock()
         self._cooling = {}    # slot -> Cooling
-        self._repeats = {}    # (slot, rule name) -> cooldowns in a row that doubled
-        self._strikes = {}    # (slot, rule name) -> such answers in a row
+        self._repeats = {}    # slot -> {rule name: cooldowns in a row that doubled}
+        self._strikes = {}    # slot -> {rule name: such answers in a row}
         self._queue = []      # [Ticket, ...], first come first
 
     def cool(self, key, model, outcome, limit_s):
@@ -3843,9 +3843,9 @@ class Cooldowns:
     def _struck_out_locked(self, slot, rule):
         if rule.strikes == 1:
             return True
-        strikes = self._strikes.get((slot, rule.name), 0) + 1
-        self._strikes[slot, rule.name] = strikes
-        return strikes >= rule.strikes
+        strikes = self._strikes.setdefault(slot, {})
+        strikes[rule.name] = strikes.get(rule.name, 0) + 1
+        return strikes[rule.name] >= rule.strikes
 
     def _length_locked(self, slot, outcome, now):
         rule = outcome.rule
@@ -3856,9 +3856,10 @@ class Cooldowns:
         current = self._cooling.get(slot)
         if current and current.until > now and current.outcome.rule is rule:
             return current.until - now        # two requests met the same limit: one repeat
-        repeats = self._repeats.get((slot, rule.name), 0)
-        self._repeats[slot, rule.name] = repeats + 1
-        return min(rule.cooldown_s * 2 ** min(repeats, 20), rule.doubles_to_s)
+        repeats = self._repeats.setdefault(slot, {})
+        before = repeats.get(rule.name, 0)
+        repeats[rule.name] = before + 1
+        return min(rule.cooldown_s * 2 ** min(before, 20), rule.doubles_to_s)
 
     def succeeded(self, ref, model):
         """An answer proved this key and model; a whole key's past troubles are over too."""
@@ -3871,7 +3872,7 @@ class Cooldowns:
             self._cooling.pop(pair, None)
             if whole in self._cooling and self._cooling[whole].until <= self._clock():
                 del self._cooling[whole]
-            self._forget_locked(lambda slot: slot in (pair, whole))
+            self._forget_locked((pair, whole))
             self._wake_locked()
 
     def clear(self, ref=None, model=None):
@@ -3882,15 +3883,15 @@ class Cooldowns:
             ended = [slot for slot in self._cooling if is_meant(slot)]
             for slot in ended:
                 del self._cooling[slot]
-            self._forget_locked(is_meant)
+            self._forget_locked(list(filter(is_meant, {**self._repeats, **self._strikes})))
             self._wake_locked()
         return len(ended)
 
-    def _forget_locked(self, is_meant):
+    def _forget_locked(self, slots):
         """Lets repeats and strikes of some slots begin anew."""
-        for history in (self._repeats, self._strikes):
-            for entry in [entry for entry in history if is_meant(entry[0])]:
-                del history[entry]
+        for slot in slots:
+            self._repeats.pop(slot, None)
+            self._strikes.pop(slot, None)
 
     def blocking(self, slot, ticket=None):
         """The Cooling that keeps this slot from being tried now; None when it may be tried.
