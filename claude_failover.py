@@ -131,7 +131,7 @@ MAX_KNOWN_HEAD_BYTES = 4096
 JOIN_BYTES = 64 * 1024
 #: What a larger request body is given before it comes.
 PREPARED_BYTES = 1024 * 1024
-#: A larger body goes on in pieces of this size, with a look for an early answer between them.
+#: Over TLS a larger body goes on in pieces of this size, with a look for an early answer between.
 SEND_BYTES = 256 * 1024
 #: What one receive asks for.
 RECEIVE_BYTES = 64 * 1024
@@ -5605,16 +5605,21 @@ def send_request(sock, wanted):
         sock.sendall(wanted.head + wanted.body)
         return True
     sock.sendall(wanted.head)
-    with memoryview(wanted.body) as view:
-        for start in range(0, len(view), SEND_BYTES):
-            if not wait_to_send(sock):
-                return False
-            try:
-                sock.sendall(view[start:start + SEND_BYTES])
-            except (BrokenPipeError, ConnectionResetError):
-                if not readable([sock]):
-                    raise
-                return False
+    # As much as the system takes at once; over TLS, which cannot tell, in pieces.
+    takes_some = hasattr(socket, 'MSG_DONTWAIT') and not hasattr(sock, 'pending')
+    size, flags = (len(wanted.body), socket.MSG_DONTWAIT) if takes_some else (SEND_BYTES, 0)
+    left = memoryview(wanted.body)
+    while left:
+        if not wait_to_send(sock):
+            return False
+        try:
+            left = left[sock.send(left[:size], flags):]
+        except BlockingIOError:       # it was ready, and is not any more
+            continue
+        except (BrokenPipeError, ConnectionResetError):
+            if not readable([sock]):
+                raise
+            return False
     return True
 
 
