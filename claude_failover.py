@@ -4371,8 +4371,8 @@ class ConfigStore:
 
         The folder is locked against other processes of ours; an editor knows no lock, so the
         file is looked at once more before it is replaced, and the edit done again when it
-        changed.  Raises ConfigError, when the file is wrong too: a broken file is never
-        overwritten.
+        changed.  A file that is gone is written anew, with all that is in force.  Raises
+        ConfigError, when the file is wrong too: a broken file is never overwritten.
         """
         with self._lock, folder_locked(self.path):
             while True:
@@ -4385,6 +4385,9 @@ class ConfigStore:
             except OSError as error:
                 raise NotSaved(f'{self.path} could not be written ({error.strerror}): '
                                'nothing was changed.') from error
+            if signature is None and self.current.document:
+                self.notice = (f'{self.path} was gone: it is written anew, from the configuration '
+                               'in force and the change to it.')
             self._signature, self.current, self.problem = self._look(), config, None
         return config
 
@@ -4400,8 +4403,8 @@ class ConfigStore:
     def _read(self):
         try:
             return self._read_present()
-        except FileNotFoundError:
-            return parse_config({})
+        except FileNotFoundError:     # what was read before; the defaults, where nothing was
+            return self.current
 
     def _read_present(self):
         try:
@@ -8403,6 +8406,7 @@ class App:
         self.port_problems = {}       # profile name -> why its port is not open
         self.stopping = False
         self._applied = config        # the Config that ports, log and cooldowns agree with
+        self._told_notice = self.store.notice     # the start tells of it
         self._applying = threading.Lock()
         self._stop = threading.Event()
         self._started = time.monotonic()
@@ -8475,7 +8479,8 @@ class App:
         with contextlib.suppress(OSError):        # it is only a help; /health tells all
             if self.listeners:
                 make_private_folder(os.path.dirname(path))
-                note = {'pid': os.getpid(), 'ports': self.ports()}
+                note = {'pid': os.getpid(), 'ports': self.ports(),
+                        'is_configured': bool(self.store.current.document)}
                 write_atomically(path, json.dumps(note).encode())
             else:
                 os.unlink(path)
@@ -8526,6 +8531,10 @@ class App:
                 for name in self.port_problems.keys() - known.keys():
                     self.log.error('port_not_opened', profile=name,
                                    message=self.port_problems[name])
+            notice = self.store.notice
+            if notice != self._told_notice:
+                self._told_notice = notice
+                self.log.warn('config_notice', message=notice)
         if config is not before:
             self.bus.publish('config', json.dumps(config_view(config)))
 
@@ -8760,7 +8769,7 @@ def fetch_health(config_path, config):
     It is looked for where it said that it is, and where `config` (None: broken) says so.
     """
     ports = [profile.port for profile in config.profiles.values()] if config else []
-    ports = [*read_note(config_path)[1], *ports]
+    ports = [*read_note(config_path).ports, *ports]
     for port in dict.fromkeys(port for port in ports if is_whole(port) and 0 < port < 65536):
         health = fetch_json(port, '/health', access_fields(config_path, config, port))
         if health and health.get('program') == PROGRAM:
@@ -8768,14 +8777,21 @@ def fetch_health(config_path, config):
     return None
 
 
+class Note(NamedTuple):
+    """What the proxy left that runs, or ran, with a configuration."""
+    pid: int | None
+    ports: list
+    is_configured: bool       # its configuration is more than the defaults
+
+
 def read_note(config_path):
-    """(pid, [port, ...]): what the proxy left that runs, or ran, with this configuration."""
     try:
         with open(running_path(config_path), 'rb') as file:
             note = loads_object(file.read())
     except (OSError, ValueError):
-        return None, []
-    return note.get('pid'), [*as_dict(note.get('ports')).values()]
+        note = {}
+    ports = [*as_dict(note.get('ports')).values()]
+    return Note(note.get('pid'), ports, bool(note.get('is_configured')))
 
 
 def access_fields(config_path, config, port):
@@ -8784,12 +8800,18 @@ def access_fields(config_path, config, port):
     the process that left it holds the pid file."""
     if not (config and config.access_token):
         return {}
-    noted, ports = read_note(config_path)
-    with contextlib.suppress(FailoverError, OSError):     # it is only starting, or not ours to see
-        pid = PidFile(config_path).holder(patience_s=0) if port in ports else None
-        if pid and pid == noted:
-            return {'x-api-key': config.access_token}
+    note = read_note(config_path)
+    if port in note.ports and note_is_of_running(config_path, note):
+        return {'x-api-key': config.access_token}
     return {}
+
+
+def note_is_of_running(config_path, note):
+    """Whether the process that left a note runs with this configuration now."""
+    with contextlib.suppress(FailoverError, OSError):     # it is only starting, or not ours to see
+        pid = PidFile(config_path).holder(patience_s=0)
+        return bool(pid) and pid == note.pid
+    return False
 
 
 def fetch_json(port, path, headers, method='GET'):
@@ -9811,6 +9833,27 @@ def describe_keys(config):
     return text
 
 
+def save(options, edit):
+    """Applies `edit(Config) -> Config` to the configuration file, and says what else was done to
+    it.  Raises ConfigError, FailoverError."""
+    refuse_to_begin_anew(options.config)
+    store = ConfigStore(options.config)
+    store.update(edit)
+    if store.notice:
+        complain(store.notice)
+
+
+def refuse_to_begin_anew(config_path):
+    """Raises ConfigError where the file is gone that a running proxy has in force: a new one,
+    with nothing but the edit, would take its place there, and all else be lost."""
+    note = read_note(config_path)
+    if note.is_configured and not os.path.exists(config_path) and (
+            note_is_of_running(config_path, note)):
+        raise ConfigError(f'{config_path} is gone, but the running proxy (pid {note.pid}) has it '
+                          'in force: any change in its dashboard writes it anew. To begin with '
+                          f'an empty one, stop the proxy first: {RUN} stop')
+
+
 def cmd_add_key(options):
     token, style = read_new_token(options), Style(sys.stdout)
     label = options.label_option or ' '.join(options.label)
@@ -9821,7 +9864,7 @@ def cmd_add_key(options):
         outcome[:] = [config, *add_key(config, options.provider, token, label,
                                        utc_text(time.time()), options.base_url)]
         return outcome[1]
-    ConfigStore(options.config).update(edit)
+    save(options, edit)
     before, config, key = outcome
     say(f'Added key {style.bold(key.id)} ({mask_token(key.token)}), '
         f'{describe_places(config, key)}.')
@@ -9867,8 +9910,7 @@ def read_new_token(options):
 
 
 def cmd_remove_key(options):
-    store = ConfigStore(options.config)
-    store.update(lambda config: remove_key(config, options.id))
+    save(options, lambda config: remove_key(config, options.id))
     say(f'Removed key {printable(options.id)}.')
     return 0
 
@@ -9950,8 +9992,7 @@ def set_setting(options):
         value = json.loads(text)
     except ValueError:
         value = text
-    ConfigStore(options.config).update(
-        lambda config: change_settings(config, {options.field: value}))
+    save(options, lambda config: change_settings(config, {options.field: value}))
     say(f'{options.field} is {"set" if value is not None else "the default again"}.')
     if options.field == 'accessToken' and value:
         say(f'Have Claude Code present it: {RUN} setup')

@@ -3686,6 +3686,18 @@ class ConfigStoreTest(ScratchTest):
         self.assertTrue(os.path.islink(self.path))
         self.assertIn('new', self.read_config()['keys'])
 
+    def test_a_file_that_is_gone_is_written_anew_with_all_that_is_in_force(self):
+        for looks in (False, True):               # whether the loss was noticed before the edit
+            store = self.store(make_document('a', accessToken='open-sesame', future=1))
+            os.unlink(self.path)
+            if looks:
+                store.reload_if_changed()
+            store.update(self.add)
+            self.assertEqual((list(self.read_config()['keys']), self.read_config()['accessToken'], self.read_config()['future']),
+                             (['a', 'new'], 'open-sesame', 1))
+            self.assertEqual((store.current.access_token, store.problem), ('open-sesame', None))
+            self.assertIn('was gone', store.notice)
+
     def test_a_broken_file_is_never_overwritten(self):
         store = self.store(make_document('a'))
         for broken in ('{"keys": ', '{"keys": []}', '\xff'):
@@ -7287,6 +7299,16 @@ class ApiTest(ProgramTest):
         self.call('PUT', '/api/openai-keys/o', {'label': 'x', 'baseUrl': 'http://localhost:9'})
         self.assertEqual(self.app.store.current.keys['openai:o'].base_url, 'http://localhost:9')
 
+    def test_a_file_that_is_gone_is_made_whole_by_an_edit_and_that_is_logged_once(self):
+        before = self.read_config()
+        os.unlink(self.path)
+        self.app.reload()
+        for number in (5, 6):
+            self.call('PUT', '/api/config', {'queueWaitMs': number})
+        self.assertEqual(self.read_config(), {**before, 'queueWaitMs': 6})
+        self.stop()
+        self.assertEqual(['was gone' in line['message'] for line in self.log_lines('config_notice')], [True])
+
     def test_a_broken_file_is_not_overwritten(self):
         self.write_config('{ broken')
         answered = self.send('PUT', '/api/config', {'queueWaitMs': 5})
@@ -7586,7 +7608,7 @@ class ServiceTest(ProgramTest):
     def test_where_it_runs_is_noted_while_it_runs(self):
         path = cf.running_path(self.path)
         with open(path) as file:
-            self.assertEqual(json.load(file), {'pid': os.getpid(), 'ports': {'default': self.port}})
+            self.assertEqual(json.load(file), {'pid': os.getpid(), 'ports': {'default': self.port}, 'is_configured': True})
         self.assertEqual(cf.fetch_health(self.path, None)['pid'], os.getpid())
         self.stop()
         self.assertFalse(os.path.exists(path))
@@ -8084,6 +8106,18 @@ class CommandLineTest(ScratchTest):
             self.assertRegex(second.stderr, rf'\Aclaude-failover: claude-failover is running already \(pid {process.pid}\)\.[^\n]*\n\Z')
             self.assertEqual(files(), before)
         self.assertIsNone(process.poll())
+
+    def test_a_file_that_is_gone_is_not_begun_anew_beside_a_proxy_that_has_it_in_force(self):
+        self.write_config(make_document('a'))
+        process, _, _ = self.start()
+        os.unlink(self.path)
+        refused = self.run_command('config', 'set', 'queueWaitMs', '5')
+        self.assertEqual((refused.returncode, os.path.exists(self.path)), (2, False))
+        self.assertRegex(refused.stderr, rf'config.json is gone.*pid {process.pid}.*dashboard')
+        process.kill()
+        process.wait(PATIENCE_S)
+        self.assertEqual(self.run_command('config', 'set', 'queueWaitMs', '5').returncode, 0)
+        self.assertEqual(self.read_config(), {'queueWaitMs': 5})
 
     def test_a_daemon_is_started_serves_and_is_stopped(self):
         self.write_config(self.free_port_document('a', accessToken='open-sesame'))
