@@ -323,12 +323,17 @@ def error_reason(error):
     return getattr(error, 'strerror', None) or type(error).__name__
 
 
+def is_reference(token):
+    """Whether a token says where the secret stands (`env:NAME`, `file:PATH`), and is none."""
+    return token.startswith(('env:', 'file:'))
+
+
 def mask_token(token):
     """A token as it may be shown: its kind and last four characters, fewer when it is short.
 
-    References (`env:NAME`, `file:PATH`) are not secret and are shown whole.
+    References are not secret and are shown whole.
     """
-    if token.startswith(('env:', 'file:')):
+    if is_reference(token):
         return printable(token)
     kind = re.match(r'sk-ant-[a-z]{1,5}|sk-proj|sk|eyJ', token)
     end = token[-4:] if len(token) >= 40 else ''
@@ -884,7 +889,7 @@ def new_token(config, provider, token, base_url):
     if provider == OPENAI and is_anthropic and not base_url:
         raise ConfigError('This is an Anthropic token ("sk-ant-"): add it with add-key.',
                           field='token')
-    if provider == OPENAI or base_url or is_anthropic or token.startswith(('env:', 'file:')):
+    if provider == OPENAI or base_url or is_anthropic or is_reference(token):
         return token
     raise ConfigError('An Anthropic token begins with "sk-ant-" (or is "env:NAME" or '
                       '"file:PATH"); a key for another server needs --base-url, an OpenAI token '
@@ -5141,7 +5146,7 @@ def usable_token(key, now):
         return token
     claims = jwt_claims(token)
     follows = 'let the Codex CLI renew it (codex login)'
-    if not key.token.startswith(('env:', 'file:')):
+    if not is_reference(key.token):
         follows += f' and add it as {RUN} add-openai-key file:~/.codex/auth.json'
     expires = claims.get('exp')
     if isinstance(expires, (int, float)) and expires <= now:
@@ -7687,6 +7692,7 @@ def api_add_key(call, kind):
         edited, key = add_key(config, PROVIDER_OF[kind], wanted_field(fields, 'token'),
                               fields.get('label', ''), utc_text(time.time()),
                               fields.get('baseUrl'))
+        refuse_named_tokens(config, edited)
         added[:] = [key]
         return edited
     call.app.update(edit)
@@ -7702,6 +7708,7 @@ def api_edit_key(call, kind, id):
 
     def edit(config):
         edited = edit_key(config, ref, fields)
+        refuse_named_tokens(config, edited)
         refuse_unproved_tokens(config, edited, {ref: fields.get('token', '')})
         return edited
     call.app.update(edit)
@@ -7716,13 +7723,42 @@ def refuse_unproved_tokens(config, edited, tokens):
     for ref, key in edited.keys.items():
         before = config.keys.get(ref)
         is_moved = before and before.token == key.token and (
-            server_of(config, before) != server_of(edited, key))
+            servers_of(config, before) != servers_of(edited, key))
         if is_moved and not knows_token(key, tokens.get(ref, '')):
             unproved.append(ref)
     if unproved:
         raise BadRequest(f'Enter the token of {", ".join(unproved)} again: it would go to another '
                          f'server. Or change it in the file, with {RUN} config set.',
                          field='tokens', keys=unproved)
+
+
+#: The providers' own servers: who reaches this API gets nothing by what is sent there.
+PUBLIC_SERVERS = frozenset(s.default for s in SETTINGS if s.check is check_base_url)
+
+
+def refuse_named_tokens(config, edited):
+    """What a file or a variable of this machine holds goes to no other server because a request
+    says so: otherwise whoever reaches this API could have any login here sent to his own.  Who
+    knows a variable's value may say so; a file's may be another one tomorrow."""
+    for ref, key in edited.keys.items():
+        before = config.keys.get(ref)
+        was_there = before and before.token == key.token
+        if not is_reference(key.token) or was_there and key.token.startswith('env:'):
+            continue
+        others = servers_of(edited, key) - PUBLIC_SERVERS
+        others -= servers_of(config, before) if was_there else set()
+        if others:
+            command = f'add-{"openai-" if key.provider == OPENAI else ""}key'
+            raise BadRequest(f'{key.token} would be sent to {" or ".join(others)}, which no '
+                             f'request can have done: do it with {RUN} {command} or {RUN} config '
+                             'set, or in the configuration file.', field='token')
+
+
+def servers_of(config, key):
+    """The base URLs to which a key's requests may go: what a file or a variable holds may
+    become a ChatGPT login."""
+    may_be_login = key.provider == OPENAI and not key.base_url and is_reference(key.token)
+    return {server_of(config, key), *([config.codex_base_url] if may_be_login else ())}
 
 
 def knows_token(key, token):
@@ -7858,6 +7894,7 @@ def api_change_config(call):
 
     def edit(config):
         edited = change_settings(config, changes)
+        refuse_named_tokens(config, edited)
         refuse_unproved_tokens(config, edited, tokens)
         return edited
     config = call.app.update(edit)
@@ -9895,7 +9932,7 @@ def read_new_token(options):
     if options.token == '-':
         return sys.stdin.readline()
     if options.token:
-        if not options.token.startswith(('env:', 'file:')) and len(options.token) > 12:
+        if not is_reference(options.token) and len(options.token) > 12:
             complain('a token on the command line stays in the shell\'s history; without it, '
                      f'{options.command} asks for it.')
         return options.token

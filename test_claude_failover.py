@@ -7299,6 +7299,37 @@ class ApiTest(ProgramTest):
         self.call('PUT', '/api/openai-keys/o', {'label': 'x', 'baseUrl': 'http://localhost:9'})
         self.assertEqual(self.app.store.current.keys['openai:o'].base_url, 'http://localhost:9')
 
+    def test_a_token_of_this_machine_goes_to_no_server_that_a_request_names(self):
+        path = os.path.join(self.folder, 'token')
+        with open(path, 'w') as file:
+            file.write('sk-ant-oat01-' + 'x' * 40)
+        os.environ['A_TOKEN'] = 'sk-ant-oat01-' + 'y' * 40
+        document = make_document(anthropicBaseUrl='http://localhost:7', openaiBaseUrl='http://localhost:7', codexBaseUrl='http://localhost:7')
+        document['keys'] = {'mine': {'token': 'sk-ant-api03-known-to-the-caller', 'baseUrl': 'http://localhost:6'},
+                            'set': {'token': 'env:SET', 'baseUrl': 'http://localhost:5'}}
+        for token in (f'file:{path}', ' env:A_TOKEN', 'env:NOT_SET'):
+            self.reload(document)
+            for method, key, body in (('POST', 'keys', {'baseUrl': 'http://localhost:6'}), ('POST', 'keys', {}), ('POST', 'openai-keys', {}),
+                                      ('POST', 'openai-keys', {'baseUrl': 'http://localhost:6'}), ('PUT', 'keys/mine', {}),
+                                      ('PUT', 'keys/mine', {'baseUrl': ''}), ('PUT', 'keys/set', {})):
+                with self.subTest(token=token, key=key, body=body):
+                    field, message = self.refused(method, f'/api/{key}', {**body, 'token': token})
+                    self.assertEqual(field, 'token')
+                    self.assertRegex(message, 'add-(openai-)?key')
+            self.call('PUT', '/api/keys/set', {'label': 'What is there already stays.'})
+            self.reload({**document, 'anthropicBaseUrl': None, 'openaiBaseUrl': None, 'codexBaseUrl': None})
+            self.assertEqual(self.call('POST', '/api/keys', {'token': token}, 201)['masked'], token.strip())
+            field = 'token' if 'file' in token else 'tokens'       # to know what a file holds now is not enough
+            self.assertEqual(self.refused('PUT', '/api/keys/key', {'baseUrl': 'http://localhost:6', 'token': token})[0], field)
+            moved = {'anthropicBaseUrl': 'http://localhost:6', 'tokens': {'anthropic:key': 'sk-ant-oat01-' + 'x' * 40}}
+            self.assertEqual(self.refused('PUT', '/api/config', moved)[0], field)
+
+    def test_a_token_that_may_become_a_login_goes_to_no_other_server_of_logins_unasked(self):
+        document = make_document()
+        document['openaiKeys'] = {'o': {'token': 'env:NOT_SET'}}
+        self.reload(document)
+        self.assertEqual(self.refused('PUT', '/api/config', {'codexBaseUrl': 'http://localhost:6'})[0], 'tokens')
+
     def test_a_file_that_is_gone_is_made_whole_by_an_edit_and_that_is_logged_once(self):
         before = self.read_config()
         os.unlink(self.path)
