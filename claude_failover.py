@@ -345,6 +345,12 @@ def is_jwt(token):
     return token.startswith('eyJ') and token.count('.') == 2
 
 
+def is_same_secret(given, secret):
+    """Whether two texts are the same, in constant time; JSON's may be such as UTF-8 has not."""
+    return hmac.compare_digest(given.encode('utf-8', 'surrogatepass'),
+                               secret.encode('utf-8', 'surrogatepass'))
+
+
 def jwt_claims(token):
     """What a JSON Web Token (RFC 7519) says of itself, unverified; {} when it is unreadable."""
     try:
@@ -502,6 +508,7 @@ def remove_leftovers(path):
 
 NAME = re.compile(r'[A-Za-z0-9._-]{1,64}')
 TOKEN = re.compile(r'[!-~]+')
+LONE_SURROGATE = re.compile('[\ud800-\udfff]')
 ANTHROPIC, OPENAI = 'anthropic', 'openai'
 CLIENT_REF = 'client'
 #: Wire formats: Anthropic's, and OpenAI's two.
@@ -725,7 +732,33 @@ def parse_config(document):
     profiles = {name: parse_profile(name, entry, keys) for name, entry in entries.items()}
     refuse_shared_ports(profiles)
     values = {attribute_name(s.name): setting_value(document, s) for s in SETTINGS}
+    refuse_half_characters(document)
     return Config(document, profiles, keys, **values)
+
+
+def refuse_half_characters(document):
+    """Raises ConfigError for a text that no file can hold in UTF-8: JSON's \\u can write one half
+    of a surrogate pair without the other."""
+    for path, text in texts_in(document):
+        if LONE_SURROGATE.search(text):
+            name = '.'.join(printable(step) for step in path)
+            field = path[2:3] or path[:1]         # of an entry, or of the document
+            raise ConfigError(f'{name} holds half a character (a lone surrogate): write it anew.',
+                              field=field[0])
+
+
+def texts_in(document):
+    """Yields (path, text) of every text and every name, like (('keys', 'a', 'label'), 'Work')."""
+    places = [((), document)]
+    while places:
+        path, value = places.pop()
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, list):
+            places += [((*path, index), entry) for index, entry in enumerate(value)]
+        elif isinstance(value, dict):
+            places += [((*path, name), entry) for name, entry in value.items()]
+            places += [((*path, name), name) for name in value]
 
 
 def object_field(document, field):
@@ -7546,7 +7579,7 @@ def api_login(call):
     token = wanted_field(call.json(token=check_text), 'token')
     if not access_token:
         return call.send_json(200, {'success': True})
-    if not hmac.compare_digest(token.encode(), access_token.encode()):
+    if not is_same_secret(token, access_token):
         raise BadRequest('This is not the access token.', 401, 'authentication_error',
                          field='token')
     return call.send_json(200, {'success': True}, [session_cookie(access_token)])
@@ -7763,7 +7796,7 @@ def servers_of(config, key):
 
 def knows_token(key, token):
     try:
-        return hmac.compare_digest(read_token(key.token).encode(), token.strip().encode())
+        return is_same_secret(read_token(key.token), token.strip())
     except TokenUnavailable:
         return False
 

@@ -3686,6 +3686,19 @@ class ConfigStoreTest(ScratchTest):
         self.assertTrue(os.path.islink(self.path))
         self.assertIn('new', self.read_config()['keys'])
 
+    def test_text_that_no_file_can_hold_is_refused_by_its_name(self):
+        store = self.store(make_document('a'))
+        for name, value in (('allowedHosts', ['x', '\ud800']), ('modelFallback', {'\ud800': 'x'}), ('modelFallback', {'x': 'y\udfff'})):
+            with self.subTest(name=name), self.assertRaisesRegex(cf.ConfigError, rf'^{name}\.[^\ud800]*surrogate') as caught:
+                store.update(lambda config, name=name, value=value: cf.change_settings(config, {name: value}))
+            self.assertEqual(caught.exception.details, {'field': name})
+        self.write_config('{"keys": {"a": {"token": "%s", "label": "\\ud800"}}}' % token_of('a'))
+        self.assertTrue(store.reload_if_changed())
+        self.assertIn('keys.a.label holds half a character', store.problem)
+        for read in (store.load, lambda: store.update(self.add)):
+            with self.assertRaisesRegex(cf.ConfigError, 'keys.a.label holds half a character'):
+                read()
+
     def test_a_file_that_is_gone_is_written_anew_with_all_that_is_in_force(self):
         for looks in (False, True):               # whether the loss was noticed before the edit
             store = self.store(make_document('a', accessToken='open-sesame', future=1))
@@ -7535,6 +7548,19 @@ class ApiTest(ProgramTest):
         self.assertEqual(answered.json['accessToken'], '...')
         self.assertEqual(self.send('GET', '/api/status', cookie=answered.headers['set-cookie'].partition(';')[0]).status, 200)
         self.assertEqual(self.send('GET', '/dashboard').status, 200 if os.path.exists(cf.DASHBOARD_PATH) else 404)
+
+    def test_half_a_character_is_refused_by_its_field_and_makes_no_token(self):
+        self.reload(make_document('a', 'b', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame'))
+        self.assertEqual(self.call('POST', '/api/login', b'{"token": "\\ud800"}', 401)['error']['field'], 'token')
+        for method, path, body, field in (
+                ('POST', '/api/keys', b'{"token": "%s", "label": "\\ud800"}' % token_of('n').encode(), 'label'),
+                ('POST', '/api/keys', b'{"token": "file:/\\ud800"}', 'token'), ('PUT', '/api/keys/a', b'{"label": "\\udc80"}', 'label'),
+                ('POST', '/api/profiles', b'{"name": "\\ud800"}', 'name'), ('PUT', '/api/profiles/default', b'{"name": "\\ud800"}', 'name'),
+                ('PUT', '/api/config', b'{"allowedHosts": ["\\ud800"]}', 'allowedHosts'), ('PUT', '/api/config', b'{"\\ud800": 1}', '\ud800'),
+                ('PUT', '/api/config', b'{"modelFallback": {"\\ud800": "x"}}', 'modelFallback'),
+                ('PUT', '/api/config', b'{"anthropicBaseUrl": "http://localhost:1", "tokens": {"anthropic:a": "\\ud800"}}', 'tokens')):
+            with self.subTest(path=path, body=body):
+                self.assertEqual(self.refused(method, path, body, x_api_key='open-sesame')[0], field)
 
     def test_a_login_code_lasts_a_minute(self):
         clock = FakeClock()
