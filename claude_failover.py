@@ -448,6 +448,16 @@ def make_private_folder(folder):
     os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
+def make_private(path):
+    """Takes a file or folder from other users' reach; the mode that it had, None where that was
+    private already.  Raises OSError."""
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    if not mode & 0o077 or not hasattr(os, 'fchmod'):         # Windows has no such modes
+        return None
+    os.chmod(path, mode & 0o700)
+    return mode
+
+
 def write_atomically(path, data, mode=0o600):
     """Replaces the file by `data`, whole or not at all; private unless it had another mode.
 
@@ -7226,6 +7236,7 @@ class Change(NamedTuple):
     path: str
     before: str | None
     after: str | None
+    old_mode: int | None = None       # by which others could read it, until the access token came
 
     @property
     def is_change(self):
@@ -7279,11 +7290,15 @@ class ToolSetup:
             if tool.id == 'claude-code' and (access_token or not self._has_login(base)):
                 wanted[TOKEN_VARIABLE] = access_token or ANY_TOKEN
             current = tool.read(text)
-            if all(current.get(name) == value for name, value in wanted.items()):
-                return Change(tool, path, before, before)
-            change = Change(tool, path, before, tool.write(base, wanted))
-            refuse_read_only(path)
-            if not is_dry:
+            is_set = all(current.get(name) == value for name, value in wanted.items())
+            if not is_set:
+                refuse_read_only(path)
+            old_mode = None
+            if access_token and TOKEN_VARIABLE in wanted and before is not None and not is_dry:
+                old_mode = make_private(path)
+            after = before if is_set else tool.write(base, wanted)
+            change = Change(tool, path, before, after, old_mode)
+            if not is_set and not is_dry:
                 was_there = record['existed'] if record else before is not None
                 records[path] = make_record(tool, base, change.after, was_there, wanted)
                 self._save(records)   # first: undo can do with a record of what did not happen
@@ -7412,7 +7427,11 @@ def own_values(config, ports):
 
 
 def describe_setup(change, url):
-    return f'now uses {url} ({change.tool.when})' if change.is_change else f'uses {url} already'
+    told = f'now uses {url} ({change.tool.when})' if change.is_change else f'uses {url} already'
+    if change.old_mode:
+        told += (f'; it holds the access token, so only you can read it now (others could: mode '
+                 f'{change.old_mode:o})')
+    return told
 
 
 def describe_undo(change):

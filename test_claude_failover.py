@@ -6080,6 +6080,21 @@ class ToolSetupTest(ScratchTest):
             self.configure('zsh')
         self.assertEqual(self.setup().state(self.tool('zsh')).problem, 'cannot be used (Is a directory)')
 
+    def test_a_file_that_has_the_access_token_is_for_its_owner_alone(self):
+        for mode, after in ((0o644, 0o600), (0o664, 0o600), (0o755, 0o700), (0o600, 0o600)):
+            self.put(self.settings, '{}')
+            os.chmod(self.settings, mode)
+            self.configure(access_token='open-sesame', is_dry=True)
+            self.assertEqual(stat.S_IMODE(os.stat(self.settings).st_mode), mode)
+            for _ in range(2):        # a file in which it stands already, too
+                change = self.configure(access_token='open-sesame')
+                self.assertEqual(stat.S_IMODE(os.stat(self.settings).st_mode), after)
+                self.assertEqual('only you can read it' in cf.describe_setup(change, URL), mode != after)
+                os.chmod(self.settings, mode)
+            self.configure(access_token='open-sesame')
+            self.undo()
+            self.assertEqual(stat.S_IMODE(os.stat(self.settings).st_mode), after)     # never wider again by us
+
     def test_mode_and_links_of_a_file_stay(self):
         real = os.path.join(self.folder, 'dotfiles', 'zshrc')
         self.put(real, 'a\n')
@@ -8163,6 +8178,19 @@ class CommandLineTest(ScratchTest):
             self.assertRegex(second.stderr, rf'\Aclaude-failover: claude-failover is running already \(pid {process.pid}\)\.[^\n]*\n\Z')
             self.assertEqual(files(), before)
         self.assertIsNone(process.poll())
+
+    def test_a_file_that_gets_the_access_token_is_made_private_and_that_is_said(self):
+        self.write_config(self.free_port_document('a', accessToken='open-sesame'))
+        settings = os.path.join(self.folder, '.claude', 'settings.json')
+        os.makedirs(os.path.dirname(settings))
+        with open(settings, 'w') as file:
+            file.write('{}')
+        os.chmod(settings, 0o644)
+        done = self.run_command('setup', '--only', 'claude-code')
+        with open(settings) as file:
+            self.assertIn('open-sesame', file.read())
+        self.assertEqual(stat.S_IMODE(os.stat(settings).st_mode), 0o600)
+        self.assertEqual(done.stdout.count('mode 644'), 1, done.stdout)
 
     def test_a_file_that_is_gone_is_not_begun_anew_beside_a_proxy_that_has_it_in_force(self):
         self.write_config(make_document('a'))
