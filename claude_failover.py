@@ -4850,14 +4850,15 @@ class ClientConnection:
                 del self._buffer[:2]
             if self._buffer and self._buffer != b'\r':        # half of such a line end
                 return True
+            if self._clock() > deadline:
+                return False
             try:
                 data = self.sock.recv(RECEIVE_BYTES)
                 if not data:
                     return False
                 self._buffer += data
             except BlockingIOError:
-                if self._clock() > deadline:
-                    return False
+                pass                  # CLIENT_READ_S passed; CLIENT_IDLE_S may not have
             except OSError:
                 return False
 

@@ -4028,6 +4028,15 @@ class ClientConnectionsTest(SocketTest):
             self.assertEqual((head.method, connection.read_body(head)), ('POST', b'hello'))
             self.assertIsNone(connection.read_head())
 
+    def test_line_ends_alone_do_not_keep_a_connection(self):
+        clock = FakeClock(START)
+
+        def line_end(size):
+            clock.now += 15
+            return b'\r\n' if clock.now < START + 100 * cf.CLIENT_IDLE_S else b''
+        self.assertIsNone(cf.ClientConnection(mock.Mock(recv=line_end), clock).read_head())
+        self.assertLess(clock.now - START, cf.CLIENT_IDLE_S + 2 * cf.CLIENT_READ_S)
+
     def test_a_body_of_too_many_chunks_is_refused(self):
         with mock.patch.object(cf, 'MAX_CHUNKS', 2), self.assertRaisesRegex(cf.BadRequest, 'more than 2 chunks'):
             self.read(CHUNKED)
