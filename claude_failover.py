@@ -8070,6 +8070,8 @@ LOGIN_ACTIONS = {'autostart': start_at_next_login, 'remove-autostart': start_at_
 # guard first, whatever its path.
 
 LOCAL_NAMES = ('localhost', '127.0.0.1', '[::1]')
+#: A second Host is joined to the first by a comma, and so is neither a name nor a port.
+HOST_AND_PORT = re.compile(r'([^:,]+|\[[^\],]+\]):[0-9]{1,5}')
 
 
 @functools.lru_cache(maxsize=64)
@@ -8078,12 +8080,17 @@ def own_hosts(port):
     return frozenset(name + end for name in LOCAL_NAMES for end in ('', f':{port}'))
 
 
+def is_allowed_host(host, allowed_hosts):
+    """Whether a Host is one of these; a name stands for every port."""
+    match = HOST_AND_PORT.fullmatch(host)
+    return host in allowed_hosts or bool(match) and match.group(1) in allowed_hosts
+
+
 def guard(head, port, config):
     """Raises BadRequest for a request that another site's page, or a rebound name, sent."""
     headers = head.headers
     host = headers.get('host', '')
-    names = {host, host.rpartition(':')[0]}       # an allowed name stands for every port
-    if host.lower() not in own_hosts(port) and not names & set(config.allowed_hosts):
+    if host.lower() not in own_hosts(port) and not is_allowed_host(host, config.allowed_hosts):
         raise Forbidden(f'The Host {printable(host)[:80]!r} is not this proxy: use '
                         f'{local_url(port)}, or add it to "allowedHosts".')
     origin = headers.get('origin')

@@ -6470,7 +6470,10 @@ class HttpServerTest(ProgramTest):
         for fields, status in (({'host': 'box:4080'}, 200), ({'host': 'box'}, 403), ({'host': 'dev.internal:1'}, 200),
                                ({'host': 'dev.internal'}, 200), ({'host': 'dev.internal.evil'}, 403),
                                ({'origin': 'https://app.example', 'sec_fetch_site': 'cross-site'}, 200),
-                               ({'origin': 'https://app.example.evil'}, 403), ({'origin': 'http://app.example'}, 403)):
+                               ({'origin': 'https://app.example.evil'}, 403), ({'origin': 'http://app.example'}, 403),
+                               ({'host': 'dev.internal:1, evil.example'}, 403), ({'host': 'evil.example, dev.internal:1'}, 403),
+                               ({'host': 'dev.internal:1\r\nHost: evil.example'}, 403), ({'host': 'dev.internal:evil'}, 403),
+                               ({'host': 'dev.internal:'}, 403), ({'host': 'box:4080:1'}, 403), ({'host': 'dev.internal:\u0661'}, 403)):
             with self.subTest(fields=fields):
                 self.assertEqual(self.send(**fields).status, status)
 
