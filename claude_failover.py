@@ -6834,6 +6834,8 @@ SYSTEMD_UNIT = f'{PROGRAM}.service'
 #: What the proxy needs of the environment in which it was set up.
 CARRIED_VARIABLES = ('HTTPS_PROXY', 'https_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE',
                      'SSL_CERT_DIR')
+#: Control characters but the tab, and what is left of a path that is no UTF-8.
+NOT_FOR_FILES = re.compile('[\0-\x08\n-\x1f\x7f\ud800-\udfff]')
 #: How long the manager waits before it starts a proxy again that failed.
 RESTART_S = 10
 
@@ -6903,6 +6905,16 @@ def start_command(python, config_path):
     return [python, *BOOT, os.path.abspath(__file__), '--config', config_path, 'start']
 
 
+def refuse_control_characters(command, environment):
+    """Raises FailoverError for what no manager's file can hold: behind a line end, systemd would
+    read another setting."""
+    # A proxy's address may hold a password: of a variable the name alone is shown.
+    for shown, word in (*zip(command, command), *environment.items()):
+        if NOT_FOR_FILES.search(word):
+            raise FailoverError(f'{printable(shown)!r} holds a line end or another character that '
+                                'no file for starting at login can hold: use one without it.')
+
+
 def find_autostart(config_path, environ=os.environ, platform=sys.platform, home=None):
     """The Autostart of this system for a configuration.  Raises FailoverError where there is
     none."""
@@ -6912,6 +6924,7 @@ def find_autostart(config_path, environ=os.environ, platform=sys.platform, home=
                                 shutil.which)
     command = start_command(python, config_path)
     environment = {name: environ[name] for name in CARRIED_VARIABLES if environ.get(name)}
+    refuse_control_characters(command, environment)
     if platform == 'darwin':
         return launchd_autostart(home, command, environment, output_path(config_path))
     if platform.startswith('linux'):

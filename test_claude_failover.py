@@ -5846,6 +5846,14 @@ class AutostartTest(ScratchTest):
                              (command, {'SSL_CERT_FILE': path}, f'{path}/out'))
             self.assertEqual((read['RunAtLoad'], read['KeepAlive'], read['ThrottleInterval']), (True, {'SuccessfulExit': False}, 10))
 
+    def test_a_line_end_in_a_path_or_variable_is_refused(self):
+        for platform in ('linux', 'darwin', 'win32'):
+            for config, environ, word in (('/x\nExecStartPre=/bin/false\n#', {}, 'ExecStartPre'), ('/x\ry', {}, '/x y'), ('/x\x1by', {}, '/x.y'),
+                                          ('/x\udcffy', {}, '/x.y'), ('/x', {'HTTPS_PROXY': 'http://p\nExecStopPost=/bin/false'}, 'HTTPS_PROXY.*line end')):
+                with self.subTest(config=config, platform=platform), self.assertRaisesRegex(cf.FailoverError, word):
+                    cf.find_autostart(config, environ, platform, '/home/u')
+        cf.find_autostart('/x\ty \u00fc\u3000z', {'OTHER': '\n'}, 'linux', '/home/u')
+
     def test_words_are_quoted_for_systemd(self):
         for word, quoted in (('plain', '"plain"'), ('a b', '"a b"'), ('a"b', '"a\\"b"'), ('100%', '"100%%"'), ('a\\b', '"a\\\\b"'), ('$X', '"$$X"')):
             self.assertEqual(cf.systemd_quoted(word, is_command=True), quoted)
