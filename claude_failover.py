@@ -183,6 +183,8 @@ PING_S = 10
 CLIENT_PATIENCE_S = 60
 #: A hint further away than this is a mistake of the upstream's (the longest window is 7 days).
 ABSURD_HINT_S = 31 * 86400
+#: Objects and lists within one another in a field of the configuration: some five have a use.
+MAX_NESTING = 50
 #: Models in one chain of fallbacks.
 MAX_CHAIN = 5
 #: Different repairs of one request for one model.
@@ -733,6 +735,7 @@ def parse_config(document):
     """The Config in a JSON document.  Raises ConfigError naming the field and the remedy."""
     if not isinstance(document, dict):
         raise ConfigError('The configuration must be a JSON object: { ... }.')
+    refuse_deep(document)
     keys = {}
     for provider, field in KEY_FIELDS.items():
         for id, entry in object_field(document, field).items():
@@ -744,6 +747,20 @@ def parse_config(document):
     values = {attribute_name(s.name): setting_value(document, s) for s in SETTINGS}
     refuse_half_characters(document)
     return Config(document, profiles, keys, **values)
+
+
+def refuse_deep(document):
+    """Raises ConfigError for what is read, but could not be copied and written: that goes by
+    recursion."""
+    for name, value in document.items():
+        level = [value]
+        for _ in range(MAX_NESTING):
+            containers = (entry.values() if isinstance(entry, dict) else entry
+                          for entry in level if isinstance(entry, (dict, list)))
+            level = list(itertools.chain.from_iterable(containers))
+        if any(isinstance(entry, (dict, list)) for entry in level):
+            raise ConfigError(f'The field {printable(name)[:60]} is nested too deeply.',
+                              field=name)
 
 
 def refuse_half_characters(document):
@@ -4468,7 +4485,9 @@ class ConfigStore:
         except json.JSONDecodeError as error:
             raise ConfigError(f'{self.path} is not valid JSON: line {error.lineno}, column '
                               f'{error.colno}: {error.msg}. Correct it there.') from error
-        except (ValueError, RecursionError) as error:
+        except RecursionError as error:
+            raise ConfigError(f'{self.path} is nested too deeply. Correct it.') from error
+        except ValueError as error:
             raise ConfigError(f'{self.path} is not valid JSON in UTF-8. Correct it.') from error
         try:
             return parse_config(document)

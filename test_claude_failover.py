@@ -3711,6 +3711,17 @@ class ConfigStoreTest(ScratchTest):
             self.assertEqual((store.current.access_token, store.problem), ('open-sesame', None))
             self.assertIn('was gone', store.notice)
 
+    def test_a_document_that_is_nested_too_deeply_is_refused(self):
+        for depth, words in ((cf.MAX_NESTING + 1, 'field x is nested too deeply'), (900, 'nested too deeply'), (200_000, 'nested too deeply')):
+            for text in ('{"x": %s%s}' % ('[' * depth, ']' * depth), '{"x": %s1%s}' % ('{"y": ' * depth, '}' * depth)):
+                self.write_config(text)
+                store = cf.ConfigStore(self.path)
+                for read in (store.load, lambda store=store: store.update(self.add)):
+                    with self.subTest(depth=depth, text=text[:10]), self.assertRaisesRegex(cf.ConfigError, words):
+                        read()
+        self.write_config('{"x": %s%s}' % ('[' * cf.MAX_NESTING, ']' * cf.MAX_NESTING))
+        self.store().update(self.add)
+
     def test_a_broken_file_is_never_overwritten(self):
         store = self.store(make_document('a'))
         for broken in ('{"keys": ', '{"keys": []}', '\xff'):
