@@ -453,11 +453,12 @@ def make_private_folder(folder):
 def make_private(path):
     """Takes a file or folder from other users' reach; the mode that it had, None where that was
     private already.  Raises OSError."""
-    mode = stat.S_IMODE(os.stat(path).st_mode)
-    if not mode & 0o077 or not hasattr(os, 'fchmod'):         # Windows has no such modes
+    found = os.stat(path).st_mode
+    is_ours = stat.S_ISREG(found) or stat.S_ISDIR(found)      # not /dev/null, by a link to it
+    if not (is_ours and found & 0o077 and os.name != 'nt'):   # Windows has no such modes
         return None
-    os.chmod(path, mode & 0o700)
-    return mode
+    os.chmod(path, found & 0o700)
+    return stat.S_IMODE(found)
 
 
 def write_atomically(path, data, mode=0o600):
@@ -4108,6 +4109,11 @@ class EventBus:
                 self.subscriptions = tuple(s for s in self.subscriptions if s is not subscription)
 
 
+def holds_only(folder, stem):
+    """Whether a folder, no link to one, holds only files whose names begin so."""
+    return not os.path.islink(folder) and all(name.startswith(stem) for name in os.listdir(folder))
+
+
 class JsonLog:
     """One JSON object a line, rotated to PATH.1 at `max_bytes`.
 
@@ -4135,14 +4141,20 @@ class JsonLog:
     def write(self, level, event, **fields):
         """Logs one line.  Levels: `error` needs a person, `warn` was handled, `info` is a
         change or a finished request, `debug` is for us."""
-        if LEVELS.index(level) < self._least:
+        if not self._add(level, event, fields):
             return
-        moment = fields.pop('time', None) or utc_text(self._now())
-        self._records.append({'time': moment, 'level': level, 'event': event, **fields})
         if not self._is_started:
             self.flush()
         elif not self._has_records.is_set():
             self._has_records.set()
+
+    def _add(self, level, event, fields):
+        """Whether a record is one to be logged; then it waits for the next flush."""
+        if LEVELS.index(level) < self._least:
+            return False
+        moment = fields.pop('time', None) or utc_text(self._now())
+        self._records.append({'time': moment, 'level': level, 'event': event, **fields})
+        return True
 
     def _run(self):
         while True:
@@ -4173,6 +4185,7 @@ class JsonLog:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             self._file = os.fdopen(descriptor, 'ab', buffering=0)
             self._size = os.fstat(descriptor).st_size
+            self._make_private_locked()
         left = memoryview(data)
         while left:                   # a disk that is nearly full takes a part of it
             left = left[self._file.write(left):]
@@ -4181,6 +4194,18 @@ class JsonLog:
             self._file.close()
             self._file = None
             os.replace(self.path, self.path + '.1')
+
+    def _make_private_locked(self):
+        """Takes logs of before from other users' reach, and their folder where it is ours."""
+        folder, name = os.path.split(self.path)
+        stem = os.path.splitext(name)[0]
+        for path in (self.path, f'{self.path}.1', folder):
+            with contextlib.suppress(OSError):    # it is not there, or another owner's
+                if path == folder and not holds_only(folder, stem):
+                    continue
+                mode = make_private(path)
+                if mode:
+                    self._add('warn', 'made_private', {'path': path, 'mode': f'{mode:o}'})
 
     def _drop_rest_locked(self):
         """Closes the file, less what was written of lines that are not whole."""
@@ -4401,7 +4426,7 @@ class ConfigStore:
         self.path = path
         self.current = parse_config({})
         self.problem = None           # why the file as it is now is not in force, or None
-        self.notice = None            # something done to the file that its owner should know
+        self._notices = []            # what was done to the file that its owner should know
         self._lock = threading.Lock()
         self._signature = None        # of the file that `current` or `problem` came from
 
@@ -4451,10 +4476,15 @@ class ConfigStore:
                 raise NotSaved(f'{self.path} could not be written ({error.strerror}): '
                                'nothing was changed.') from error
             if signature is None and self.current.document:
-                self.notice = (f'{self.path} was gone: it is written anew, from the configuration '
-                               'in force and the change to it.')
+                self._notices.append(f'{self.path} was gone: it is written anew, from the '
+                                     'configuration in force and the change to it.')
             self._signature, self.current, self.problem = self._look(), config, None
         return config
+
+    def take_notices(self):
+        """[sentence, ...], each once: what was done to the file, for who can tell its owner."""
+        notices, self._notices = self._notices, []
+        return notices
 
     def _look(self):
         try:
@@ -4472,6 +4502,7 @@ class ConfigStore:
             return self.current
 
     def _read_present(self):
+        self._make_folder_private()
         try:
             with open(self.path, 'rb') as file:
                 self._make_private(file)
@@ -4497,14 +4528,28 @@ class ConfigStore:
     def _make_private(self, file):
         found = os.fstat(file.fileno())
         mode = found.st_mode & 0o777
-        if not (mode & 0o077 and stat.S_ISREG(found.st_mode) and hasattr(os, 'fchmod')):
+        if not (mode & 0o077 and stat.S_ISREG(found.st_mode) and os.name != 'nt'):
             return
         try:
             os.fchmod(file.fileno(), 0o600)
-            self.notice = f'{self.path} was readable by others (mode {mode:o}); it is 600 now.'
+            self._notices.append(f'{self.path} was readable by others (mode {mode:o}); it is 600 '
+                                 'now.')
         except OSError:               # another owner's, or a read-only mount
-            self.notice = (f'{self.path} is readable by others (mode {mode:o}) and that cannot '
-                           'be changed from here: make it 600.')
+            self._notices.append(f'{self.path} is readable by others (mode {mode:o}) and that '
+                                 'cannot be changed from here: make it 600.')
+
+    def _make_folder_private(self):
+        """Takes the folder from other users' reach where it is ours: the usual one, not one that
+        --config or a link names."""
+        folder = os.path.dirname(self.path)
+        if folder != os.path.dirname(os.path.expanduser(DEFAULT_CONFIG_PATH)) or (
+                os.path.islink(folder)):
+            return
+        with contextlib.suppress(OSError):        # it is not there, or another owner's
+            mode = make_private(folder)
+            if mode:
+                self._notices.append(f'{folder} was open to others (mode {mode:o}); it is '
+                                     f'{mode & 0o700:o} now.')
 
 
 def running_path(config_path):
@@ -8535,7 +8580,6 @@ class App:
         self.port_problems = {}       # profile name -> why its port is not open
         self.stopping = False
         self._applied = config        # the Config that ports, log and cooldowns agree with
-        self._told_notice = self.store.notice     # the start tells of it
         self._applying = threading.Lock()
         self._stop = threading.Event()
         self._started = time.monotonic()
@@ -8660,9 +8704,7 @@ class App:
                 for name in self.port_problems.keys() - known.keys():
                     self.log.error('port_not_opened', profile=name,
                                    message=self.port_problems[name])
-            notice = self.store.notice
-            if notice != self._told_notice:
-                self._told_notice = notice
+            for notice in self.store.take_notices():
                 self.log.warn('config_notice', message=notice)
         if config is not before:
             self.bus.publish('config', json.dumps(config_view(config)))
@@ -8955,21 +8997,6 @@ def fetch_json(port, path, headers, method='GET'):
         connection.close()
 
 
-def load_config(config_path):
-    """The Config in a file.  Raises ConfigError."""
-    store = ConfigStore(config_path)
-    store.load()
-    return store.current
-
-
-def read_config(config_path):
-    """(Config, None), or (None, the ConfigError that says why it cannot be read)."""
-    try:
-        return load_config(config_path), None
-    except ConfigError as error:
-        return None, error
-
-
 def open_ports(health):
     """{profile: port} of a running proxy; {} where none runs."""
     return {p['name']: p['port'] for p in health['profiles'] if p['port']} if health else {}
@@ -9025,8 +9052,9 @@ def find_configuration(store, problem):
     count = f'{count_of(len(config.keys), "key")}, {count_of(len(config.profiles), "profile")}'
     is_there = os.path.exists(store.path)
     yield Finding('configuration', f'{path}: {count}' if is_there else f'{path}: none yet')
-    if store.notice:
-        yield Finding('configuration', store.notice, f'chmod 600 {path}')
+    is_open = is_there and os.stat(store.path).st_mode & 0o077
+    for notice in store.take_notices():
+        yield Finding('configuration', notice, f'chmod 600 {path}' if is_open else '')
     for name in unknown_fields(config):
         yield Finding('configuration', f'the field {name} is not known',
                       'correct its spelling, or take it out')
@@ -9525,6 +9553,34 @@ def complain(text):
     print(f'{PROGRAM}: {printable(text)}', file=sys.stderr, flush=True)
 
 
+@functools.cache                      # one command may read the file twice
+def complain_once(text):
+    complain(text)
+
+
+def tell_notices(store):
+    for notice in store.take_notices():
+        complain_once(notice)
+
+
+def load_config(config_path):
+    """The Config in a file.  Raises ConfigError."""
+    store = ConfigStore(config_path)
+    try:
+        store.load()
+    finally:
+        tell_notices(store)
+    return store.current
+
+
+def read_config(config_path):
+    """(Config, None), or (None, the ConfigError that says why it cannot be read)."""
+    try:
+        return load_config(config_path), None
+    except ConfigError as error:
+        return None, error
+
+
 def say_json(value):
     say(json.dumps(value, indent=2))
 
@@ -9943,8 +9999,7 @@ def say_started(app):
 def start_warnings(app):
     """What a person should look at, though it stops nothing."""
     config = app.store.current
-    if app.store.notice:
-        yield app.store.notice
+    yield from app.store.take_notices()
     for name in unknown_fields(config):
         yield f'the configuration has a field {printable(name)}, which is not known here.'
     for key in config.keys.values():
@@ -9968,8 +10023,7 @@ def save(options, edit):
     refuse_to_begin_anew(options.config)
     store = ConfigStore(options.config)
     store.update(edit)
-    if store.notice:
-        complain(store.notice)
+    tell_notices(store)
 
 
 def refuse_to_begin_anew(config_path):

@@ -3538,6 +3538,40 @@ class JournalTest(ScratchTest):
         log.error('yes')
         self.assertEqual([line['event'] for line in self.lines()], ['yes'])
 
+    def test_logs_that_others_could_read_are_made_private_and_that_is_logged_once(self):
+        folder = os.path.dirname(self.log_path)
+        os.makedirs(folder)
+        os.chmod(folder, 0o755)
+        for path in (self.log_path, f'{self.log_path}.1'):
+            with open(path, 'w'):
+                pass
+            os.chmod(path, 0o644)
+        log = self.log()
+        for _ in range(2):
+            log.info('line')
+        log.close()
+        self.assertEqual([stat.S_IMODE(os.stat(path).st_mode) for path in (self.log_path, f'{self.log_path}.1', folder)], [0o600, 0o600, 0o700])
+        self.assertEqual([(line['event'], line.get('path'), line.get('mode')) for line in self.lines()],
+                         [('line', None, None), ('made_private', self.log_path, '644'), ('made_private', f'{self.log_path}.1', '644'),
+                          ('made_private', folder, '755'), ('line', None, None)])
+
+    def test_what_is_not_only_ours_keeps_its_mode(self):
+        folder = os.path.dirname(self.log_path)
+        os.makedirs(folder)
+        with open(os.path.join(folder, 'of-another-program.log'), 'w'):
+            pass
+        os.chmod(folder, 0o755)
+        os.symlink('/dev/null', self.log_path)
+        with mock.patch('os.chmod') as chmod:
+            self.log().info('line')
+        chmod.assert_not_called()
+        os.rename(folder, f'{folder}-elsewhere')
+        os.unlink(os.path.join(f'{folder}-elsewhere', 'of-another-program.log'))
+        os.symlink(f'{folder}-elsewhere', folder)
+        with mock.patch('os.chmod') as chmod:
+            self.log().info('line')
+        chmod.assert_not_called()
+
     def test_the_file_is_rotated_and_private(self):
         log = self.log(max_bytes=4096)
         for number in range(100):
@@ -3709,7 +3743,7 @@ class ConfigStoreTest(ScratchTest):
             self.assertEqual((list(self.read_config()['keys']), self.read_config()['accessToken'], self.read_config()['future']),
                              (['a', 'new'], 'open-sesame', 1))
             self.assertEqual((store.current.access_token, store.problem), ('open-sesame', None))
-            self.assertIn('was gone', store.notice)
+            self.assertIn('was gone', ' '.join(store.take_notices()))
 
     def test_a_document_that_is_nested_too_deeply_is_refused(self):
         for depth, words in ((cf.MAX_NESTING + 1, 'field x is nested too deeply'), (900, 'nested too deeply'), (200_000, 'nested too deeply')):
@@ -3809,7 +3843,7 @@ class ConfigStoreTest(ScratchTest):
         with mock.patch('os.fchmod', side_effect=PermissionError(1, 'Operation not permitted')):
             store = self.store()
         self.assertEqual(len(store.current.keys), 1)
-        self.assertIn('make it 600', store.notice)
+        self.assertIn('make it 600', ' '.join(store.take_notices()))
 
     def test_only_regular_files_are_made_private(self):
         with mock.patch('os.fchmod') as fchmod, self.assertRaisesRegex(cf.ConfigError, 'not valid JSON'):
@@ -3824,7 +3858,23 @@ class ConfigStoreTest(ScratchTest):
         os.chmod(self.path, 0o644)
         store = self.store()
         self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
-        self.assertIn('readable by others', store.notice)
+        self.assertEqual(store.take_notices(), [f'{self.path} was readable by others (mode 644); it is 600 now.'])
+        self.assertEqual(store.take_notices(), [])
+
+    def test_of_folders_only_the_usual_one_is_made_private(self):
+        usual = os.path.expanduser(cf.DEFAULT_CONFIG_PATH)
+        for path, mode in ((self.path, 0o755), (usual, 0o700)):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.chmod(os.path.dirname(path), 0o755)
+            store = cf.ConfigStore(path)
+            store.load()
+            self.assertEqual(stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode), mode)
+            self.assertEqual(len(store.take_notices()), mode == 0o700)
+        os.rename(os.path.dirname(usual), self.folder + '/dotfiles')
+        os.chmod(self.folder + '/dotfiles', 0o755)
+        os.symlink(self.folder + '/dotfiles', os.path.dirname(usual))
+        cf.ConfigStore(usual).load()
+        self.assertEqual(stat.S_IMODE(os.stat(self.folder + '/dotfiles').st_mode), 0o755)
 
     def test_two_programs_that_edit_at_once_both_succeed(self):
         self.write_config(make_document('a'))
@@ -7856,6 +7906,13 @@ class DoctorTest(ProgramTest):
         self.assertIn('cooldown key=a reason=auth_failed', ' '.join(f.text for f in self.findings() if f.topic == 'log'))
         self.assertIn(('proxy', 'not running'), self.wrong())
 
+    def test_a_file_that_others_can_read_wants_a_remedy_only_where_it_stays_so(self):
+        for failure, is_wrong in ((None, False), (PermissionError(1, 'Operation not permitted'), True)):
+            os.chmod(self.path, 0o644)
+            with mock.patch('os.fchmod', side_effect=failure, wraps=os.fchmod) if failure else contextlib.nullcontext():
+                found = [finding for finding in self.findings() if 'by others' in finding.text]
+            self.assertEqual([bool(finding.remedy) for finding in found], [is_wrong])
+
     def test_a_clock_that_is_off_is_found(self):
         for date, off_s in (('Tue, 14 Nov 2023 22:13:20 GMT', 0), ('Tue, 14 Nov 2023 22:03:20 GMT', 600), (None, 0), ('soon', 0)):
             self.assertEqual(cf.clock_offset_s(date, START), off_s)
@@ -8222,6 +8279,17 @@ class CommandLineTest(ScratchTest):
             self.assertIn('open-sesame', file.read())
         self.assertEqual(stat.S_IMODE(os.stat(settings).st_mode), 0o600)
         self.assertEqual(done.stdout.count('mode 644'), 1, done.stdout)
+
+    def test_a_file_that_others_could_read_is_made_private_and_each_command_says_so_once(self):
+        for command in (('add-key', 'env:X', 'x'), ('config', 'set', 'queueWaitMs', '5'), ('config', 'get', 'queueWaitMs'), ('list-keys',), ('remove-key', 'x'),
+                        ('setup', '--dry-run', '--only', 'zsh'), ('doctor',)):
+            document = self.free_port_document('a')
+            document['keys'].update({} if command[0] == 'add-key' else {'x': {'token': 'env:X'}})
+            self.write_config(document)
+            os.chmod(self.path, 0o644)
+            done = self.run_command(*command)
+            self.assertEqual((done.stdout + done.stderr).count('mode 644'), 1, (command, done.stderr))
+            self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
 
     def test_a_file_that_is_gone_is_not_begun_anew_beside_a_proxy_that_has_it_in_force(self):
         self.write_config(make_document('a'))
