@@ -10073,14 +10073,17 @@ def describe_places(config, key):
                      for name, place in places.items())
 
 
+def warn_of_history(remedy):
+    complain(f'a token on the command line stays in the shell\'s history; {remedy}.')
+
+
 def read_new_token(options):
     """The token from the command line, standard input (`-`) or a prompt without echo."""
     if options.token == '-':
         return sys.stdin.readline()
     if options.token:
         if not is_reference(options.token) and len(options.token) > 12:
-            complain('a token on the command line stays in the shell\'s history; without it, '
-                     f'{options.command} asks for it.')
+            warn_of_history(f'without it, {options.command} asks for it')
         return options.token
     if not sys.stdin.isatty():
         raise UsageError('There is no terminal to ask on: give the token, or - to read it from '
@@ -10178,6 +10181,8 @@ def set_setting(options):
     save(options, lambda config: change_settings(config, {options.field: value}))
     say(f'{options.field} is {"set" if value is not None else "the default again"}.')
     if options.field == 'accessToken' and value:
+        if options.value != '-':
+            warn_of_history('with - in its place, config set reads it from standard input')
         say(f'Have Claude Code present it: {RUN} setup')
     return 0
 

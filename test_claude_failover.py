@@ -8280,6 +8280,13 @@ class CommandLineTest(ScratchTest):
         self.assertEqual(stat.S_IMODE(os.stat(settings).st_mode), 0o600)
         self.assertEqual(done.stdout.count('mode 644'), 1, done.stdout)
 
+    def test_an_access_token_on_the_command_line_is_warned_about_once(self):
+        for arguments, stdin, count in ((('accessToken', 'a-long-secret-of-many-characters'), '', 1), (('accessToken', '-'), 'a-long-secret-of-many-characters', 0),
+                                        (('accessToken', 'null'), '', 0), (('queueWaitMs', '5'), '', 0)):
+            done = self.run_command('config', 'set', *arguments, stdin=stdin)
+            self.assertEqual((done.returncode, done.stderr.count('shell\'s history')), (0, count), (arguments, done.stderr))
+            self.assertNotIn('a-long-secret', done.stdout + done.stderr)
+
     def test_a_file_that_others_could_read_is_made_private_and_each_command_says_so_once(self):
         for command in (('add-key', 'env:X', 'x'), ('config', 'set', 'queueWaitMs', '5'), ('config', 'get', 'queueWaitMs'), ('list-keys',), ('remove-key', 'x'),
                         ('setup', '--dry-run', '--only', 'zsh'), ('doctor',)):
