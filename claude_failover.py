@@ -239,6 +239,7 @@ class FailoverError(Exception):
     quotes may be anything that a user typed: tokens in it are masked.  `details` go into the
     answer's error too: `field` names what was wrong in a body."""
     status, type, exit_status = 500, 'api_error', 1
+    fields = ()               # header fields that the answer has besides
 
     def __init__(self, message, **details):
         super().__init__(redact(message))
@@ -264,9 +265,9 @@ class UsageError(FailoverError):
 
 class BadRequest(FailoverError):
     """A client's request that is refused before it is planned."""
-    def __init__(self, message, status=400, type='invalid_request_error', **details):
+    def __init__(self, message, status=400, type='invalid_request_error', fields=(), **details):
         super().__init__(message, **details)
-        self.status, self.type = status, type
+        self.status, self.type, self.fields = status, type, fields
 
 
 class Forbidden(FailoverError):
@@ -4849,7 +4850,7 @@ def parse_head(data):
 def check_head(head):
     """Raises BadRequest for what must not be forwarded or cannot be framed for certain."""
     if head.method not in METHODS:
-        raise BadRequest(f'The method {head.method} is not supported.', 405)
+        raise BadRequest(f'The method {head.method} is not supported.', 501)
     path = head.target.partition('?')[0]
     if (not path.startswith('/') or path.startswith('//') or '\\' in head.target
             or '#' in head.target or DOT_SEGMENT.search(path)):
@@ -8293,8 +8294,8 @@ def check_content_type(head):
         raise BadRequest('The body must be sent with content-type: application/json.', 415)
 
 
-def show_options(call):
-    call.response.send(204, [('allow', ', '.join(METHODS)), *OWN_FIELDS])
+def show_options(call, allow):
+    call.response.send(204, [allow, *OWN_FIELDS])
 
 
 def forward(call):
@@ -8318,8 +8319,7 @@ def route(methods, pattern, answer, **options):
 
 
 ROUTES = (
-    route('OPTIONS', '/.*', show_options, is_open=True),
-    route(' '.join(METHODS), '/v1/.+', forward, takes_session=False),
+    route('GET POST PUT PATCH DELETE HEAD', '/v1/.+', forward, takes_session=False),
     route('HEAD GET', '/', show_start_page, is_open=True),
     route('HEAD GET', '/dashboard(?:/.*)?', show_dashboard, is_open=True),
     route('HEAD GET', '/health', api_health),
@@ -8347,6 +8347,10 @@ ROUTES = (
 )
 
 
+#: Of every path that there is; never forwarded.
+OPTIONS_ROUTE = route('OPTIONS', '/.*', show_options, is_open=True)
+
+
 def find_route(head):
     """(Route, its arguments) of a request.  Raises BadRequest: 404, or 405 where only the
     method is wrong."""
@@ -8356,12 +8360,15 @@ def find_route(head):
         match = candidate.pattern.fullmatch(path)
         if match and head.method in candidate.methods:
             return candidate, match.groups()
-        if match and candidate.answer is not show_options:
+        if match:
             methods += candidate.methods
-    if methods:
-        raise BadRequest(f'{path} takes {" and ".join(dict.fromkeys(methods))}.', 405)
-    raise BadRequest(f'There is nothing at {printable(path)[:100]}; the API is below /v1/.', 404,
-                     'not_found_error')
+    if not methods:
+        raise BadRequest(f'There is nothing at {printable(path)[:100]}; the API is below /v1/.',
+                         404, 'not_found_error')
+    allow = ('allow', ', '.join(dict.fromkeys([*methods, 'OPTIONS'])))
+    if head.method == 'OPTIONS':
+        return OPTIONS_ROUTE, (allow,)
+    raise BadRequest(f'{path} takes {" and ".join(dict.fromkeys(methods))}.', 405, fields=[allow])
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -8427,7 +8434,7 @@ class Handler(socketserver.BaseRequestHandler):
             return
         response.keep_alive = response.keep_alive and was_read
         self.server.app.log.debug('refused', status=error.status, message=str(error))
-        fields = [JSON_TYPE, ('request-id', new_request_id()), *OWN_FIELDS]
+        fields = [JSON_TYPE, ('request-id', new_request_id()), *OWN_FIELDS, *error.fields]
         try:
             body = error_json(error.type, str(error), **error.details)
             response.send(error.status, fields, body)

@@ -4033,8 +4033,8 @@ class ClientConnectionsTest(SocketTest):
         for data, status in (
                 (b'GET /\r\n\r\n', 400), (b'GET / HTTP/2.0\r\n\r\n', 400), (b'GET  / HTTP/1.1\r\n\r\n', 400),
                 (b'get / HTTP/1.1\r\n\r\n', 400), (b'GET / HTTP/1.1\nHost: x\n\n', 400),
-                (b'GET / HTTP/1.1\r\nHost: x\n\r\n\r\n', 400), (b'BREW / HTTP/1.1\r\n\r\n', 405),
-                (b'CONNECT x:443 HTTP/1.1\r\n\r\n', 405), (b'TRACE / HTTP/1.1\r\n\r\n', 405),
+                (b'GET / HTTP/1.1\r\nHost: x\n\r\n\r\n', 400), (b'BREW / HTTP/1.1\r\n\r\n', 501),
+                (b'CONNECT x:443 HTTP/1.1\r\n\r\n', 501), (b'TRACE / HTTP/1.1\r\n\r\n', 501),
                 (b'GET http://x/ HTTP/1.1\r\n\r\n', 400), (b'GET //x/ HTTP/1.1\r\n\r\n', 400),
                 (b'GET /a/../b HTTP/1.1\r\n\r\n', 400), (b'GET /a/%2E%2e/b HTTP/1.1\r\n\r\n', 400),
                 (b'GET /a/..%2fb HTTP/1.1\r\n\r\n', 400), (b'GET /a\\b HTTP/1.1\r\n\r\n', 400),
@@ -6485,6 +6485,16 @@ class HttpServerTest(ProgramTest):
                     self.assertIn('request-id', answered.headers)
         self.assertEqual(self.anthropic.seen, [])
 
+    def test_a_path_tells_the_methods_that_it_takes(self):
+        for method, path, status, allow in (
+                ('POST', '/health', 405, 'HEAD, GET, OPTIONS'), ('PATCH', '/api/keys/a', 405, 'PUT, DELETE, OPTIONS'),
+                ('PATCH', '/api/openai-keys?x', 405, 'HEAD, GET, POST, OPTIONS'), ('GET', '/clear-cooldowns', 405, 'POST, OPTIONS'),
+                ('OPTIONS', '/health', 204, 'HEAD, GET, OPTIONS'), ('OPTIONS', '/api/config', 204, 'HEAD, GET, PUT, OPTIONS'),
+                ('OPTIONS', '/v1/messages', 204, 'GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS'), ('OPTIONS', '/nothing', 404, None)):
+            with self.subTest(method=method, path=path):
+                answered = self.send(method, path)
+                self.assertEqual((answered.status, answered.headers.get('allow')), (status, allow))
+
     def test_bodies_may_come_chunked_and_after_100_continue(self):
         body = json.dumps(messages_body()).encode()
         head = (f'POST /v1/messages HTTP/1.1\r\nHost: localhost:{self.port}\r\nContent-Type: application/json\r\n'
@@ -6558,7 +6568,7 @@ class HttpServerTest(ProgramTest):
                         path = pattern.replace('(openai-)?', prefix).replace('([^/]+)', 'x').replace('(?:/.*)?', rest)
                         path = path.replace('/.+', '/messages').replace('/.*', '/x')
                         self.assertTrue(route.pattern.fullmatch(path), path)
-                        yield from ((method, path) for method in route.methods)
+                        yield from ((method, path) for method in (*route.methods, 'OPTIONS'))
 
     def test_every_route_is_behind_the_guard(self):
         addresses = sorted(set(self.addresses()))
