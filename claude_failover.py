@@ -8590,6 +8590,8 @@ class App:
         self._applying = threading.Lock()
         self._stop = threading.Event()
         self._started = time.monotonic()
+        self._tls_thread = threading.Thread(target=self.upstream.tls_context, name='tls',
+                                            daemon=True)
 
     def start(self):
         """Opens every profile's port.  Raises PortTaken, with none left open."""
@@ -8601,7 +8603,7 @@ class App:
         self.watcher.start()
         if self.carrier:
             self.carrier.start()
-        threading.Thread(target=self.upstream.tls_context, name='tls', daemon=True).start()
+        self._tls_thread.start()
         threading.Thread(target=self._reload_loop, name='reload', daemon=True).start()
         self.log.info('started', version=VERSION, pid=os.getpid(), ports=self.ports())
 
@@ -8744,6 +8746,7 @@ class App:
         while len(self.watcher) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.upstream.close_idle()
+        self._tls_thread.join()       # the interpreter's end would pull OpenSSL away under it
         self.log.info('stopped', cut=len(self.watcher))
         self.log.close()
 
