@@ -385,6 +385,7 @@ def printable(text):
                    '\N{REPLACEMENT CHARACTER}' for c in str(text))
 
 
+@functools.lru_cache(maxsize=256)     # models' names
 def header_text(text):
     """Text as one header value: visible ASCII and spaces, and no more than a name's length."""
     return re.sub(r'[^ -~]', '?', str(text)[:600])
@@ -4308,20 +4309,22 @@ class Metrics:
 
     def finished(self, record):
         """Counts one finished request; `record` is what the log line says of it."""
-        attempts = record['attempts']
-        keys = {(attempt['provider'], attempt['key']) for attempt in attempts}
         minute = int(self._now() // 60)
         with self._lock:
             counts = self._counts
             counts['requests'] += 1
             counts[record['outcome']] += 1
-            counts['rotations'] += max(0, len(keys) - 1)
-            counts['fallbacks'] += record.get('fallback') is not None
-            counts['queued'] += record.get('queued_ms', 0) > 0
             counts['input_tokens'] += record.get('input_tokens', 0)
             counts['output_tokens'] += record.get('output_tokens', 0)
-            if record.get('key'):
-                self._served_by[f'{record.get("provider")}:{record["key"]}'] += 1
+            if len(record['attempts']) > 1:
+                keys = {(attempt['provider'], attempt['key']) for attempt in record['attempts']}
+                counts['rotations'] += len(keys) - 1
+            if 'fallback' in record:
+                counts['fallbacks'] += 1
+            if 'queued_ms' in record:
+                counts['queued'] += 1
+            if 'key' in record:
+                self._served_by[f'{record["provider"]}:{record["key"]}'] += 1
             self._recent.append(record)
             if minute not in self._minutes:
                 self._minutes[minute] = Minute()
@@ -4372,12 +4375,12 @@ class Journal:
         self.log, self.metrics, self._bus, self._now = log, metrics, bus or EventBus(), now
 
     def finished(self, record):
-        record = {'time': utc_text(self._now()), **record}
+        moment = utc_text(self._now())
+        record['time'] = moment
         self.metrics.finished(record)
         if self._bus.subscriptions:
             self._bus.publish('request', redact(LINE_ENCODER.encode(record)))
-        level = 'warn' if record['outcome'] == 'failed' else 'info'
-        self.log.write(level, 'request', **record)
+        self.log.write('warn' if record['outcome'] == 'failed' else 'info', 'request', **record)
 
 
 def describe_record(record):
@@ -4575,6 +4578,15 @@ def readable(sockets, seconds=0):
     if not hasattr(select, 'poll'):               # Windows
         return select.select(sockets, [], [], seconds)[0]
     return polled(sockets, select.POLLIN, seconds)
+
+
+def has_news(sock):
+    """Whether a socket has bytes, an end or an error waiting."""
+    if not hasattr(select, 'poll'):               # Windows
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def departed(sockets):
@@ -5656,7 +5668,7 @@ class Upstream:
                     return None
                 sock, since = idle.pop()
             # Bytes on an idle connection are its end, or an answer that nobody asked for.
-            if 0 <= self._now() - since <= POOL_IDLE_S and not readable([sock]):
+            if 0 <= self._now() - since <= POOL_IDLE_S and not has_news(sock):
                 return sock
             sock.close()
 
@@ -5948,7 +5960,7 @@ class Serving:
         self.config = config
         self.clock = clock
         self.started = clock()
-        self.request_id = new_request_id()    # the upstream's, once its answer is relayed
+        self._request_id = None
         self.ticket = None
         self.queue_deadline = None
         self.attempts = []            # [{'key': 'work', 'model': ..., 'status': 429, ...}, ...]
@@ -5973,6 +5985,17 @@ class Serving:
         self.resets = {}              # base URL -> connections lost before an answer
         self.dead_ends = set()        # base URLs that another key would not reach either
         self.stopped = False
+
+    @property
+    def request_id(self):
+        """Ours, or the upstream's once its answer is relayed."""
+        if self._request_id is None:
+            self._request_id = new_request_id()
+        return self._request_id
+
+    @request_id.setter
+    def request_id(self, value):
+        self._request_id = value
 
     @functools.cached_property
     def conversation(self):
@@ -6509,7 +6532,8 @@ class Failover:
         """Gives the client an upstream's answer: the commit."""
         if 200 <= reply.outcome.status < 300:
             self.cooldowns.succeeded(*serving.slot(attempt))
-            self._remember_repairs(serving)
+            if serving.repaired:
+                self._remember_repairs(serving)
         self._leave_queue(serving)
         asked = serving.request.body.model
         serving.record = {
@@ -6522,7 +6546,7 @@ class Failover:
         upstream = reply.upstream
         is_own = upstream is None or bool(reply.fields)       # its head is ours
         headers = {n.lower(): v for n, v in reply.fields} if is_own else upstream.headers
-        serving.request_id = headers.get('request-id', serving.request_id)
+        serving.request_id = headers.get('request-id')
         fields = [*reply.fields, *serving.proxy_fields(attempt)]
         if 'date' not in headers:     # RFC 9110 section 6.6.1: who passes on adds what is missing
             fields.append(('date', http_date(int(self._now()))))
