@@ -4375,8 +4375,7 @@ class Journal:
         self.log, self.metrics, self._bus, self._now = log, metrics, bus or EventBus(), now
 
     def finished(self, record):
-        moment = utc_text(self._now())
-        record['time'] = moment
+        record['time'] = utc_text(self._now())
         self.metrics.finished(record)
         if self._bus.subscriptions:
             self._bus.publish('request', redact(LINE_ENCODER.encode(record)))
@@ -5746,7 +5745,7 @@ def send_request(sock, wanted):
         except BlockingIOError:       # it was ready, and is not any more
             continue
         except (BrokenPipeError, ConnectionResetError):
-            if not readable([sock]):
+            if not has_news(sock):
                 raise
             return False
     return True
