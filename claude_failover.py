@@ -4218,8 +4218,10 @@ class JsonLog:
             self._file = None
 
     def close(self):
+        """Writes what waits.  What comes later is dropped: its folder may be gone."""
         self.flush()
         with self._lock:
+            self._records = collections.deque(maxlen=0)
             if self._file:
                 self._file.close()
                 self._file = None
@@ -9505,14 +9507,20 @@ class Demo:
         self.port = self.app.ports()['default']
         self._thread = threading.Thread(target=self.app.run, name='demo', daemon=True)
         self._thread.start()
+        self._is_over = threading.Event()
 
     def _next_play(self, asked):
         return next(self._plays.get(asked.key, iter(())), 'answer')
 
     def close(self):
+        self._is_over.set()
         self.app.stop()
         self._thread.join(DRAIN_S)
         self.upstream.close()
+
+    def pause(self, seconds):
+        """Waits; whether the demo is over by now."""
+        return self._is_over.wait(seconds)
 
     def play(self, scene):
         """Sends the scene's requests; yields what the journal and the client say of each:
@@ -9635,7 +9643,27 @@ def cmd_demo(options):
         except PortTaken as error:
             raise PortTaken(f'{error} Choose another with --port, or leave it out.') from error
         with contextlib.closing(demo):
-            return play_demo(demo, options)
+            run_beside(play_demo, demo, options)
+    return 0
+
+
+def run_beside(function, *arguments):
+    """Calls a function in a thread, and raises here what it raises.  Ctrl-C then meets this thread,
+    which only waits: one at work may be inside a destructor, which swallows the interrupt, or about
+    to release a lock."""
+    errors = []
+
+    def run():
+        try:
+            function(*arguments)
+        except BaseException as error:
+            errors.append(error)
+    thread = threading.Thread(target=run, name='beside')
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)           # a signal may reach another thread, and wakes only that one
+    for error in errors:
+        raise error
 
 
 def forget_user(folder):
@@ -9660,13 +9688,11 @@ def play_demo(demo, options):
         say()
         say_wrapped(f'{number}. {scene.title}', width)
         say_played(demo, scene, style, width)
-        time.sleep(pause_s)
+        demo.pause(pause_s)
     say()
     say_saved(demo.app.health()['metrics'], demo.app.metrics.history(), style, width)
-    while options.keep:
+    while options.keep and not demo.pause(random.uniform(0.5, 2.5)):
         say_played(demo, random.choice(EVERYDAY), style, width)
-        time.sleep(random.uniform(0.5, 2.5))
-    return 0
 
 
 def terminal_width():

@@ -3614,6 +3614,10 @@ class JournalTest(ScratchTest):
             thread.join(PATIENCE_S)
         log.close()
         self.assertEqual(len(self.lines()), 400)
+        os.unlink(self.log_path)
+        log.info('late')
+        log.flush()
+        self.assertFalse(os.path.exists(self.log_path))     # nor its folder, which may be gone
 
     def test_finished_requests_are_counted(self):
         metrics = cf.Metrics()
