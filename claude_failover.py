@@ -9648,9 +9648,11 @@ def cmd_demo(options):
 
 
 def run_beside(function, *arguments):
-    """Calls a function in a thread, and raises here what it raises.  Ctrl-C then meets this thread,
-    which only waits: one at work may be inside a destructor, which swallows the interrupt, or about
-    to release a lock."""
+    """Calls a function in a thread, and raises here what it raises.
+
+    Ctrl-C then meets this thread, which only waits: one at work may be inside a destructor, which
+    swallows the interrupt, or about to release a lock.
+    """
     errors = []
 
     def run():
