@@ -560,6 +560,7 @@ class Config(NamedTuple):
     document: dict            # as read, with unknown fields; never changed in place
     profiles: dict            # name -> Profile
     keys: dict                # ref -> Key, of both providers
+    has_other_providers: bool         # answers may come from others than Anthropic itself
     model_fallback: dict
     openai_model_fallback: bool
     openai_model_mapping: dict
@@ -577,11 +578,6 @@ class Config(NamedTuple):
 
     def __repr__(self):
         return f'Config({len(self.profiles)} profiles, {len(self.keys)} keys)'
-
-    @property
-    def has_other_providers(self):
-        """Whether answers may come from others than Anthropic itself."""
-        return any(key.provider == OPENAI or key.base_url for key in self.keys.values())
 
 
 class Setting(NamedTuple):
@@ -749,7 +745,8 @@ def parse_config(document):
     refuse_shared_ports(profiles)
     values = {attribute_name(s.name): setting_value(document, s) for s in SETTINGS}
     refuse_half_characters(document)
-    return Config(document, profiles, keys, **values)
+    has_other_providers = any(key.provider == OPENAI or key.base_url for key in keys.values())
+    return Config(document, profiles, keys, has_other_providers, **values)
 
 
 def refuse_deep(document):
@@ -4762,19 +4759,13 @@ class RequestHead(NamedTuple):
     minor_version: int        # 1 for HTTP/1.1
     fields: list              # [Field, ...] as sent
     headers: dict             # lower-case name -> value; repeated ones joined by ', '
+    is_chunked: bool = False
+    length: int = 0           # of the body, where it is not chunked
 
     @property
     def keeps_alive(self):
         options = connection_options(self.headers)
         return 'close' not in options and (self.minor_version == 1 or 'keep-alive' in options)
-
-    @property
-    def is_chunked(self):
-        return 'transfer-encoding' in self.headers
-
-    @property
-    def length(self):
-        return int(self.headers.get('content-length', 0))
 
 
 #: Options that change what becomes of the connection, and of no field.
@@ -4819,7 +4810,7 @@ def goes_upstream(name):
 
 read_request_field = functools.lru_cache(maxsize=512)(
     functools.partial(read_field, goes_on=goes_upstream))
-ENTRY = operator.itemgetter(Field._fields.index('entry'))
+ENTRY, LINE = (operator.itemgetter(Field._fields.index(name)) for name in ('entry', 'line'))
 
 
 def join_fields(entries):
@@ -4837,7 +4828,7 @@ def forwarded_lines(fields, headers):
     """The lines of those fields that go on, as text."""
     named_by_connection = connection_options(headers)
     if named_by_connection <= CONNECTION_OPTIONS:     # nearly always
-        return ''.join([field.line for field in fields])
+        return ''.join(map(LINE, fields))
     return ''.join([field.line for field in fields if field.entry[0] not in named_by_connection])
 
 
@@ -4854,10 +4845,19 @@ def parse_head(data):
     if len(data) > MAX_LINE_BYTES and max(map(len, data.split(b'\r\n'))) > MAX_LINE_BYTES:
         raise BadRequest(f'A line of the request head is over {MAX_LINE_BYTES} bytes.', 431)
     method, target, minor_version = match.groups()
-    head = RequestHead(method, target, int(minor_version), fields,
-                       join_fields(list(map(ENTRY, fields))))
+    headers = join_fields(list(map(ENTRY, fields)))
+    head = RequestHead(method, target, int(minor_version), fields, headers,
+                       'transfer-encoding' in headers, body_length(headers))
     check_head(head)
     return head
+
+
+def body_length(headers):
+    """What Content-Length tells, 0 without one.  Raises BadRequest."""
+    length = headers.get('content-length', '0')
+    if not LENGTH.fullmatch(length):
+        raise BadRequest('Content-Length must be one number.')
+    return int(length)
 
 
 def check_head(head):
@@ -4868,13 +4868,10 @@ def check_head(head):
     if (not path.startswith('/') or path.startswith('//') or '\\' in head.target
             or '#' in head.target or DOT_SEGMENT.search(path)):
         raise BadRequest('The request target must be a path like /v1/messages.')
-    length = head.headers.get('content-length')
     if head.is_chunked:
-        coding = head.headers['transfer-encoding']
-        if coding.lower() != 'chunked' or length is not None or head.minor_version == 0:
+        coding, has_length = head.headers['transfer-encoding'], 'content-length' in head.headers
+        if coding.lower() != 'chunked' or has_length or head.minor_version == 0:
             raise BadRequest('Transfer-Encoding may only be "chunked", without Content-Length.')
-    if length is not None and not LENGTH.fullmatch(length):
-        raise BadRequest('Content-Length must be one number.')
     if head.headers.get('expect', '100-continue').lower() != '100-continue':
         raise BadRequest('The only expectation known is 100-continue.', 417)
 
@@ -5136,6 +5133,7 @@ class ClientRequest:
         if path.startswith('/v1/v1/'):            # a base URL that was set with /v1
             path = path[3:]
         self.method, self.path, self.target = head.method, path, path + mark + query
+        self.is_message = path == MESSAGES_PATH and head.method == 'POST'
         self.body = RequestBody(body)
         self.has_body = bool(body) or head.is_chunked or 'content-length' in head.headers
         self.profile_name = profile_name
@@ -5144,10 +5142,6 @@ class ClientRequest:
         self.credentials = read_credentials(head.headers, access_token)
         #: The field lines that every attempt sends, as text.
         self.forwarded_head = forwarded_lines(head.fields, head.headers)
-
-    @property
-    def is_message(self):
-        return self.path == MESSAGES_PATH and self.method == 'POST'
 
     @property
     def is_read(self):
@@ -5976,9 +5970,9 @@ class Serving:
         self.told_left_out = False    # what a translation leaves out is told once
         self.asks_whole = False       # OpenAI's streams were empty: a plain answer is wanted
         self.translated = None        # the TranslatedStream of the last OpenAI attempt
-        self.begin_round(Plan([], []))
 
     def begin_round(self, plan):
+        """Forgets what was tried; called before anything is."""
         self.plan, self.last_resort = plan
         self.failures = []            # [Failure, ...]
         self.counts = {}              # (an Attempt's kind, rule name) -> answers

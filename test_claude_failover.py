@@ -585,7 +585,7 @@ class ConfigurationTest(unittest.TestCase):
 
     def test_the_config_has_a_field_for_every_setting(self):
         names = {cf.attribute_name(setting.name) for setting in cf.SETTINGS}
-        self.assertEqual(set(cf.Config._fields), names | {'document', 'profiles', 'keys'})
+        self.assertEqual(set(cf.Config._fields), names | {'document', 'profiles', 'keys', 'has_other_providers'})
 
 
 # ==============================================================================
