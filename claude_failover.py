@@ -9631,7 +9631,9 @@ def say_table(rows, indent='  '):
 
 
 def cmd_demo(options):
+    import signal
     import tempfile
+    signal.signal(signal.SIGTERM, signal.default_int_handler)     # nothing is left behind then too
     with tempfile.TemporaryDirectory(prefix=f'{PROGRAM}-demo-') as folder:
         forget_user(folder)
         try:

@@ -8025,20 +8025,25 @@ class DemoTest(ScratchTest):
         self.assertEqual(done.stderr, f'claude-failover: Port {taken.port} of profile default cannot be opened (Address already in use). '
                                       'Choose another with --port, or leave it out.\n')
 
-    def test_it_is_ended_by_ctrl_c(self):
+    def test_it_is_ended_by_ctrl_c_and_by_kill(self):
         # A shell makes what runs in the background ignore Ctrl-C, and its children inherit that.
         self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number.name):
+                self.assertEqual(self.end_demo(number), (130, '', []))
+
+    def end_demo(self, number):
+        """(exit status, stderr, what it left behind) of a demo that gets a signal."""
         port = free_port()
-        process = subprocess.Popen([sys.executable, SCRIPT, 'demo', '--fast', '--keep', '--port', str(port)], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, env={**os.environ, 'TMPDIR': self.folder})
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.stdout.close)
-        for line in process.stdout:
-            if f'localhost:{port}' in line:
-                break
-        self.assertEqual(os.listdir(self.folder)[0][:20], 'claude-failover-demo')
-        process.send_signal(signal.SIGINT)
-        self.assertEqual((process.wait(PATIENCE_S), process.stderr.read(), os.listdir(self.folder)), (130, '', []))
+        command = [sys.executable, SCRIPT, 'demo', '--fast', '--keep', '--port', str(port)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, 'TMPDIR': self.folder}) as process:
+            for line in process.stdout:
+                if f'localhost:{port}' in line:
+                    break
+            self.assertEqual(os.listdir(self.folder)[0][:20], 'claude-failover-demo')
+            process.send_signal(number)
+            return process.wait(PATIENCE_S), process.stderr.read(), os.listdir(self.folder)
 
     def demo(self):
         folder = tempfile.mkdtemp(dir=self.folder)
