@@ -326,6 +326,15 @@ def error_reason(error):
     return getattr(error, 'strerror', None) or type(error).__name__
 
 
+def where_raised(error):
+    """'proxy:1234 < _serve_one:1200': functions and lines of a traceback, without any value."""
+    frames, step = [], error.__traceback__
+    while step:
+        frames.append(f'{step.tb_frame.f_code.co_name}:{step.tb_lineno}')
+        step = step.tb_next
+    return ' < '.join(reversed(frames))
+
+
 def is_reference(token):
     """Whether a token says where the secret stands (`env:NAME`, `file:PATH`), and is none."""
     return token.startswith(('env:', 'file:'))
@@ -446,6 +455,30 @@ def loads_object(data):
     if not isinstance(value, dict):
         raise ValueError(f'not a JSON object but {type(value).__name__}')
     return value
+
+
+def is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_dict(value):
+    """Foreign JSON where an object should be: {} when it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value):
+    return value if isinstance(value, list) else []
+
+
+def text_or_none(value):
+    return value if isinstance(value, str) and value else None
+
+
+def dump_body(body):
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(',', ':')).encode()
+    except UnicodeEncodeError:        # half an emoji: only an escape can carry it
+        return json.dumps(body, separators=(',', ':')).encode()
 
 
 def make_private_folder(folder):
@@ -587,10 +620,6 @@ class Setting(NamedTuple):
     unit: str
     check: Callable
     help: str
-
-
-def is_whole(value):
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def whole_number(least, unit):
@@ -1297,26 +1326,6 @@ class RequestBody:
         if match:
             return bytes(self.data[:match.start(1)]) + model.encode() + self.data[match.end(1):]
         return dump_body({**self.json, 'model': model})
-
-
-def dump_body(body):
-    try:
-        return json.dumps(body, ensure_ascii=False, separators=(',', ':')).encode()
-    except UnicodeEncodeError:        # half an emoji: only an escape can carry it
-        return json.dumps(body, separators=(',', ':')).encode()
-
-
-def as_dict(value):
-    """Foreign JSON where an object should be: {} when it is none."""
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value):
-    return value if isinstance(value, list) else []
-
-
-def text_or_none(value):
-    return value if isinstance(value, str) and value else None
 
 
 def without_thinking(body, unwanted=lambda block: True):
@@ -8463,15 +8472,6 @@ class Handler(socketserver.BaseRequestHandler):
             return
         if not response.keep_alive:
             connection.drain()
-
-
-def where_raised(error):
-    """'proxy:1234 < _serve_one:1200': functions and lines of a traceback, without any value."""
-    frames, step = [], error.__traceback__
-    while step:
-        frames.append(f'{step.tb_frame.f_code.co_name}:{step.tb_lineno}')
-        step = step.tb_next
-    return ' < '.join(reversed(frames))
 
 
 class Workers:
