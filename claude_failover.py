@@ -32,6 +32,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Configuration edits     Config -> Config: what commands do to it
     Planning                which key with which model, in which order
     Request bodies          the model in a body, and repairs that a fallback model needs
+    Targets                 where a key's requests go, and with which head
     Classification          RULES: what every upstream answer means
     Event streams           whole server-sent events, and what they said on their way through
     Request translation     a Messages request in OpenAI's two wire formats
@@ -39,6 +40,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Cooldowns               who rests until when, and the queue of those who wait
     Journal                 the log file, the counters, the recent requests
     Configuration store     the file: atomic, private, reloaded when it changes
+    Secrets                 what stands behind file:PATH and env:NAME
     Exchanges               both ends of a request, and the watcher that sees either end leave
     Client connections      request heads and bodies read strictly, answers written once
     Upstream                connections that are reused, answers that are read strictly
@@ -1572,6 +1574,165 @@ def drop_unsigned_thinking(data):
 
 
 # ==============================================================================
+# Targets
+# ==============================================================================
+# Where a key's requests go, and with which head.  Pure: a token comes in as a value.
+
+class Target(NamedTuple):
+    """Where an attempt goes."""
+    wire: str                 # MESSAGES, CHAT_COMPLETIONS or RESPONSES
+    base_url: str
+    model: str | None = None
+    is_codex: bool = False    # ChatGPT's own server: Responses with limits
+    is_openai: bool = False   # OpenAI's own host, which knows all its fields
+
+    @property
+    def answerer(self):
+        """Who answers there, as far as it says what a request may hold."""
+        return self.base_url, self.model
+
+
+#: Behind an OpenAI base URL, by wire format.
+WIRE_PATHS = {CHAT_COMPLETIONS: '/chat/completions', RESPONSES: '/responses'}
+
+
+class BaseUrl(NamedTuple):
+    scheme: str
+    host: str
+    port: int
+    host_field: str           # what goes into Host
+    path: str                 # a prefix without a closing slash
+
+
+@functools.lru_cache(maxsize=64)
+def parse_base_url(url):
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or (443 if parts.scheme == 'https' else 80)
+    path = parts.path.rstrip('/')
+    path = path[:-3] if path.endswith('/v1') else path      # our targets begin with /v1
+    return BaseUrl(parts.scheme, parts.hostname, port, parts.netloc, path)
+
+
+def is_login(key, token):
+    """Whether an OpenAI key is a ChatGPT login, which goes to Codex.  With a server of its own
+    a JSON Web Token is that server's API key."""
+    return key.provider == OPENAI and not key.base_url and is_jwt(token)
+
+
+def account_id(claims):
+    """The ChatGPT account in a login's claims, or None."""
+    account = as_dict(claims.get('https://api.openai.com/auth')).get('chatgpt_account_id')
+    return account if isinstance(account, str) and TOKEN.fullmatch(account) else None
+
+
+def find_target(config, key, token, model):
+    """The Target of an attempt."""
+    if key.provider == ANTHROPIC:
+        return Target(MESSAGES, key.base_url or config.anthropic_base_url, model)
+    if is_login(key, token):
+        return Target(RESPONSES, config.codex_base_url, model, is_codex=True)
+    base_url = key.base_url or config.openai_base_url
+    is_openai = urllib.parse.urlsplit(base_url).hostname == 'api.openai.com'
+    return Target(key.api or config.openai_api, base_url, model, is_openai=is_openai)
+
+
+class UpstreamRequest(NamedTuple):
+    """One attempt as it is sent."""
+    base: BaseUrl
+    method: str
+    head: bytes
+    body: bytes
+
+
+def build_request(request, key, base_url, token, data, betas):
+    """The UpstreamRequest of one attempt; `data` and `betas` may differ from the client's."""
+    base = parse_base_url(base_url)
+    credentials = request.credentials
+    if key.id != CLIENT_REF:
+        is_bearer = is_oauth(key, token)
+        credentials = [key_field(token, is_bearer)]
+        if is_bearer and OAUTH_BETA not in betas:
+            betas = [*betas, OAUTH_BETA]
+    lines = [f'{request.method} {base.path}{request.target} HTTP/1.1', f'host: {base.host_field}']
+    lines += [f'{name}: {value}' for name, value in credentials]
+    if betas:
+        lines.append('anthropic-beta: ' + ','.join(betas))
+    if request.has_body:
+        lines.append(f'content-length: {len(data)}')
+    lines.append('accept-encoding: identity')
+    head = '\r\n'.join(lines) + '\r\n' + request.forwarded_head + '\r\n'
+    return UpstreamRequest(base, request.method, head.encode('latin-1'), data)
+
+
+def is_oauth(key, token):
+    """Whether an Anthropic key's token goes as Bearer, with its beta."""
+    return key.oauth or token.startswith('sk-ant-oat')
+
+
+def key_field(token, is_bearer):
+    """The header field that carries a token."""
+    return ('authorization', f'Bearer {token}') if is_bearer else ('x-api-key', token)
+
+
+def request_head(first_line, fields):
+    """The bytes of a request's head."""
+    lines = [first_line, *(f'{name}: {value}' for name, value in fields)]
+    return ('\r\n'.join(lines) + '\r\n\r\n').encode('latin-1')
+
+
+def build_openai_request(target, token, body, session):
+    """The UpstreamRequest of a translated attempt; none of the client's header fields go out.
+    `session` names the conversation to Codex, or is None."""
+    base = parse_base_url(target.base_url)
+    data = dump_body(body)
+    fields = [('host', base.host_field), ('authorization', f'Bearer {token}'),
+              ('content-type', 'application/json'), ('content-length', len(data)),
+              ('accept', 'text/event-stream' if body.get('stream') else 'application/json'),
+              ('accept-encoding', 'identity'), ('user-agent', f'{PROGRAM}/{VERSION}')]
+    if target.is_codex:
+        fields += [('chatgpt-account-id', account_id(jwt_claims(token))),
+                   ('openai-beta', 'responses=experimental'), ('originator', PROGRAM)]
+        fields += [('session_id', session)] if session else []
+    head = request_head(f'POST {openai_path(target)} HTTP/1.1', fields)
+    return UpstreamRequest(base, 'POST', head, data)
+
+
+def openai_path(target):
+    """The path behind a base URL, whose own path and query stay: only a bare host gets /v1."""
+    parts = urllib.parse.urlsplit(target.base_url)
+    path, end = parts.path.rstrip('/') or '/v1', WIRE_PATHS[target.wire]
+    path = path if path.endswith(end) else path + end
+    return f'{path}?{parts.query}' if parts.query else path
+
+
+def models_path(target):
+    """Where a target's server lists its models."""
+    path = urllib.parse.urlsplit(target.base_url).path.rstrip('/')
+    if target.wire == MESSAGES:
+        return f'{parse_base_url(target.base_url).path}{MODELS_PATH}?limit=1'
+    if target.is_codex:
+        return f'{path}/models?client_version={VERSION}'
+    end = WIRE_PATHS[target.wire]
+    return (path[:-len(end)] if path.endswith(end) else path or '/v1') + '/models'
+
+
+def build_key_test(target, key, token):
+    """The UpstreamRequest of a KeyTest."""
+    base = parse_base_url(target.base_url)
+    fields = [('host', base.host_field), ('accept-encoding', 'identity'),
+              ('user-agent', f'{PROGRAM}/{VERSION}')]
+    if target.wire == MESSAGES:
+        fields += [('anthropic-version', '2023-06-01'), key_field(token, is_oauth(key, token))]
+        fields += [('anthropic-beta', OAUTH_BETA)] if is_oauth(key, token) else []
+    else:
+        fields.append(key_field(token, is_bearer=True))
+    if target.is_codex:
+        fields.append(('chatgpt-account-id', account_id(jwt_claims(token))))
+    head = request_head(f'GET {models_path(target)} HTTP/1.1', fields)
+    return UpstreamRequest(base, 'GET', head, b'')
+
+
+# ==============================================================================
 # Classification
 # ==============================================================================
 # What an upstream's answer means.  Knows statuses, headers and texts; does not know which
@@ -2233,15 +2394,6 @@ class Conversation(NamedTuple):
     web_search: dict | None   # the server tool of that name
     names: ToolNames
     notes: Notes
-
-
-class Target(NamedTuple):
-    """Where an attempt goes."""
-    wire: str                 # MESSAGES, CHAT_COMPLETIONS or RESPONSES
-    base_url: str
-    model: str | None = None
-    is_codex: bool = False    # ChatGPT's own server: Responses with limits
-    is_openai: bool = False   # OpenAI's own host, which knows all its fields
 
 
 # -- names and ids -------------------------------------------------------------
@@ -4579,6 +4731,86 @@ def log_path(config_path):
 
 
 # ==============================================================================
+# Secrets
+# ==============================================================================
+# Where the secret of a key is read: from its file or variable, anew each time.
+
+#: Where programs keep a login that `file:PATH` may name: Claude Code's, the Codex CLI's.
+TOKEN_FIELDS = (('claudeAiOauth', 'accessToken'), ('tokens', 'access_token'), ('access_token',),
+                ('accessToken',), ('OPENAI_API_KEY',))
+
+
+class TokenUnavailable(Exception):
+    """A token's environment variable or file gives none, or its login is over; the text says
+    which and what to do."""
+
+
+def read_token(reference):
+    """The secret behind a key's token, read anew each time.  Raises TokenUnavailable."""
+    kind, _, place = reference.partition(':')
+    if kind == 'env':
+        token = os.environ.get(place, '').strip()
+        reason = f'environment variable {place} is not set'
+    elif kind == 'file':
+        token, reason = read_token_file(os.path.expanduser(place))
+    else:
+        return reference
+    if not TOKEN.fullmatch(token):
+        raise TokenUnavailable(reason)
+    return token
+
+
+def read_token_file(path):
+    """(token, why there is none): from a file that holds it alone, or a login's JSON."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            text = file.read(MAX_ERROR_BODY_BYTES).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        return '', f'file {path} cannot be read ({error_reason(error)})'
+    if not text.startswith('{'):
+        return text, f'file {path} does not hold a token alone'
+    try:
+        document = loads_object(text)
+    except ValueError:
+        return '', f'file {path} is not valid JSON'
+    for names in TOKEN_FIELDS:
+        value = document
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, str) and value:
+            return value, f'file {path} holds a token with a space or control character'
+    return '', f'file {path} holds no access token'
+
+
+def usable_token(key, now):
+    """The secret of a key, or TokenUnavailable: also for a ChatGPT login that has expired, or
+    that names no account."""
+    token = read_token(key.token)
+    if not is_login(key, token):
+        return token
+    claims = jwt_claims(token)
+    follows = 'let the Codex CLI renew it (codex login)'
+    if not is_reference(key.token):
+        follows += f' and add it as {RUN} add-openai-key file:~/.codex/auth.json'
+    expires = claims.get('exp')
+    if isinstance(expires, (int, float)) and expires <= now:
+        ago = format_duration(now - max(expires, 0))
+        raise TokenUnavailable(f'the ChatGPT login expired {ago} ago: {follows}')
+    if not account_id(claims):
+        raise TokenUnavailable(f'the ChatGPT login names no account: {follows}')
+    return token
+
+
+def server_of(config, key):
+    """The base URL to which a key's requests go; without its token the one for API keys."""
+    try:
+        token = read_token(key.token)
+    except TokenUnavailable:
+        token = ''
+    return find_target(config, key, token, None).base_url
+
+
+# ==============================================================================
 # Exchanges
 # ==============================================================================
 
@@ -5199,190 +5431,8 @@ def presents(value, access_token):
 STATUS_LINE = re.compile(r'HTTP/1\.([01]) ([1-5][0-9][0-9])(?: .*)?')
 ODD_LENGTH = re.compile(rb'(?i)\r\n(?:content-length|transfer-encoding)'
                         rb'(?:[^:\r\n]*[ \t]:|:[^\r\n]*\r\n[ \t])')
-#: Where programs keep a login that `file:PATH` may name: Claude Code's, the Codex CLI's.
-TOKEN_FIELDS = (('claudeAiOauth', 'accessToken'), ('tokens', 'access_token'), ('access_token',),
-                ('accessToken',), ('OPENAI_API_KEY',))
 #: macOS's own bundle, for Pythons that were installed without one.
 SYSTEM_CA_FILE = '/etc/ssl/cert.pem'
-
-
-class TokenUnavailable(Exception):
-    """A token's environment variable or file gives none, or its login is over; the text says
-    which and what to do."""
-
-
-class BaseUrl(NamedTuple):
-    scheme: str
-    host: str
-    port: int
-    host_field: str           # what goes into Host
-    path: str                 # a prefix without a closing slash
-
-
-@functools.lru_cache(maxsize=64)
-def parse_base_url(url):
-    parts = urllib.parse.urlsplit(url)
-    port = parts.port or (443 if parts.scheme == 'https' else 80)
-    path = parts.path.rstrip('/')
-    path = path[:-3] if path.endswith('/v1') else path      # our targets begin with /v1
-    return BaseUrl(parts.scheme, parts.hostname, port, parts.netloc, path)
-
-
-def read_token(reference):
-    """The secret behind a key's token, read anew each time.  Raises TokenUnavailable."""
-    kind, _, place = reference.partition(':')
-    if kind == 'env':
-        token = os.environ.get(place, '').strip()
-        reason = f'environment variable {place} is not set'
-    elif kind == 'file':
-        token, reason = read_token_file(os.path.expanduser(place))
-    else:
-        return reference
-    if not TOKEN.fullmatch(token):
-        raise TokenUnavailable(reason)
-    return token
-
-
-def read_token_file(path):
-    """(token, why there is none): from a file that holds it alone, or a login's JSON."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            text = file.read(MAX_ERROR_BODY_BYTES).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        return '', f'file {path} cannot be read ({error_reason(error)})'
-    if not text.startswith('{'):
-        return text, f'file {path} does not hold a token alone'
-    try:
-        document = loads_object(text)
-    except ValueError:
-        return '', f'file {path} is not valid JSON'
-    for names in TOKEN_FIELDS:
-        value = document
-        for name in names:
-            value = value.get(name) if isinstance(value, dict) else None
-        if isinstance(value, str) and value:
-            return value, f'file {path} holds a token with a space or control character'
-    return '', f'file {path} holds no access token'
-
-
-def usable_token(key, now):
-    """The secret of a key, or TokenUnavailable: also for a ChatGPT login that has expired, or
-    that names no account."""
-    token = read_token(key.token)
-    if not is_login(key, token):
-        return token
-    claims = jwt_claims(token)
-    follows = 'let the Codex CLI renew it (codex login)'
-    if not is_reference(key.token):
-        follows += f' and add it as {RUN} add-openai-key file:~/.codex/auth.json'
-    expires = claims.get('exp')
-    if isinstance(expires, (int, float)) and expires <= now:
-        ago = format_duration(now - max(expires, 0))
-        raise TokenUnavailable(f'the ChatGPT login expired {ago} ago: {follows}')
-    if not account_id(claims):
-        raise TokenUnavailable(f'the ChatGPT login names no account: {follows}')
-    return token
-
-
-def is_login(key, token):
-    """Whether an OpenAI key is a ChatGPT login, which goes to Codex.  With a server of its own
-    a JSON Web Token is that server's API key."""
-    return key.provider == OPENAI and not key.base_url and is_jwt(token)
-
-
-def account_id(claims):
-    """The ChatGPT account in a login's claims, or None."""
-    account = as_dict(claims.get('https://api.openai.com/auth')).get('chatgpt_account_id')
-    return account if isinstance(account, str) and TOKEN.fullmatch(account) else None
-
-
-def find_target(config, key, token, model):
-    """The Target of an attempt."""
-    if key.provider == ANTHROPIC:
-        return Target(MESSAGES, key.base_url or config.anthropic_base_url, model)
-    if is_login(key, token):
-        return Target(RESPONSES, config.codex_base_url, model, is_codex=True)
-    base_url = key.base_url or config.openai_base_url
-    is_openai = urllib.parse.urlsplit(base_url).hostname == 'api.openai.com'
-    return Target(key.api or config.openai_api, base_url, model, is_openai=is_openai)
-
-
-def server_of(config, key):
-    """The base URL to which a key's requests go; without its token the one for API keys."""
-    try:
-        token = read_token(key.token)
-    except TokenUnavailable:
-        token = ''
-    return find_target(config, key, token, None).base_url
-
-
-class UpstreamRequest(NamedTuple):
-    """One attempt as it is sent."""
-    base: BaseUrl
-    method: str
-    head: bytes
-    body: bytes
-
-
-def build_request(request, key, base_url, token, data, betas):
-    """The UpstreamRequest of one attempt; `data` and `betas` may differ from the client's."""
-    base = parse_base_url(base_url)
-    credentials = request.credentials
-    if key.id != CLIENT_REF:
-        is_bearer = is_oauth(key, token)
-        credentials = [key_field(token, is_bearer)]
-        if is_bearer and OAUTH_BETA not in betas:
-            betas = [*betas, OAUTH_BETA]
-    lines = [f'{request.method} {base.path}{request.target} HTTP/1.1', f'host: {base.host_field}']
-    lines += [f'{name}: {value}' for name, value in credentials]
-    if betas:
-        lines.append('anthropic-beta: ' + ','.join(betas))
-    if request.has_body:
-        lines.append(f'content-length: {len(data)}')
-    lines.append('accept-encoding: identity')
-    head = '\r\n'.join(lines) + '\r\n' + request.forwarded_head + '\r\n'
-    return UpstreamRequest(base, request.method, head.encode('latin-1'), data)
-
-
-def is_oauth(key, token):
-    """Whether an Anthropic key's token goes as Bearer, with its beta."""
-    return key.oauth or token.startswith('sk-ant-oat')
-
-
-def request_head(first_line, fields):
-    """The bytes of a request's head."""
-    lines = [first_line, *(f'{name}: {value}' for name, value in fields)]
-    return ('\r\n'.join(lines) + '\r\n\r\n').encode('latin-1')
-
-
-def key_field(token, is_bearer):
-    """The header field that carries a token."""
-    return ('authorization', f'Bearer {token}') if is_bearer else ('x-api-key', token)
-
-
-def build_openai_request(target, token, body, session):
-    """The UpstreamRequest of a translated attempt; none of the client's header fields go out.
-    `session` names the conversation to Codex, or is None."""
-    base = parse_base_url(target.base_url)
-    data = dump_body(body)
-    fields = [('host', base.host_field), ('authorization', f'Bearer {token}'),
-              ('content-type', 'application/json'), ('content-length', len(data)),
-              ('accept', 'text/event-stream' if body.get('stream') else 'application/json'),
-              ('accept-encoding', 'identity'), ('user-agent', f'{PROGRAM}/{VERSION}')]
-    if target.is_codex:
-        fields += [('chatgpt-account-id', account_id(jwt_claims(token))),
-                   ('openai-beta', 'responses=experimental'), ('originator', PROGRAM)]
-        fields += [('session_id', session)] if session else []
-    head = request_head(f'POST {openai_path(target)} HTTP/1.1', fields)
-    return UpstreamRequest(base, 'POST', head, data)
-
-
-def openai_path(target):
-    """The path behind a base URL, whose own path and query stay: only a bare host gets /v1."""
-    parts = urllib.parse.urlsplit(target.base_url)
-    path, end = parts.path.rstrip('/') or '/v1', WIRES[target.wire].path
-    path = path if path.endswith(end) else path + end
-    return f'{path}?{parts.query}' if parts.query else path
 
 
 def goes_to_client(name):
@@ -5796,71 +5846,6 @@ def outbound_proxy(base):
 
 def is_loopback(host):
     return host == 'localhost' or host == '::1' or host.startswith('127.')
-
-
-class KeyTest(NamedTuple):
-    """What a server said to a key."""
-    is_valid: bool
-    status: int               # 0: no answer
-    message: str
-    ms: int
-    url: str
-
-
-def test_key(config, key, upstream, exchange, clock=time.monotonic, now=time.time):
-    """Asks a key's server for its list of models, which costs nothing; the KeyTest."""
-    started, url = clock(), ''
-
-    def tested(is_valid, status, message):
-        return KeyTest(is_valid, status, redact(message), round((clock() - started) * 1000), url)
-    try:
-        token = usable_token(key, now())
-        target = find_target(config, key, token, None)
-        wanted = build_key_test(target, key, token)
-        url = f'{wanted.base.scheme}://{wanted.base.host_field}{models_path(target)}'
-        response = upstream.open(wanted, exchange, CONNECT_S)
-        try:
-            message = read_error(response.read_all(MAX_ERROR_BODY_BYTES)).message
-        finally:
-            response.close()
-    except TokenUnavailable as error:
-        return tested(False, 0, str(error))
-    except (UpstreamUnreachable, UpstreamCut, UpstreamTimeout) as error:
-        return tested(False, 0, str(error) or 'no answer in time')
-    message = message.replace(token, mask_token(token))
-    status = response.status
-    if status < 300:
-        return tested(True, status, 'the key is accepted')
-    if status in (404, 405):          # a compatible server without such a list
-        return tested(True, status, 'the server has no list of models, but did not refuse the key')
-    return tested(status == 429, status, message or 'refused')
-
-
-def models_path(target):
-    """Where a target's server lists its models."""
-    path = urllib.parse.urlsplit(target.base_url).path.rstrip('/')
-    if target.wire == MESSAGES:
-        return f'{parse_base_url(target.base_url).path}{MODELS_PATH}?limit=1'
-    if target.is_codex:
-        return f'{path}/models?client_version={VERSION}'
-    end = WIRES[target.wire].path
-    return (path[:-len(end)] if path.endswith(end) else path or '/v1') + '/models'
-
-
-def build_key_test(target, key, token):
-    """The UpstreamRequest of a KeyTest."""
-    base = parse_base_url(target.base_url)
-    fields = [('host', base.host_field), ('accept-encoding', 'identity'),
-              ('user-agent', f'{PROGRAM}/{VERSION}')]
-    if target.wire == MESSAGES:
-        fields += [('anthropic-version', '2023-06-01'), key_field(token, is_oauth(key, token))]
-        fields += [('anthropic-beta', OAUTH_BETA)] if is_oauth(key, token) else []
-    else:
-        fields.append(key_field(token, is_bearer=True))
-    if target.is_codex:
-        fields.append(('chatgpt-account-id', account_id(jwt_claims(token))))
-    head = request_head(f'GET {models_path(target)} HTTP/1.1', fields)
-    return UpstreamRequest(base, 'GET', head, b'')
 
 
 # ==============================================================================
@@ -6305,7 +6290,7 @@ class Failover:
 
     def _translate(self, serving, target, token):
         """The same for an OpenAI target."""
-        repairs = self._repairs_for(serving, target[1:3])
+        repairs = self._repairs_for(serving, target.answerer)
         if any(name == 'use_responses' for name, _ in repairs):
             target = target._replace(wire=RESPONSES)
         try:
@@ -6343,7 +6328,7 @@ class Failover:
         answerer, repair = attempt.model, outcome.repair
         if attempt.key.provider == OPENAI:
             target, body = serving.sent
-            answerer = target[1:3]
+            answerer = target.answerer
             if not changes_request(repair, target, body):
                 return False
         needed = self._repairs_for(serving, answerer)
@@ -7943,6 +7928,44 @@ def api_order_keys(call, kind):
     call.app.update(lambda config: order_keys(config, name, PROVIDER_OF[kind], ids))
     call.app.log.info('keys_ordered', profile=name)
     call.send_json(200, {'success': True})
+
+
+class KeyTest(NamedTuple):
+    """What a server said to a key."""
+    is_valid: bool
+    status: int               # 0: no answer
+    message: str
+    ms: int
+    url: str
+
+
+def test_key(config, key, upstream, exchange, clock=time.monotonic, now=time.time):
+    """Asks a key's server for its list of models, which costs nothing; the KeyTest."""
+    started, url = clock(), ''
+
+    def tested(is_valid, status, message):
+        return KeyTest(is_valid, status, redact(message), round((clock() - started) * 1000), url)
+    try:
+        token = usable_token(key, now())
+        target = find_target(config, key, token, None)
+        wanted = build_key_test(target, key, token)
+        url = f'{wanted.base.scheme}://{wanted.base.host_field}{models_path(target)}'
+        response = upstream.open(wanted, exchange, CONNECT_S)
+        try:
+            message = read_error(response.read_all(MAX_ERROR_BODY_BYTES)).message
+        finally:
+            response.close()
+    except TokenUnavailable as error:
+        return tested(False, 0, str(error))
+    except (UpstreamUnreachable, UpstreamCut, UpstreamTimeout) as error:
+        return tested(False, 0, str(error) or 'no answer in time')
+    message = message.replace(token, mask_token(token))
+    status = response.status
+    if status < 300:
+        return tested(True, status, 'the key is accepted')
+    if status in (404, 405):          # a compatible server without such a list
+        return tested(True, status, 'the server has no list of models, but did not refuse the key')
+    return tested(status == 429, status, message or 'refused')
 
 
 def api_test_key(call, kind, id):
