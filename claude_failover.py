@@ -31,8 +31,9 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Configuration           SETTINGS, Key, Profile, Config: parsed once, never changed
     Configuration edits     Config -> Config: what commands do to it
     Planning                which key with which model, in which order
-    Request bodies          the model in a body, and repairs that a fallback model needs
+    Request bodies          the model in a body, and thinking that Anthropic did not sign
     Targets                 where a key's requests go, and with which head
+    Repairs                 what a refused request becomes
     Classification          RULES: what every upstream answer means
     Event streams           whole server-sent events, and what they said on their way through
     Request translation     a Messages request in OpenAI's two wire formats
@@ -1357,209 +1358,6 @@ def is_unsigned(block):
     return not seal or str(seal).startswith(OWN_MARKS)
 
 
-def without_path(value, path):
-    """`value` without the field at `path` (names; a number means every item of that list).
-    Names that are not there are skipped: Anthropic's error paths also hold type tags."""
-    if not path:
-        return value
-    name, rest = path[0], path[1:]
-    if isinstance(value, list):
-        return [without_path(item, rest if name.isdigit() else path) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if name not in value:
-        return without_path(value, rest)
-    if not rest:
-        return {key: item for key, item in value.items() if key != name}
-    return {**value, name: without_path(value[name], rest)}
-
-
-def without_thinking_edits(body):
-    """Without `context_management` edits about thinking: they need `thinking` itself."""
-    management = body.get('context_management')
-    if not isinstance(management, dict):
-        return body
-    edits = [edit for edit in as_list(management.get('edits'))
-             if 'thinking' not in str(as_dict(edit).get('type'))]
-    if edits:
-        return {**body, 'context_management': {**management, 'edits': edits}}
-    return without_path(body, ['context_management'])
-
-
-def smaller(number, text):
-    return min(number, int(text)) if is_whole(number) else int(text)
-
-
-class Repair(NamedTuple):
-    """How to send a request without one thing that a model lacks.
-
-    `pattern` finds the complaint in a 400's message; `edit(body, subject)` and, for a beta,
-    the header lose the subject, which is the pattern's first group or ''.
-    """
-    name: str
-    pattern: str
-    edit: Callable = lambda body, subject: body
-
-
-REPAIRS = (
-    Repair('signature', r'signature.{0,5} in .{0,3}(?:redacted_)?thinking|thinking\.signature',
-           lambda body, subject: without_thinking(body)),
-    Repair('missing_thinking', r'must start with a thinking block|expected .{0,3}thinking.{0,60}'
-           r'found', lambda body, subject: without_thinking_edits(without_path(
-               body, ['thinking']))),
-    Repair('beta', r'(?<![a-z0-9-])([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)[`"\']*.{0,20}anthropic-beta'
-                   r'|anthropic-beta\D{0,40}?([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)'),
-    Repair('field', r'^([A-Za-z_][\w.-]*): extra inputs are not permitted',
-           lambda body, subject: without_path(body, subject.split('.'))),
-    Repair('max_tokens', r'max_tokens: \d+ > (\d{1,9})',
-           lambda body, subject: {**body, 'max_tokens': smaller(body.get('max_tokens'), subject)}),
-    Repair('effort', r'\beffort\b', lambda body, subject: without_path(without_path(
-        body, ['output_config', 'effort']), ['messages', '0', 'output_config', 'effort'])),
-    Repair('output_config', r'output_config',
-           lambda body, subject: without_path(body, ['output_config'])),
-    Repair('context_management', r'context_management',
-           lambda body, subject: without_path(body, ['context_management'])),
-    Repair('thinking', r'thinking', lambda body, subject: without_thinking_edits(
-        without_path(body, ['thinking']))),
-)
-
-
-#: Repairs of one conversation: they say nothing about the model.
-REPAIRS_OF_CONVERSATIONS = ('signature', 'missing_thinking', 'room')
-
-
-def is_about_model(name, subject):
-    """Whether a repair helps with any conversation on the same model."""
-    return name not in REPAIRS_OF_CONVERSATIONS and not subject.startswith(('messages', 'input'))
-
-
-#: What a request to OpenAI is about: without it, it would ask for something else.
-ESSENTIAL = frozenset((
-    'model', 'messages', 'input', 'instructions', 'stream', 'tools', 'tool_choice', 'store',
-    'response_format', 'text', 'format', 'role', 'content', 'type', 'name', 'function',
-    'parameters', 'arguments', 'id', 'call_id', 'tool_call_id', 'tool_calls', 'output'))
-
-
-TOKEN_LIMITS = {'max_tokens': 'max_completion_tokens', 'max_completion_tokens': 'max_tokens'}
-
-
-def without_parameter(body, subject):
-    """Without the parameter that OpenAI names like 'reasoning.effort' or 'tools[0].strict'.
-    The limit of tokens has an old and a new name: each is tried in place of the other."""
-    other_name = TOKEN_LIMITS.get(subject)
-    if other_name and subject in body:
-        body = {**body, other_name: body[subject]}
-    return without_path(body, re.findall(r'[\w-]+', subject))
-
-
-def with_output_limit(body, subject):
-    """With at most this many output tokens, or with what a context leaves for them ('8192 100':
-    its size, and what the input takes)."""
-    limit, *taken = (int(number) for number in subject.split())
-    limit = max(1, limit - sum(taken))
-    names = ('max_completion_tokens', 'max_output_tokens', 'max_tokens')
-    return {**body, **{name: min(body[name], limit) for name in names if name in body}}
-
-
-EFFORTS = ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
-
-
-def nearest_effort(effort, accepted):
-    """The highest accepted effort that is not above this one, else the lowest above `none`;
-    None when there is none."""
-    ranked = [name for name in EFFORTS if name in accepted and name != 'none']
-    below = [name for name in ranked if EFFORTS.index(name) <= EFFORTS.index(effort)]
-    return (below[-1:] or ranked[:1] or [None])[0]
-
-
-def with_accepted_effort(body, subject):
-    """With the nearest of the efforts that a 400 lists."""
-    reasoning = as_dict(body.get('reasoning'))
-    effort = body.get('reasoning_effort') or reasoning.get('effort')
-    accepted = re.findall(r'\w+', subject)
-    if effort not in EFFORTS or effort in accepted:
-        return body
-    nearest = nearest_effort(effort, accepted)
-    if nearest is None:
-        return without_path(without_path(body, ['reasoning_effort']), ['reasoning'])
-    if reasoning:
-        return {**body, 'reasoning': {**reasoning, 'effort': nearest}}
-    return {**body, 'reasoning_effort': nearest}
-
-
-def with_short_descriptions(body, subject):
-    """With tool descriptions cut to what a server takes."""
-    def cut(tool):
-        tool = as_dict(tool)
-        if 'function' in tool:
-            return {**tool, 'function': cut(tool['function'])}
-        text = tool.get('description')
-        return {**tool, 'description': text[:int(subject)]} if text else tool
-    return {**body, 'tools': [cut(tool) for tool in as_list(body.get('tools'))]}
-
-
-#: The same for OpenAI and its many likenesses; the body is one that was translated.  The last
-#: rows read what the likes of vLLM and llama.cpp say.
-OPENAI_REPAIRS = (
-    Repair('use_responses', r'use (?:the )?/?v1/responses'),
-    Repair('output_limit', r'at most (\d{1,9}) (?:completion|output) tokens', with_output_limit),
-    Repair('room', r'maximum context length is (\d{1,9}) tokens.{0,60}requested \d+ tokens '
-                   r'\((\d{1,9}) in the messages(?:, (\d{1,9}) in the functions)?',
-           with_output_limit),
-    Repair('room', r'maximum context length is (\d{1,9}) tokens and your request has (\d{1,9}) '
-                   r'input tokens', with_output_limit),
-    Repair('effort', r'^(?=.*effort).*supported values are:? (.{0,120})', with_accepted_effort),
-    Repair('descriptions', r'description.{0,80}maximum length (?:of )?(\d{1,6})',
-           with_short_descriptions),
-    Repair('parameter', r'(?:unsupported|unknown|not supported|not permitted).*'
-                        r'\(parameter ([\w.\[\]-]+)\)$', without_parameter),
-    Repair('parameter', r'(?:unsupported|unknown|unrecognized|unexpected) (?:request )?'
-                        r'(?:parameter|argument|keyword argument|field|property|value)s?'
-                        r'(?: supplied)?:? *[`\'"]?([A-Za-z_][\w.\[\]-]*)', without_parameter),
-    Repair('parameter', r'(?:^|[\s.])([A-Za-z_][\w.]*): extra (?:inputs|fields) (?:are )?not '
-                        r'permitted', without_parameter),
-    Repair('parameter', r'[`\'"]([A-Za-z_][\w.\[\]-]*)[`\'"] (?:parameter )?is (?:not '
-                        r'(?:supported|allowed|permitted)|unsupported)', without_parameter),
-)
-
-
-def find_repair(message, repairs=REPAIRS):
-    """(name, subject) of the first repair that fits a 400's message, or None.  The subject is
-    what the pattern's groups found."""
-    for repair in repairs:
-        match = re.search(repair.pattern, message[:MAX_MESSAGE_CHARS], re.IGNORECASE)
-        if match:
-            return repair.name, ' '.join(group for group in match.groups() if group)
-    return None
-
-
-def find_openai_repair(message):
-    """The same for OpenAI's 400s; None also where a repair would leave nothing to ask for."""
-    repair = find_repair(message, OPENAI_REPAIRS)
-    if repair and repair[0] == 'room':
-        size, *taken = (int(number) for number in repair[1].split())
-        return repair if sum(taken) < size else None
-    if repair and repair[0] == 'parameter':
-        names = re.findall(r'[A-Za-z_]\w*', repair[1])
-        return repair if names and names[-1] not in ESSENTIAL else None
-    return repair
-
-
-def edit_body(body, needed, repairs=REPAIRS):
-    """The body after some (name, subject) repairs."""
-    by_name = {repair.name: repair for repair in repairs}
-    for name, subject in needed:
-        body = by_name[name].edit(body, subject)
-    return body
-
-
-def apply_repairs(needed, data, betas):
-    """(body bytes, beta names) after some (name, subject) repairs of a Messages request."""
-    unwanted = {subject for name, subject in needed if name == 'beta'}
-    body = edit_body(loads_object(data), needed)
-    return dump_body(body), [beta for beta in betas if beta not in unwanted]
-
-
 def drop_unsigned_thinking(data):
     """The body's bytes without thinking that Anthropic did not sign (another provider's
     answer is in the history); the same bytes where there is none."""
@@ -1733,6 +1531,228 @@ def build_key_test(target, key, token):
 
 
 # ==============================================================================
+# Repairs
+# ==============================================================================
+# What a refused request becomes.  An upstream's complaint is learnt from, not a list of models.
+
+class Repair(NamedTuple):
+    """How to send a request without one thing that a model lacks.
+
+    `pattern` finds the complaint in a 400's message; `edit(body, subject)` and, for a beta,
+    the header lose the subject, which is the pattern's first group or ''.
+    """
+    name: str
+    pattern: str
+    edit: Callable = lambda body, subject: body
+
+
+def without_path(value, path):
+    """`value` without the field at `path` (names; a number means every item of that list).
+    Names that are not there are skipped: Anthropic's error paths also hold type tags."""
+    if not path:
+        return value
+    name, rest = path[0], path[1:]
+    if isinstance(value, list):
+        return [without_path(item, rest if name.isdigit() else path) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if name not in value:
+        return without_path(value, rest)
+    if not rest:
+        return {key: item for key, item in value.items() if key != name}
+    return {**value, name: without_path(value[name], rest)}
+
+
+def without_thinking_edits(body):
+    """Without `context_management` edits about thinking: they need `thinking` itself."""
+    management = body.get('context_management')
+    if not isinstance(management, dict):
+        return body
+    edits = [edit for edit in as_list(management.get('edits'))
+             if 'thinking' not in str(as_dict(edit).get('type'))]
+    if edits:
+        return {**body, 'context_management': {**management, 'edits': edits}}
+    return without_path(body, ['context_management'])
+
+
+def smaller(number, text):
+    return min(number, int(text)) if is_whole(number) else int(text)
+
+
+class Needed(NamedTuple):
+    """A repair that a complaint asks for; `subject` is what the pattern's groups found."""
+    name: str
+    subject: str
+
+
+#: Repairs of one conversation: they say nothing about the model.
+CONVERSATION_REPAIRS = (
+    Repair('signature', r'signature.{0,5} in .{0,3}(?:redacted_)?thinking|thinking\.signature',
+           lambda body, subject: without_thinking(body)),
+    Repair('missing_thinking', r'must start with a thinking block|expected .{0,3}thinking.{0,60}'
+           r'found', lambda body, subject: without_thinking_edits(without_path(
+               body, ['thinking']))),
+)
+#: Repairs for a model, whatever the conversation.
+MODEL_REPAIRS = (
+    Repair('beta', r'(?<![a-z0-9-])([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)[`"\']*.{0,20}anthropic-beta'
+                   r'|anthropic-beta\D{0,40}?([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)'),
+    Repair('field', r'^([A-Za-z_][\w.-]*): extra inputs are not permitted',
+           lambda body, subject: without_path(body, subject.split('.'))),
+    Repair('max_tokens', r'max_tokens: \d+ > (\d{1,9})',
+           lambda body, subject: {**body, 'max_tokens': smaller(body.get('max_tokens'), subject)}),
+    Repair('effort', r'\beffort\b', lambda body, subject: without_path(without_path(
+        body, ['output_config', 'effort']), ['messages', '0', 'output_config', 'effort'])),
+    Repair('output_config', r'output_config',
+           lambda body, subject: without_path(body, ['output_config'])),
+    Repair('context_management', r'context_management',
+           lambda body, subject: without_path(body, ['context_management'])),
+    Repair('thinking', r'thinking', lambda body, subject: without_thinking_edits(
+        without_path(body, ['thinking']))),
+)
+REPAIRS = CONVERSATION_REPAIRS + MODEL_REPAIRS
+PASSING_REPAIRS = ('room', *(repair.name for repair in CONVERSATION_REPAIRS))
+
+
+def is_about_model(name, subject):
+    """Whether a repair helps with any conversation on the same model."""
+    return name not in PASSING_REPAIRS and not subject.startswith(('messages', 'input'))
+
+
+#: What a request to OpenAI is about: without it, it would ask for something else.
+ESSENTIAL = frozenset((
+    'model', 'messages', 'input', 'instructions', 'stream', 'tools', 'tool_choice', 'store',
+    'response_format', 'text', 'format', 'role', 'content', 'type', 'name', 'function',
+    'parameters', 'arguments', 'id', 'call_id', 'tool_call_id', 'tool_calls', 'output'))
+
+
+TOKEN_LIMITS = {'max_tokens': 'max_completion_tokens', 'max_completion_tokens': 'max_tokens'}
+
+
+def without_parameter(body, subject):
+    """Without the parameter that OpenAI names like 'reasoning.effort' or 'tools[0].strict'.
+    The limit of tokens has an old and a new name: each is tried in place of the other."""
+    other_name = TOKEN_LIMITS.get(subject)
+    if other_name and subject in body:
+        body = {**body, other_name: body[subject]}
+    return without_path(body, re.findall(r'[\w-]+', subject))
+
+
+def with_output_limit(body, subject):
+    """With at most this many output tokens, or with what a context leaves for them ('8192 100':
+    its size, and what the input takes)."""
+    limit, *taken = (int(number) for number in subject.split())
+    limit = max(1, limit - sum(taken))
+    names = ('max_completion_tokens', 'max_output_tokens', 'max_tokens')
+    return {**body, **{name: min(body[name], limit) for name in names if name in body}}
+
+
+EFFORTS = ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
+
+
+def nearest_effort(effort, accepted):
+    """The highest accepted effort that is not above this one, else the lowest above `none`;
+    None when there is none."""
+    ranked = [name for name in EFFORTS if name in accepted and name != 'none']
+    below = [name for name in ranked if EFFORTS.index(name) <= EFFORTS.index(effort)]
+    return (below[-1:] or ranked[:1] or [None])[0]
+
+
+def with_accepted_effort(body, subject):
+    """With the nearest of the efforts that a 400 lists."""
+    reasoning = as_dict(body.get('reasoning'))
+    effort = body.get('reasoning_effort') or reasoning.get('effort')
+    accepted = re.findall(r'\w+', subject)
+    if effort not in EFFORTS or effort in accepted:
+        return body
+    nearest = nearest_effort(effort, accepted)
+    if nearest is None:
+        return without_path(without_path(body, ['reasoning_effort']), ['reasoning'])
+    if reasoning:
+        return {**body, 'reasoning': {**reasoning, 'effort': nearest}}
+    return {**body, 'reasoning_effort': nearest}
+
+
+def with_short_descriptions(body, subject):
+    """With tool descriptions cut to what a server takes."""
+    def cut(tool):
+        tool = as_dict(tool)
+        if 'function' in tool:
+            return {**tool, 'function': cut(tool['function'])}
+        text = tool.get('description')
+        return {**tool, 'description': text[:int(subject)]} if text else tool
+    return {**body, 'tools': [cut(tool) for tool in as_list(body.get('tools'))]}
+
+
+#: The same for OpenAI and its many likenesses; the body is one that was translated.  The last
+#: rows read what the likes of vLLM and llama.cpp say.
+OPENAI_REPAIRS = (
+    Repair('use_responses', r'use (?:the )?/?v1/responses'),
+    Repair('output_limit', r'at most (\d{1,9}) (?:completion|output) tokens', with_output_limit),
+    Repair('room', r'maximum context length is (\d{1,9}) tokens.{0,60}requested \d+ tokens '
+                   r'\((\d{1,9}) in the messages(?:, (\d{1,9}) in the functions)?',
+           with_output_limit),
+    Repair('room', r'maximum context length is (\d{1,9}) tokens and your request has (\d{1,9}) '
+                   r'input tokens', with_output_limit),
+    Repair('effort', r'^(?=.*effort).*supported values are:? (.{0,120})', with_accepted_effort),
+    Repair('descriptions', r'description.{0,80}maximum length (?:of )?(\d{1,6})',
+           with_short_descriptions),
+    Repair('parameter', r'(?:unsupported|unknown|not supported|not permitted).*'
+                        r'\(parameter ([\w.\[\]-]+)\)$', without_parameter),
+    Repair('parameter', r'(?:unsupported|unknown|unrecognized|unexpected) (?:request )?'
+                        r'(?:parameter|argument|keyword argument|field|property|value)s?'
+                        r'(?: supplied)?:? *[`\'"]?([A-Za-z_][\w.\[\]-]*)', without_parameter),
+    Repair('parameter', r'(?:^|[\s.])([A-Za-z_][\w.]*): extra (?:inputs|fields) (?:are )?not '
+                        r'permitted', without_parameter),
+    Repair('parameter', r'[`\'"]([A-Za-z_][\w.\[\]-]*)[`\'"] (?:parameter )?is (?:not '
+                        r'(?:supported|allowed|permitted)|unsupported)', without_parameter),
+)
+
+
+def find_repair(message, repairs=REPAIRS):
+    """What a 400's message needs by the first repair that fits, or None."""
+    for repair in repairs:
+        match = re.search(repair.pattern, message[:MAX_MESSAGE_CHARS], re.IGNORECASE)
+        if match:
+            return Needed(repair.name, ' '.join(group for group in match.groups() if group))
+    return None
+
+
+def find_openai_repair(message):
+    """The same for OpenAI's 400s; None also where a repair would leave nothing to ask for."""
+    needed = find_repair(message, OPENAI_REPAIRS)
+    if needed and needed.name == 'room':
+        size, *taken = (int(number) for number in needed.subject.split())
+        return needed if sum(taken) < size else None
+    if needed and needed.name == 'parameter':
+        names = re.findall(r'[A-Za-z_]\w*', needed.subject)
+        return needed if names and names[-1] not in ESSENTIAL else None
+    return needed
+
+
+def edit_body(body, needed, repairs=REPAIRS):
+    """The body after some [Needed, ...]."""
+    by_name = {repair.name: repair for repair in repairs}
+    for name, subject in needed:
+        body = by_name[name].edit(body, subject)
+    return body
+
+
+def apply_repairs(needed, data, betas):
+    """(body bytes, beta names) of a Messages request after some [Needed, ...]."""
+    unwanted = {subject for name, subject in needed if name == 'beta'}
+    body = edit_body(loads_object(data), needed)
+    return dump_body(body), [beta for beta in betas if beta not in unwanted]
+
+
+def changes_request(needed, target, body):
+    """Whether a repair of OPENAI_REPAIRS would send another request than this."""
+    if needed.name == 'use_responses':
+        return target.wire == CHAT_COMPLETIONS
+    return edit_body(body, [needed], OPENAI_REPAIRS) != body
+
+
+# ==============================================================================
 # Classification
 # ==============================================================================
 # What an upstream's answer means.  Knows statuses, headers and texts; does not know which
@@ -1785,8 +1805,9 @@ class Answer(NamedTuple):
 
 class Rule(NamedTuple):
     """One row of the policy: an answer with one of `statuses` (empty: any) for which `when`
-    holds means `step`.  What cools is `scope` (None: nothing), for what `hint(answer)` reads
-    from the answer, else `cooldown_s`, doubling up to `doubles_to_s` while it repeats."""
+    finds something means `step`; a REPAIR's `when` finds what is Needed.  What cools is `scope`
+    (None: nothing), for what `hint(answer)` reads from the answer, else `cooldown_s`, doubling up
+    to `doubles_to_s` while it repeats; a row with `needs_hint` fits only where there is one."""
     name: str
     statuses: tuple           # or a range
     step: Step
@@ -1796,6 +1817,7 @@ class Rule(NamedTuple):
     cooldown_s: float = 0
     doubles_to_s: float = 0
     hint: Callable = lambda answer: None
+    needs_hint: bool = False
     again: Again = Again.NEVER
     tries: int = 1_000        # so many such answers for one model, and it is given up
     strikes: int = 1          # cools at so many in a row
@@ -1811,7 +1833,7 @@ class Outcome(NamedTuple):
     status: int               # 0 when there was no answer
     message: str
     hint_s: float | None
-    repair: tuple | None = None       # (name, subject) of a REPAIR step
+    repair: Needed | None = None      # of a REPAIR step
 
 
 def parse_retry_after(value, now):
@@ -1981,15 +2003,14 @@ def lacks_rate_limit_fields(answer):
         name.startswith('anthropic-ratelimit-') for name in answer.headers)
 
 
-def is_about_conversation(answer):
-    repair = find_repair(answer.message)
-    return repair is not None and repair[0] in REPAIRS_OF_CONVERSATIONS
+def find_conversation_repair(answer):
+    return find_repair(answer.message, CONVERSATION_REPAIRS)
 
 
-def is_unsupported_by_fallback(answer):
+def find_fallback_repair(answer):
     """Claude Code mends such 400s of the model that it asked for by itself, by their wording;
     of a fallback it does not know."""
-    return answer.is_fallback and find_repair(answer.message) is not None
+    return find_repair(answer.message, MODEL_REPAIRS) if answer.is_fallback else None
 
 
 #: The policy, first match first.  A new status or wording is a row.
@@ -2005,8 +2026,8 @@ RULES = (
          when=says('organization (has been|is) disabled|oauth .{0,80}not (allowed|supported)'
                    '.{0,80}organization|organization .{0,80}not .{0,80}oauth'),
          waits=False, attention=True),
-    Rule('bad_thinking', (400,), Step.REPAIR, when=is_about_conversation),
-    Rule('unsupported_field', (400,), Step.REPAIR, when=is_unsupported_by_fallback),
+    Rule('bad_thinking', (400,), Step.REPAIR, when=find_conversation_repair),
+    Rule('unsupported_field', (400,), Step.REPAIR, when=find_fallback_repair),
     Rule('auth_failed', (401,), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
          cooldown_s=300, doubles_to_s=3600, waits=False, attention=True),
     Rule('billing', (402,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600, waits=False,
@@ -2028,8 +2049,7 @@ RULES = (
          when=lambda answer: says('extra usage')(answer) or 'out_of_credits' in answer.headers.get(
              'anthropic-ratelimit-unified-overage-disabled-reason', ''), waits=False),
     Rule('rate_limited', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR, cooldown_s=30,
-         when=lambda answer: seconds_to_limit_reset(answer) is not None,
-         hint=seconds_to_limit_reset),
+         hint=seconds_to_limit_reset, needs_hint=True),
     Rule('request_limited', (429,), Step.NEXT_KEY, tries=2, other_models=False,
          when=lambda answer: lacks_rate_limit_fields(answer)
          and answer.headers.get('x-should-retry', '').lower() == 'true'),
@@ -2100,7 +2120,7 @@ OPENAI_RULES = (
              r'model_not_found|model .{0,80}(not supported when using codex|does not exist|'
              r'not found)|invalid model name')(answer), waits=False),
     Rule('unsupported_parameter', (400, 422), Step.REPAIR,
-         when=lambda answer: find_openai_repair(answer.message) is not None),
+         when=lambda answer: find_openai_repair(answer.message)),
     Rule('context_too_long', (400, 413, 422), Step.RELAY, when=says(TOO_LONG)),
     Rule('auth_failed', (401, 403), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
          cooldown_s=300, doubles_to_s=3600, waits=False, attention=True),
@@ -2172,10 +2192,16 @@ def error_type(status):
 
 
 def classify(answer, rules=RULES):
-    """The Outcome of an Answer: the first of the rules that fits."""
-    rule = next(rule for rule in rules
-                if (not rule.statuses or answer.status in rule.statuses) and rule.when(answer))
-    return Outcome(rule, answer.status, redact(answer.message), rule.hint(answer))
+    """The Outcome of an Answer, by the first of the rules that fits: the last of them fits all."""
+    for rule in rules:
+        if rule.statuses and answer.status not in rule.statuses:
+            continue
+        found = rule.when(answer)
+        hint_s = rule.hint(answer) if found else None
+        if found and not (rule.needs_hint and hint_s is None):
+            break
+    repair = found if rule.step is Step.REPAIR else None
+    return Outcome(rule, answer.status, redact(answer.message), hint_s, repair)
 
 
 class ErrorText(NamedTuple):
@@ -3990,13 +4016,6 @@ def stops_to_watch(conversation, target):
     is_told = target.wire == CHAT_COMPLETIONS and stop_fields(
         conversation, find_limits(target.model))
     return () if is_told else tuple(wanted_stops(conversation.body))
-
-
-def changes_request(repair, target, body):
-    """Whether a repair of OPENAI_REPAIRS would send another request than this."""
-    if repair[0] == 'use_responses':
-        return target.wire == CHAT_COMPLETIONS
-    return edit_body(body, [repair], OPENAI_REPAIRS) != body
 
 
 def answer_stream(conversation, target, message_id, clean=redact):
@@ -6336,8 +6355,8 @@ class Failover:
             return False
         needed.append(repair)
         serving.repaired += 1
-        self._journal.log.info('repair', model=attempt.model, repair=repair[0],
-                               subject=serving.without_secrets(repair[1]))
+        self._journal.log.info('repair', model=attempt.model, repair=repair.name,
+                               subject=serving.without_secrets(repair.subject))
         return True
 
     def _remember_repairs(self, serving):
@@ -6375,9 +6394,6 @@ class Failover:
             status or upstream.status, upstream.headers, error.type, error.message, self._now(),
             request.path, attempt.model, attempt.model != request.body.model, error.details)
         outcome = classify(answer, OPENAI_RULES if is_openai else RULES)
-        if outcome.rule.step is Step.REPAIR:
-            find = find_openai_repair if is_openai else find_repair
-            outcome = outcome._replace(repair=find(error.message))
         # Only now: a credential may be a word that means something in the message.
         return outcome._replace(message=serving.without_secrets(outcome.message))
 
