@@ -9,14 +9,17 @@ One request, from top to bottom of its path (and from bottom to top of this file
 
     Handler             reads the head strictly, guards Host and Origin, matches ROUTES
     forward             makes a ClientRequest and an Exchange (both ends of one request)
-    Failover.serve      plans, tries, queues, and gives the final failure
+    Serving.serve       one round after another: plans, tries, queues
       plan_attempts     [Attempt(key, model), ...] in the profile's order, OpenAI's last
       read_conversation for an OpenAI key: the request in OpenAI's words (WIRES)
       Upstream.open     sends one attempt; an UpstreamResponse or UpstreamUnreachable
-      classify          what the answer means: one row of RULES or OPENAI_RULES
+      AnswerReader      reads an answer as far as it takes to know what it means
+      classify          the Outcome: one row of RULES or OPENAI_RULES
       TranslatedStream  OpenAI's answer in Anthropic's words, event by event
       Cooldowns         which key rests, for which model, until when; who waits for it
-      ClientResponse    the commit: after its first byte there is no failover any more
+      relay             the commit: after its first byte there is no failover any more
+      StreamCarrier     passes on the events of all streams
+    final_failure       what the client is told when nothing is left
     Journal.finished    one log line, the counters, the recent requests
 
 Words: a *key* is one credential; a *profile* is an order of keys with its own port; an
@@ -46,7 +49,9 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Client connections      request heads and bodies read strictly, answers written once
     Upstream                connections that are reused, answers that are read strictly
     Carrying streams        one thread that passes on the events of all streams
-    Failover                one request from its plan to its answer
+    Answers                 one answer: read until its meaning is known, then relayed
+    Failures                what a client is told when nothing is left to try
+    Serving                 one request from its plan to its answer
     Autostart               the files by which launchd or systemd starts it at login
     Tool setup              how Claude Code and shells come to use the proxy, and undo
     API                     what the dashboard and scripts ask for
@@ -1773,14 +1778,19 @@ class Scope(enum.Enum):
 
 
 class Final(enum.Enum):
-    """How the client hears of it when nothing is left to try."""
-    VERBATIM = 'the answer itself'
-    LIMITED = '429 rate_limit_error'
-    OVERLOADED = '529 overloaded_error'
-    SERVER = '502 api_error'
-    BLOCKED = '502 api_error naming the key'
-    UNAUTHORIZED = '401, or 502 naming the keys when there are several'
-    TIMEOUT = '504 timeout_error'
+    """How the client hears of it when nothing is left to try: status, Anthropic's type, words.
+    Where attempts failed differently the first of these counts.  Nothing that a client could
+    wait for changes a hopeless one."""
+    TIMEOUT = (504, 'timeout_error', 'the upstream gave no answer')
+    LIMITED = (429, 'rate_limit_error', 'every key is exhausted')
+    OVERLOADED = (529, 'overloaded_error', 'the model is overloaded')
+    SERVER = (502, 'api_error', 'the upstream failed')
+    BLOCKED = (502, 'api_error', 'no key may be used', True)
+    UNAUTHORIZED = (502, 'api_error', 'no key is accepted', True)     # 401 of a single key
+    VERBATIM = (None, None, 'the upstream failed', True)              # the answer itself
+
+    def __init__(self, status, type, lead, is_hopeless=False):
+        self.status, self.type, self.lead, self.is_hopeless = status, type, lead, is_hopeless
 
 
 class Again(enum.Enum):
@@ -5410,6 +5420,20 @@ class ClientRequest:
         return self.method in ('GET', 'HEAD')
 
     @functools.cached_property
+    def conversation(self):
+        """The request as it is translated.  Raises Untranslatable."""
+        return read_conversation(self.body.json)
+
+    @functools.cached_property
+    def claude_body(self):
+        """The body without thinking that Anthropic did not sign; to look for it takes
+        milliseconds where it is a megabyte."""
+        if not (self.is_message or self.path == COUNT_TOKENS_PATH):
+            return self.body
+        data = drop_unsigned_thinking(self.body.data)
+        return self.body if data is self.body.data else RequestBody(data)
+
+    @functools.cached_property
     def client_key(self):
         """The client's own credential as a Key; None when it sent none.
 
@@ -5930,71 +5954,66 @@ class StreamCarrier:
 
 
 # ==============================================================================
-# Failover
+# Answers
 # ==============================================================================
-# One request from its plan to its answer.  Policy stands in RULES; here it is carried out.
+# One answer: read as far as it takes to know what it means, and relayed to the client.  Knows
+# one attempt and no plan: what a refusal leads to is decided in Serving.
 
-class Reply(NamedTuple):
-    """What came of one attempt: an answer to relay (`upstream`), or one read to its end."""
-    outcome: Outcome
-    fields: list = ()         # [(name, value), ...]; of an answer to relay only ours, if any
-    body: bytes = b''
-    upstream: UpstreamResponse | None = None
-    events: MessageStream | TranslatedStream | None = None     # of a stream of /v1/messages
-    held: bytes = b''         # its first bytes, not passed on yet
-    status: int = 0           # for the client, where it differs from the outcome's
-    usage: dict = {}          # of a body that was translated
-
-    @property
-    def client_status(self):
-        return self.status or self.outcome.status
-
-
-class Failure(NamedTuple):
-    """An attempt that did not answer in this round: tried (`reply`), or skipped as it cools."""
-    attempt: Attempt
-    outcome: Outcome
-    reply: Reply | None
-    rested: bool              # it cools now
+JSON_TYPE = ('content-type', 'application/json')
+STREAM_FIELDS = [('content-type', 'text/event-stream; charset=utf-8'),
+                 ('cache-control', 'no-cache')]
 
 
 def new_request_id():
     return f'req_proxy_{random.getrandbits(96):024x}'
 
 
-class Serving:
-    """One request on its way: what was planned and tried, and what is told of it at the end."""
+class Whole(NamedTuple):
+    """What came of an attempt, read to its end; without `fields` there is nothing to relay."""
+    outcome: Outcome
+    fields: list = ()         # [(name, value), ...] of the head that the client gets
+    body: bytes = b''
+    own_status: int = 0       # for the client, where it differs from the outcome's
+    usage: dict = {}          # of a body that was translated
 
-    def __init__(self, request, response, exchange, config, clock):
-        self.request, self.response, self.exchange = request, response, exchange
-        self.config = config
-        self.clock = clock
+    @property
+    def status(self):
+        return self.own_status or self.outcome.status
+
+    @property
+    def headers(self):
+        return {name.lower(): value for name, value in self.fields}
+
+
+class Open(NamedTuple):
+    """An answer that is still coming."""
+    outcome: Outcome
+    upstream: UpstreamResponse
+    held: bytes               # what came of it so far, to be passed on first
+    events: MessageStream | TranslatedStream | None = None     # of a stream of /v1/messages
+    own_fields: list | None = None    # of a head that is ours; None: the upstream's own goes on
+
+    @property
+    def headers(self):
+        if self.own_fields is None:
+            return self.upstream.headers
+        return {name.lower(): value for name, value in self.own_fields}
+
+
+class ClientSide:
+    """The client's end of one request: its answer, what keeps it patient until that comes, and
+    what is reported of it all, in header fields and to the journal."""
+
+    def __init__(self, request, response, clock, now):
+        self.request, self.response = request, response
+        self.clock, self.now = clock, now
         self.started = clock()
-        self._request_id = None
-        self.ticket = None
-        self.queue_deadline = None
         self.attempts = []            # [{'key': 'work', 'model': ..., 'status': 429, ...}, ...]
         self.queued_s = 0.0
-        self.repairs = {}             # what answers -> [(name, subject), ...] that it needs
-        self.repaired = 0             # repairs that this request brought
-        self.sent = (None, {})        # (Target, body) of the last translated attempt
         self.secrets = {value.split(' ')[-1] for _, value in request.credentials}
-        self.next_ping = self.started + PING_S        # when a held stream hears of us
         self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
-        self.uses_last_resort = False
-        self.told_left_out = False    # what a translation leaves out is told once
-        self.asks_whole = False       # OpenAI's streams were empty: a plain answer is wanted
-        self.translated = None        # the TranslatedStream of the last OpenAI attempt
-
-    def begin_round(self, plan):
-        """Forgets what was tried; called before anything is."""
-        self.plan, self.last_resort = plan
-        self.failures = []            # [Failure, ...]
-        self.counts = {}              # (an Attempt's kind, rule name) -> answers
-        self.given_up = set()         # kinds
-        self.resets = {}              # base URL -> connections lost before an answer
-        self.dead_ends = set()        # base URLs that another key would not reach either
-        self.stopped = False
+        self._request_id = None
+        self._next_ping = self.started + PING_S
 
     @property
     def request_id(self):
@@ -6007,28 +6026,13 @@ class Serving:
     def request_id(self, value):
         self._request_id = value
 
-    @functools.cached_property
-    def conversation(self):
-        """The request as it is translated.  Raises Untranslatable."""
-        return read_conversation(self.request.body.json)
-
-    @functools.cached_property
-    def claude_body(self):
-        """The body without thinking that Anthropic did not sign; to look for it takes
-        milliseconds where it is a megabyte."""
-        body = self.request.body
-        if not (self.request.is_message or self.request.path == COUNT_TOKENS_PATH):
-            return body
-        data = drop_unsigned_thinking(body.data)
-        return body if data is body.data else RequestBody(data)
-
     @property
     def was_queued(self):
         return self.queued_s >= 0.01          # not for having asked how long it would be
 
-    def slot(self, attempt):
-        """What this attempt cools by: limits on models are those of /v1/messages alone."""
-        return attempt.key.ref, attempt.model if self.request.is_message else None
+    @property
+    def elapsed_ms(self):
+        return round((self.clock() - self.started) * 1000)
 
     def without_secrets(self, text):
         """Text of an upstream, which may quote the credential that it was sent."""
@@ -6037,7 +6041,7 @@ class Serving:
                 text = text.replace(secret, mask_token(secret))
         return text
 
-    def note(self, attempt, outcome, started):
+    def note_attempt(self, attempt, outcome, started):
         """Adds an attempt to the trail."""
         self.attempts.append({'key': attempt.key.id, 'provider': attempt.key.provider,
                               'model': attempt.model, 'status': outcome.status,
@@ -6062,56 +6066,491 @@ class Serving:
             fields.append(('x-proxy-attempts', trail))
         return fields
 
+    def finished_record(self):
+        """What the journal is told at the end."""
+        request = self.request
+        record = {
+            'id': self.request_id, 'profile': request.profile_name, 'method': request.method,
+            'path': request.path[:300],
+            'model': (request.body.model or '')[:300] or None if request.has_body else None,
+            'status': self.response.status, **self.record, 'attempts': self.attempts,
+            'duration_ms': self.elapsed_ms}
+        if self.was_queued:
+            record['queued_ms'] = round(self.queued_s * 1000)
+        return record
+
+    def keep_patient(self):
+        """Sends a ping where one is due, to the client of a stream: it takes pings before the
+        first event.  The seconds until the next."""
+        left_s = self._next_ping - self.clock()
+        if left_s > 0:
+            return left_s
+        self._next_ping = self.clock() + PING_S
+        if self.request.body.is_streamed:
+            if not self.response.started:
+                self.response.start(200, [*STREAM_FIELDS, ('request-id', self.request_id),
+                                          *self.proxy_fields()])
+            self.response.write(PING_EVENT)
+        return PING_S
+
+    def await_upstream(self, upstream):
+        """Waits for an upstream to send something, the client patient meanwhile."""
+        while not upstream.wait(self.keep_patient()):
+            pass
+
+    def read_piece(self, upstream, events):
+        """The next piece of a stream.  Claude sends pings while it thinks; OpenAI does not, or
+        sends what the client does not get, so it gets ours."""
+        if events.is_translated:
+            self.await_upstream(upstream)
+        return upstream.read()
+
+    def write(self, data):
+        """Passes on what came of a stream; a piece of nothing does not put off a ping."""
+        if data:
+            self.response.write(data)
+            self._next_ping = self.clock() + PING_S
+
+    def send_whole(self, status, fields, body):
+        """An answer that is at hand; to a stream that was held open it is an `error` event."""
+        if not self.response.started:
+            return self.response.send(status, fields, body)
+        error = read_error(body)
+        self.response.write(error_event(error.type.split(' ')[0] or 'api_error', error.message))
+        return self.response.finish()
+
+
+# -- reading -------------------------------------------------------------------
+
+class AnswerReader:
+    """Reads the answer to one attempt: what it means is known by its status and the first piece
+    of its body, of a stream by its first event with content."""
+
+    def __init__(self, client, attempt, upstream, metrics):
+        self._client, self._attempt, self._upstream = client, attempt, upstream
+        self._metrics = metrics
+        self._is_openai = attempt.key.provider == OPENAI
+        self._is_streamed = is_event_stream(upstream)
+
+    def read(self, translated=None):
+        """The Whole or Open answer; `translated` is the TranslatedStream of an OpenAI answer."""
+        reply = None
+        try:
+            if self._upstream.status >= 300:
+                reply = self._read_refusal()
+            elif translated:
+                reply = self._read_translated(translated)
+            elif self._is_streamed and self._client.request.is_message:
+                reply = self._read_opening(MessageStream())
+            else:
+                reply = self._read_beginning()
+            return reply
+        except UpstreamCut as error:
+            return broken_off(error)
+        finally:
+            if not isinstance(reply, Open):
+                self._upstream.close()
+
+    def _classify(self, status=None, error=NO_ERROR):
+        attempt, upstream, request = self._attempt, self._upstream, self._client.request
+        if attempt.key.id != CLIENT_REF:
+            self._metrics.note_limits(attempt.key.ref, upstream.headers)
+        if status is None and 200 <= upstream.status < 300:       # nearly always
+            return Outcome(ANSWERED, upstream.status, '', None)
+        answer = Answer(
+            status or upstream.status, upstream.headers, error.type, error.message,
+            self._client.now(), request.path, attempt.model, attempt.model != request.body.model,
+            error.details)
+        outcome = classify(answer, OPENAI_RULES if self._is_openai else RULES)
+        # Only now: a credential may be a word that means something in the message.
+        return outcome._replace(message=self._client.without_secrets(outcome.message))
+
+    def _read_refusal(self):
+        try:
+            body = self._upstream.read_all(MAX_ERROR_BODY_BYTES)
+        except UpstreamCut:
+            outcome = self._classify()
+            if outcome.rule.step is Step.NEXT_KEY:
+                return Whole(outcome)     # status and fields are often clear enough
+            raise                         # what would be relayed is not there
+        outcome = self._classify(error=read_error(body))
+        if self._is_openai:
+            return self._in_anthropics_words(outcome)
+        return Whole(outcome, self._upstream.fields, body)
+
+    def _in_anthropics_words(self, outcome):
+        """An OpenAI error in Anthropic's shape, in words by which a client knows what to do."""
+        status, message = outcome.status, outcome.message
+        is_clients = outcome.rule.step in (Step.RELAY, Step.REPAIR)
+        if outcome.rule.name == 'context_too_long' or is_clients and re.search(
+                TOO_LONG, message, re.IGNORECASE):
+            status, message = 400, f'prompt is too long: {message}'
+        elif is_clients:
+            status = 400
+        fields = [JSON_TYPE, ('request-id', self._client.request_id)]
+        return Whole(outcome, fields, error_json(error_type(status), message), status)
+
+    def _read_beginning(self):
+        """Waits for the first piece of a body: until then another key may still answer."""
+        held = self._upstream.read()
+        return Open(self._classify(), self._upstream, held)
+
+    def _read_opening(self, events, own_fields=None):
+        """Holds a stream back until its first content: an error before that is no answer."""
+        held = bytearray()
+        while not events.opened_by and len(held) <= MAX_EVENT_BYTES:
+            piece = self._client.read_piece(self._upstream, events)
+            held += events.feed(piece) if piece else events.last()
+            if not piece and not events.opened_by:
+                reason = 'the stream ended before its first content'
+                if self._is_openai:
+                    return Whole(Outcome(EMPTY_STREAM, 0, reason, None))
+                raise UpstreamCut(reason)
+        if events.opened_by == 'error':
+            return self._refused_in_stream(events.failure)
+        return Open(self._classify(), self._upstream, bytes(held), events, own_fields)
+
+    def _refused_in_stream(self, failure):
+        """A 200 whose stream begins with an error is what that error says."""
+        error = describe_error(failure)
+        if self._is_openai:
+            return self._in_anthropics_words(self._classify(error_status(failure), error))
+        outcome = self._classify(STATUS_OF_ERROR.get(error.type, 500), error)
+        fields = [(n, v) for n, v in self._upstream.fields if n.lower() != 'content-type']
+        return Whole(outcome, [*fields, JSON_TYPE], error_json(error.type, error.message))
+
+    def _read_translated(self, translated):
+        """An OpenAI answer: the opening of a stream, or all of it for a client that wants it
+        whole."""
+        request_id = ('request-id', self._client.request_id)
+        stream_fields = [*STREAM_FIELDS, request_id]
+        wants_stream = self._client.request.body.is_streamed
+        if wants_stream and self._is_streamed:
+            return self._read_opening(translated, stream_fields)
+        try:
+            events = self._read_events(translated)
+        except ValueError:
+            return Whole(self._classify(502, ErrorText('', 'its answer could not be read')))
+        if translated.failure:
+            return self._refused_in_stream(translated.failure)
+        if not translated.stopped:
+            raise UpstreamCut('the stream ended before the message did')
+        outcome = self._classify()
+        if wants_stream:
+            held = b''.join(map(event_bytes, events))
+            return Open(outcome, self._upstream, held, translated, stream_fields)
+        body = dump_body(message_from_events(events))
+        return Whole(outcome, [JSON_TYPE, request_id], body, usage=translated.usage)
+
+    def _read_events(self, translated):
+        """[event, ...] of a whole answer.  Raises ValueError for one that cannot be read."""
+        events, body, size = [], [], 0
+        try:
+            while not translated.is_over:
+                piece = self._client.read_piece(self._upstream, translated)
+                if not piece:
+                    break
+                size += len(piece)
+                if size > MAX_BODY_BYTES:
+                    raise UpstreamCut('it is too long')
+                if self._is_streamed:
+                    events += translated.read(piece)
+                else:
+                    body.append(piece)
+        except UpstreamCut:
+            events += translated.read_end(is_cut=True)
+            if not translated.is_over:
+                raise
+            return events
+        return events + (translated.read_end() if self._is_streamed
+                         else translated.read_whole(b''.join(body)))
+
+
+def is_event_stream(upstream):
+    """Whether an answer is a stream that can be read: a compressed one cannot."""
+    headers = upstream.headers
+    return (headers.get('content-type', '').lower().startswith('text/event-stream')
+            and 'content-encoding' not in headers)
+
+
+def broken_off(error):
+    return Whole(Outcome(RESET, 0, f'the answer broke off: {error}', None))
+
+
+# -- relaying ------------------------------------------------------------------
+
+def relay(client, attempt, reply, carrier):
+    """Gives the client an upstream's answer: the commit."""
+    asked = client.request.body.model
+    client.record = {
+        'outcome': 'answered' if reply.outcome.status < 400 else 'refused',
+        'key': attempt.key.id, 'provider': attempt.key.provider,
+        'upstream_model': attempt.model, 'ttfb_ms': client.elapsed_ms}
+    if attempt.model != asked:
+        client.record['fallback'] = f'{asked} -> {attempt.model}'
+    headers = reply.headers
+    client.request_id = headers.get('request-id')
+    fields = client.proxy_fields(attempt)
+    if 'date' not in headers:         # RFC 9110 section 6.6.1: who passes on adds what is missing
+        fields.append(('date', http_date(int(client.now()))))
+    if isinstance(reply, Whole):
+        client.record.update(usage_fields(reply.usage))
+        return client.send_whole(reply.status, [*reply.fields, *fields], reply.body)
+    try:
+        if reply.events:
+            relay_stream(client, reply, fields, carrier)
+        else:
+            relay_body(client, reply, fields)
+    finally:
+        reply.upstream.close()
+
+
+def relay_body(client, reply, fields):
+    """Any answer but a stream of messages, piece by piece as it comes."""
+    response, upstream = client.response, reply.upstream
+    if response.started:
+        message = f'{PROGRAM}: a stream was asked for, and the upstream sent none.'
+        client.record.update(outcome='failed', error=message)
+        return client.send_whole(502, [], error_json('api_error', message))
+    response.start(upstream.status, fields, upstream.length, upstream.forwarded_head)
+    piece, tail = reply.held, b''
+    try:
+        while piece:
+            response.write(piece)
+            tail = (tail + piece)[-2048:] if len(piece) < 2048 else piece[-2048:]
+            piece = upstream.read()
+        response.finish()
+    except (UpstreamCut, UpstreamTimeout) as error:
+        response.abandon()
+        client.record.update(outcome='failed', error=f'cut after the commit: {error}')
+    client.record.update(read_usage(tail))
+
+
+def relay_stream(client, reply, fields, carrier):
+    """Whole events as they arrive; an end that is none is told as an error."""
+    response, upstream, events = client.response, reply.upstream, reply.events
+    client.record['stream'] = True
+    if not response.started and reply.own_fields is None:
+        response.start(upstream.status, fields, forwarded=upstream.forwarded_head)
+    elif not response.started:
+        response.start(upstream.status, [*reply.own_fields, *fields])
+    client.write(reply.held)
+    problem = "the upstream's stream ended before the message did"
+    try:
+        while not (events.is_translated and events.is_over):
+            if carrier and not events.is_translated:
+                carrier.carry(upstream, events, response)
+            piece = client.read_piece(upstream, events)
+            if not piece:
+                break
+            client.write(events.feed(piece))
+        response.write(events.last())
+    except UpstreamCut as error:
+        problem = f"the upstream's stream broke off: {error}"
+        if events.is_translated:      # it may have been whole but for its very end
+            response.write(events.last(is_cut=True))
+    except UpstreamTimeout:
+        problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
+    client.record.update(usage_fields(events.usage))
+    end_stream(client, events, problem)
+    if events.is_translated and events.stopped:
+        with contextlib.suppress(UpstreamCut, UpstreamTimeout, ClientGone):
+            if upstream.wait(LAST_CHUNK_S):
+                upstream.read()       # the body's end: then the connection can be used again
+
+
+def end_stream(client, events, problem):
+    """The end of a stream after its commit; `problem` is what it is when the message is not
+    whole.  A second answer is never spliced in."""
+    response = client.response
+    if events.failure is not None:
+        message = client.without_secrets(str(events.failure.get('message')))
+        client.record.update(outcome='failed', error=redact(message[:300]))
+    elif events.stop_reason and not events.stopped:
+        response.write(event_bytes({'type': 'message_stop'}))
+    elif not events.stopped:
+        client.record.update(outcome='failed', error=problem)
+        response.write(error_event('api_error', f'{PROGRAM}: {problem}.'))
+        return response.abandon()
+    return response.finish()
+
+
+USAGE_FIELDS = ('input_tokens', 'output_tokens', 'cache_read_input_tokens',
+                'cache_creation_input_tokens')
+USAGE_COUNT = re.compile(rb'"(%b)"\s*:\s*(\d{1,12})' % '|'.join(USAGE_FIELDS).encode())
+
+
+def usage_fields(usage):
+    return {name: usage[name] for name in USAGE_FIELDS if name in usage}
+
+
+def read_usage(tail):
+    """{'input_tokens': 10, ...} from the end of a plain answer's bytes, as far as it is there."""
+    start = tail.rfind(b'"usage"')
+    if start < 0:
+        return {}
+    return {name.decode(): int(count) for name, count in USAGE_COUNT.findall(tail, start)}
+
+
+# -- what is answered here -----------------------------------------------------
+
+def answer_without_claude(request, config):
+    """(status, body) for what only Anthropic has: an estimate for count_tokens, the mapping's
+    names for /v1/models, and 404 for the rest."""
+    if request.path == COUNT_TOKENS_PATH and request.method == 'POST':
+        body = request.body.json
+        if not as_list(body.get('messages')):
+            return 400, error_json('invalid_request_error', 'messages: Field required')
+        try:
+            return 200, dump_body({'input_tokens': estimate_tokens(body)})
+        except RecursionError:
+            return 400, error_json('invalid_request_error', 'The request is nested too deeply.')
+    mapping = config.openai_model_mapping
+    if request.path == MODELS_PATH and request.is_read:
+        models = [model_info(name) for name in mapping if not name.endswith('*')]
+        ids = [model['id'] for model in models]
+        return 200, dump_body({'data': models, 'has_more': False, 'first_id': (ids or [None])[0],
+                               'last_id': (ids or [None])[-1]})
+    name = urllib.parse.unquote(request.path[len(MODELS_PATH) + 1:])
+    is_known = name in mapping or name.startswith('claude') and map_model(mapping, name)
+    if request.path.startswith(MODELS_PATH + '/') and request.is_read and is_known:
+        return 200, dump_body(model_info(name))
+    message = (f'{PROGRAM}: {request.path} needs an Anthropic key, and only OpenAI keys are '
+               f'there. See: {RUN} add-key')
+    return 404, error_json('not_found_error', message)
+
+
+# ==============================================================================
+# Failures
+# ==============================================================================
+# The final one: what a client is told when nothing is left to try.
+
+class Failure(NamedTuple):
+    """An attempt that did not answer in this round: tried (`reply`), or skipped as it cools."""
+    attempt: Attempt
+    outcome: Outcome
+    reply: Whole | None
+    is_cooling: bool          # now
+    back_in_s: float | None = None    # when its cooldown ends, as the final failure tells it
+
+
+class FinalFailure(NamedTuple):
+    status: int
+    fields: list
+    body: bytes
+    message: str
+    key: Key | None = None
+
+
+def final_failure(failures, client, config):
+    """The answer when nothing is left: Anthropic's shape, what was tried, when to come back."""
+    if not failures:
+        return no_plan_failure(client, config)
+    finals = {failure.outcome.rule.final for failure in failures}
+    final = next(final for final in Final if final in finals)
+    keys = {failure.attempt.key.ref: failure.attempt.key for failure in failures}
+    tried = [failure for failure in failures if failure.reply and failure.reply.body]
+    is_clients_own = all(key.id == CLIENT_REF for key in keys.values())
+    if tried and (final is Final.VERBATIM or is_clients_own and final.is_hopeless):
+        return verbatim_failure(tried[0], client, is_clients_own)
+    status, type = final.status, final.type
+    if final is Final.UNAUTHORIZED and len(keys) == 1:
+        status, type = 401, 'authentication_error'
+    elif final is Final.VERBATIM:     # all of them were skipped: say what they last said
+        status = failures[0].outcome.status
+        type = next((t for t, s in STATUS_OF_ERROR.items() if s == status), 'api_error')
+    return own_failure(status, type, failures, client, final)
+
+
+def no_plan_failure(client, config):
+    if any(key.provider == ANTHROPIC for key in config.keys.values()):
+        message = f'{PROGRAM}: the profile {client.request.profile_name} is gone.'
+    else:
+        message = (f'{PROGRAM}: no Anthropic key is configured and the request carries none. '
+                   f'Add one: {RUN} add-key')
+    fields = [JSON_TYPE, ('request-id', client.request_id), ('x-should-retry', 'false')]
+    return FinalFailure(401, fields, error_json('authentication_error', message), message)
+
+
+def verbatim_failure(failure, client, is_clients_own):
+    """An upstream's own answer.  A client whose own login was refused mends it by itself."""
+    fields = [*failure.reply.fields, *client.proxy_fields(failure.attempt)]
+    has_advice = any(name.lower() == 'x-should-retry' for name, _ in fields)
+    if not (is_clients_own or has_advice or failure.outcome.status == 429):
+        fields.append(('x-should-retry', 'false'))
+    return FinalFailure(failure.reply.status, fields, failure.reply.body,
+                        failure.outcome.message, failure.attempt.key)
+
+
+def earliest_return(failures):
+    """(seconds, Failure) of the key that may be tried again first; (None, None): only a
+    person can help.  A key that failed in passing and does not cool is back at once."""
+    returns = [(failure.back_in_s or 0, failure) for failure in failures
+               if failure.outcome.rule.waits
+               and (failure.back_in_s is not None or not failure.outcome.rule.final.is_hopeless)]
+    return min(returns, key=lambda pair: pair[0], default=(None, None))
+
+
+def own_failure(status, type, failures, client, final):
+    earliest_s, earliest = earliest_return(failures)
+    message = failure_message(failures, final)
+    fields = [JSON_TYPE, ('request-id', client.request_id), *client.proxy_fields()]
+    is_soon = earliest is not None and earliest_s <= CLIENT_PATIENCE_S
+    if earliest and not final.is_hopeless and (earliest_s or final is not Final.SERVER):
+        back_at = time.strftime('%H:%M:%S', time.localtime(client.now() + earliest_s))
+        message += (f' Earliest back: {earliest.attempt.key.id} in {format_duration(earliest_s)}'
+                    f' ({back_at}).')
+        fields.append(('retry-after', max(1, math.ceil(earliest_s))))
+    if final.is_hopeless or final is Final.LIMITED and not is_soon:
+        fields.append(('x-should-retry', 'false'))
+    fields += [(name, value) for failure in failures[-1:] if failure.reply
+               for name, value in failure.reply.fields
+               if name.lower().startswith('anthropic-ratelimit-')]
+    return FinalFailure(status, fields, error_json(type, message), message)
+
+
+def failure_message(failures, final):
+    """One sentence naming each key and model, and what it answered; equal answers together."""
+    groups = {}       # what was said -> ['work with claude-opus-5-5 (back in 20 s)', ...]
+    for failure in failures:
+        outcome, attempt, seconds = failure.outcome, failure.attempt, failure.back_in_s
+        said = f'{outcome.status or ""} {outcome.rule.name}'.strip()
+        if outcome.message:
+            said += f', "{printable(outcome.message[:200])}"'
+        model = f' with {printable(attempt.model[:100])}' if attempt.model else ''
+        back = f' (back in {format_duration(seconds)})' if seconds else ''
+        groups.setdefault(said, []).append(f'{attempt.key.id}{model}{back}')
+    told = '; '.join(f'{", ".join(who)}: {said}' for said, who in groups.items())
+    return f'{PROGRAM}: {final.lead}. {told}.'
+
+
+# ==============================================================================
+# Serving
+# ==============================================================================
+# One request, from its plan to its answer.  Policy stands in RULES; here it is carried out.
 
 class Failover:
-    """Serves requests: plans, tries, queues, relays."""
+    """What all requests share: the configuration in force, cooldowns, connections, the journal,
+    and what earlier requests taught."""
 
     def __init__(self, store, cooldowns, upstream, journal, carrier=None, clock=time.monotonic,
                  now=time.time, wait=threading.Event.wait, jitter=random.uniform):
-        self._store, self.cooldowns, self._upstream = store, cooldowns, upstream
-        self._journal, self._carrier = journal, carrier
-        self._clock, self._now, self._wait, self._jitter = clock, now, wait, jitter
-        self._repairs = {}            # what answers -> ((name, subject), ...) of its 400s
+        self.store, self.cooldowns, self.upstream = store, cooldowns, upstream
+        self.journal, self.carrier = journal, carrier
+        self.clock, self.now, self.wait, self.jitter = clock, now, wait, jitter
+        self.repairs = {}             # what answers -> (Needed, ...) of its 400s
+        self.stopping = False
         self._token_problems = {}     # key's ref -> the problem that the log was told of
         self._plans = None, {}        # a Config, {(profile's name, model): Plan}
-        self.stopping = False
 
-    def serve(self, request, response, exchange):
-        """Answers one request, whatever happens, and tells the journal."""
-        serving = Serving(request, response, exchange, self._store.current, self._clock)
-        try:
-            start = self._replan(serving)
-            while not self._try_all(serving, start):
-                start = self._next_round(serving)
-                if start is None:
-                    if not self._answer_here(serving):
-                        self._send_failure(serving)
-                    break
-        except ClientGone:
-            response.abandon()
-            serving.record['outcome'] = 'client_gone'
-        finally:
-            self._leave_queue(serving)
-            if serving.translated and serving.translated.dropped_calls:
-                self._journal.log.warn('call_without_name', id=serving.request_id)
-            self._journal.finished(self._finished_record(serving))
-
-    def _replan(self, serving):
-        """A new round, on the configuration that is in force now; where it starts in the plan."""
-        serving.config = config = self._store.current
-        request, profile = serving.request, config.profiles.get(serving.request.profile_name)
+    def plan(self, request, config):
+        """The Plan for a request; an empty one where its profile is gone."""
+        profile = config.profiles.get(request.profile_name)
         if profile is None:
-            serving.begin_round(Plan([], []))
-            return 0
+            return Plan([], [])
         model = request.body.model if request.has_body else None
-        if request.is_message:
-            plan = self._message_plan(request, config, profile, model)
-            if serving.uses_last_resort:
-                plan = Plan(plan.attempts + plan.last_resort, [])
-        else:
-            plan = self._other_plan(request, config, profile, model)
-        serving.begin_round(plan)
-        return 0
+        plan = self._message_plan if request.is_message else self._other_plan
+        return plan(request, config, profile, model)
 
     def _other_plan(self, request, config, profile, model):
         """The Plan for a path that only Anthropic has."""
@@ -6140,783 +6579,401 @@ class Failover:
                 plans[profile.name, model] = plan
         return plan
 
-    def _next_round(self, serving):
-        """Where in the plan to go on after all of it failed; None when that was all."""
-        if serving.stopped:
-            return None
-        if self._await_turn(serving):
-            return self._replan(serving)
-        is_unknown = bool(serving.failures) and not any(
-            failure.outcome.rule.other_providers for failure in serving.failures)
-        if is_unknown and serving.request.body.model.startswith('claude'):
-            return None               # no Claude of that name: the client should hear of it
-        start = len(serving.plan)
-        serving.plan, serving.last_resort = serving.plan + serving.last_resort, []
-        serving.uses_last_resort = len(serving.plan) > start
-        return start if serving.uses_last_resort else None
+    def note_token_problem(self, key, problem):
+        """Logs why a key cannot be used: once, not with each request."""
+        told = re.sub(r'\d+', '', problem)        # "expired 5 min ago", then 6 min
+        if self._token_problems.get(key.ref) != told:
+            self._token_problems[key.ref] = told
+            self.journal.log.error('token_unavailable', key=key.id, message=problem)
 
-    def _try_all(self, serving, start):
-        """Goes through the plan once, from `start` on; whether the client was answered."""
-        for index in range(start, len(serving.plan)):
-            attempt = serving.plan[index]
-            if serving.stopped or attempt.kind in serving.given_up:
+
+class Round:
+    """One look at all keys: what of the plan was tried, and what that rules out."""
+
+    def __init__(self, plan):
+        self.attempts, self.last_resort = plan
+        self.failures = []            # [Failure, ...]
+        self.counts = {}              # (an Attempt's kind, rule name) -> answers
+        self.given_up = set()         # kinds
+        self.resets = {}              # base URL -> connections lost before an answer
+        self.dead_ends = set()        # base URLs that another key would not reach either
+        self.is_stopped = False
+
+    def take_last_resort(self):
+        """[Attempt, ...] that are to be tried beside what was."""
+        taken, self.last_resort = self.last_resort, []
+        self.attempts = self.attempts + taken
+        return taken
+
+    def give_up_other_models(self, attempt):
+        """What was answered is about the request: no other model of the provider is tried."""
+        self.given_up.update(other.kind for other in self.attempts
+                             if other.key.provider == attempt.key.provider
+                             and other.kind != attempt.kind)
+
+    def note_unreached(self, rule, base_url):
+        """Another key of an unreachable host would fail alike; a reset gets one more try."""
+        if rule is RESET:
+            self.resets[base_url] = self.resets.get(base_url, 0) + 1
+        if rule is UNREACHABLE or self.resets.get(base_url, 0) > 1:
+            self.dead_ends.add(base_url)
+
+
+class Serving:
+    """One request on its way."""
+
+    def __init__(self, failover, request, response, exchange):
+        self._failover, self._exchange = failover, exchange
+        self._request, self._response = request, response
+        self._client = ClientSide(request, response, failover.clock, failover.now)
+        self._clock, self._cooldowns = failover.clock, failover.cooldowns
+        self._log = failover.journal.log
+        self._config = failover.store.current
+        self._round = Round(Plan([], []))
+        self._uses_last_resort = False
+        self._ticket = None           # in the queue
+        self._queue_deadline = math.inf
+        self._repairs = {}            # what answers -> [Needed, ...]
+        self._repaired = 0            # repairs that this request brought
+        self._asks_whole = False      # OpenAI's streams were empty: a plain answer is wanted
+        self._told_left_out = False   # what a translation leaves out is told once
+        self._target = None           # of the last attempt
+        self._sent_body = {}          # of the last translated attempt
+        self._translated = None       # the TranslatedStream that reads its answer
+
+    def serve(self):
+        """Answers the request, whatever happens, and tells the journal."""
+        client = self._client
+        try:
+            attempts = self._begin_round()
+            while not self._try_all(attempts):
+                attempts = self._next_attempts()
+                if attempts is None:
+                    if not self._answer_here():
+                        self._send_failure()
+                    break
+        except ClientGone:
+            self._response.abandon()
+            client.record['outcome'] = 'client_gone'
+        finally:
+            self._leave_queue()
+            if self._translated and self._translated.dropped_calls:
+                self._log.warn('call_without_name', id=client.request_id)
+            self._failover.journal.finished(client.finished_record())
+
+    # -- rounds ----------------------------------------------------------------
+
+    def _begin_round(self):
+        """[Attempt, ...] to be tried, on the configuration that is in force now."""
+        self._config = self._failover.store.current
+        self._round = Round(self._failover.plan(self._request, self._config))
+        if self._uses_last_resort:
+            self._round.take_last_resort()
+        return self._round.attempts
+
+    def _next_attempts(self):
+        """What is tried after all of a round failed; None when that was all."""
+        if self._round.is_stopped:
+            return None
+        if self._await_turn():
+            return self._begin_round()
+        failures = self._round.failures
+        is_unknown = bool(failures) and not any(
+            failure.outcome.rule.other_providers for failure in failures)
+        if is_unknown and self._request.body.model.startswith('claude'):
+            return None               # no Claude of that name: the client should hear of it
+        attempts = self._round.take_last_resort()
+        self._uses_last_resort = self._uses_last_resort or bool(attempts)
+        return attempts or None
+
+    def _try_all(self, attempts):
+        """Tries these in their order; whether the client was answered."""
+        round = self._round
+        for index, attempt in enumerate(attempts):
+            if round.is_stopped or attempt.kind in round.given_up:
                 continue
-            if serving.dead_ends and server_of(serving.config, attempt.key) in serving.dead_ends:
+            if round.dead_ends and server_of(self._config, attempt.key) in round.dead_ends:
                 continue
-            cooling = self._blocking(serving, attempt)
-            if cooling and (serving.request.is_message or not cooling.outcome.rule.waits):
-                serving.failures.append(Failure(attempt, cooling.outcome, None, rested=True))
+            cooling = self._blocking(attempt)
+            if cooling and (self._request.is_message or not cooling.outcome.rule.waits):
+                round.failures.append(Failure(attempt, cooling.outcome, None, is_cooling=True))
                 continue
-            if serving.ticket:
-                self.cooldowns.try_slot(serving.ticket, serving.slot(attempt))
-            if self._try(serving, attempt, index):
+            if self._ticket:
+                self._cooldowns.try_slot(self._ticket, self._slot(attempt))
+            if self._try(attempt, attempts[index + 1:]):
                 return True
         return False
 
-    def _is_alone(self, serving, attempt, index):
-        """Whether no later attempt with this model could be made now."""
-        return not any(other.model == attempt.model and not self._blocking(serving, other)
-                       for other in serving.plan[index + 1:])
+    def _slot(self, attempt):
+        """What this attempt cools by: limits on models are those of /v1/messages alone."""
+        return attempt.key.ref, attempt.model if self._request.is_message else None
 
-    def _blocking(self, serving, attempt):
+    def _blocking(self, attempt):
         """What keeps an attempt from being made now, or None."""
-        return self.cooldowns.blocking(serving.slot(attempt), serving.ticket)
+        return self._cooldowns.blocking(self._slot(attempt), self._ticket)
 
-    def _try(self, serving, attempt, index):
+    # -- one attempt -----------------------------------------------------------
+
+    def _try(self, attempt, later):
         """One attempt, with its repeats and repairs; whether the client was answered."""
         was_repeated = False
         for _ in range(MAX_REPAIRS + 2):
             started = self._clock()
-            reply = self._open(serving, attempt)
-            serving.note(attempt, reply.outcome, started)
+            reply = self._open(attempt)
+            self._client.note_attempt(attempt, reply.outcome, started)
             rule = reply.outcome.rule
-            if rule.step is Step.REPAIR and self._learn_repair(serving, attempt, reply.outcome):
+            if rule.step is Step.REPAIR and self._learn_repair(attempt, reply.outcome.repair):
                 continue
             if rule.step in (Step.RELAY, Step.REPAIR):
-                self._relay(serving, attempt, reply)
+                self._relay(attempt, reply)
                 return True
-            if self._tries_again(serving, attempt, index, rule) and not was_repeated:
-                was_repeated = True
-                self._pause(serving)
-                continue
-            break
-        self._give_up_attempt(serving, attempt, reply)
+            self._asks_whole = self._asks_whole or rule is EMPTY_STREAM
+            if not self._tries_again(attempt, later, rule) or was_repeated:
+                break
+            was_repeated = True
+            self._pause()
+        self._give_up(attempt, reply)
         return False
 
-    def _tries_again(self, serving, attempt, index, rule):
+    def _open(self, attempt):
+        """Sends one attempt; its Whole or Open answer."""
+        failover, client, body = self._failover, self._client, self._request.body
+        self._translated = None
+        try:
+            wanted = self._build(attempt)
+            first_byte_s = STREAM_FIRST_BYTE_S if body.seems_streamed else FIRST_BYTE_S
+            wait = client.await_upstream if self._translated else None
+            upstream = failover.upstream.open(wanted, self._exchange, first_byte_s, wait)
+            reader = AnswerReader(client, attempt, upstream, failover.journal.metrics)
+            return reader.read(self._translated)
+        except TokenUnavailable as error:
+            failover.note_token_problem(attempt.key, str(error))
+            return Whole(Outcome(NO_TOKEN, 0, str(error), None))
+        except Untranslatable as error:
+            return Whole(Outcome(UNTRANSLATABLE, error.status, str(error), None), [JSON_TYPE],
+                         error_json(error.type, str(error)))
+        except UpstreamUnreachable as error:
+            rule = RESET if error.connected else UNREACHABLE
+            return Whole(Outcome(rule, 0, error.reason, None))
+        except UpstreamTimeout:
+            return Whole(Outcome(TIMED_OUT, 0, 'no answer in time', None))
+
+    def _build(self, attempt):
+        """The UpstreamRequest.  Raises TokenUnavailable, Untranslatable."""
+        request, betas, key = self._request, self._request.betas, attempt.key
+        token = '' if key.id == CLIENT_REF else usable_token(key, self._failover.now())
+        self._client.secrets.add(token)
+        self._target = target = find_target(self._config, key, token, attempt.model)
+        if target.wire != MESSAGES:
+            return self._translate(token)
+        # Where there is one provider alone, a 400 would tell of thinking that was not signed.
+        is_alone = request.is_message and not self._config.has_other_providers
+        body = request.body if is_alone else request.claude_body
+        data = body.data
+        if request.is_message:
+            data = body.for_model(attempt.model)
+            repairs = self._repairs_for(attempt.model)
+            if repairs:
+                data, betas = apply_repairs(repairs, data, betas)
+        return build_request(request, key, target.base_url, token, data, betas)
+
+    def _translate(self, token):
+        """The UpstreamRequest for an OpenAI target, and what reads its answer."""
+        repairs = self._repairs_for(self._target.answerer)
+        if any(needed.name == 'use_responses' for needed in repairs):
+            self._target = self._target._replace(wire=RESPONSES)
+        target = self._target
+        try:
+            conversation = self._request.conversation
+            body = WIRES[target.wire].translate(conversation, target)
+            body = edit_body(body, repairs, OPENAI_REPAIRS)
+            if self._asks_whole and target.wire == CHAT_COMPLETIONS:
+                body = without_path(without_path(body, ['stream']), ['stream_options'])
+        except RecursionError as error:
+            raise Untranslatable('The request is nested too deeply to be translated.') from error
+        self._sent_body = body
+        if conversation.notes.left_out and not self._told_left_out:
+            self._told_left_out = True
+            self._log.warn('left_out', id=self._client.request_id, model=target.model,
+                           fields=list(conversation.notes.left_out))
+        message_id = f'msg_{random.getrandbits(96):024x}'
+        self._translated = answer_stream(
+            conversation, target, message_id,
+            lambda text: redact(self._client.without_secrets(text)))
+        return build_openai_request(target, token, body, cache_key(conversation.body))
+
+    def _relay(self, attempt, reply):
+        if 200 <= reply.outcome.status < 300:
+            self._cooldowns.succeeded(*self._slot(attempt))
+            if self._repaired:
+                self._remember_repairs()
+        self._leave_queue()
+        relay(self._client, attempt, reply, self._failover.carrier)
+
+    def _tries_again(self, attempt, later, rule):
         """Counts this answer, and says whether the same key is tried once more."""
-        counted = (attempt.kind, rule.name)
-        serving.counts[counted] = serving.counts.get(counted, 0) + 1
-        if serving.counts[counted] >= rule.tries:
-            serving.given_up.add(attempt.kind)
+        round, counted = self._round, (attempt.kind, rule.name)
+        round.counts[counted] = round.counts.get(counted, 0) + 1
+        if round.counts[counted] >= rule.tries:
+            round.given_up.add(attempt.kind)
             return False
-        return rule.again is Again.FIRST or (
-            rule.again is Again.ALONE and self._is_alone(serving, attempt, index))
+        return rule.again is Again.FIRST or rule.again is Again.ALONE and not any(
+            other.model == attempt.model and not self._blocking(other) for other in later)
 
-    def _give_up_attempt(self, serving, attempt, reply):
-        outcome, rule = reply.outcome, reply.outcome.rule
-        serving.stopped = serving.stopped or rule.step is Step.STOP
+    def _pause(self):
+        """0.5 to 1 s before the same key again, so that many clients do not come at once."""
+        exchange, end = self._exchange, self._clock() + self._failover.jitter(0.5, 1.0)
+        while self._clock() < end:    # the queue's news wake it too
+            exchange.wake.clear()
+            exchange.check()
+            self._failover.wait(exchange.wake, end - self._clock())
+        exchange.check()
+
+    def _give_up(self, attempt, reply):
+        round, outcome, rule = self._round, reply.outcome, reply.outcome.rule
+        round.is_stopped = round.is_stopped or rule.step is Step.STOP
         if not rule.other_models:
-            serving.given_up.update(other.kind for other in serving.plan
-                                    if other.key.provider == attempt.key.provider
-                                    and other.kind != attempt.kind)
-        self._note_dead_end(serving, attempt, rule)
-        rested = self._cool(serving, attempt, outcome) > 0
-        serving.failures.append(Failure(attempt, outcome, reply, rested))
+            round.give_up_other_models(attempt)
+        if rule in (RESET, UNREACHABLE):
+            round.note_unreached(rule, self._target.base_url)
+        is_cooling = self._cool(attempt, outcome) > 0
+        round.failures.append(Failure(attempt, outcome, reply, is_cooling))
 
-    def _cool(self, serving, attempt, outcome):
-        """Rests what the outcome says; the seconds, 0 for nothing."""
-        rule, key, (_, model) = outcome.rule, attempt.key, serving.slot(attempt)
-        in_force = self._store.current.keys.get(key.ref)
+    def _cool(self, attempt, outcome):
+        """Cools what the outcome says; the seconds, 0 for nothing."""
+        rule, key, (_, model) = outcome.rule, attempt.key, self._slot(attempt)
+        in_force = self._failover.store.current.keys.get(key.ref)
         if rule.scope is Scope.PAIR and model is None or in_force and in_force.token != key.token:
             return 0          # not about messages; or of a token that was replaced meanwhile
-        seconds = self.cooldowns.cool(key, model, outcome, serving.config.cooldown_ms / 1000)
+        seconds = self._cooldowns.cool(key, model, outcome, self._config.cooldown_ms / 1000)
         if seconds:
-            self._journal.log.write(
+            self._log.write(
                 'error' if rule.attention else 'warn', 'cooldown', key=key.id,
                 model=None if rule.scope is Scope.KEY else model, reason=rule.name,
                 status=outcome.status, message=outcome.message[:300],
                 cooldown_ms=round(seconds * 1000))
         return seconds
 
-    def _note_dead_end(self, serving, attempt, rule):
-        """Another key of an unreachable host would fail alike; a reset gets one more try."""
-        base_url = server_of(serving.config, attempt.key)
-        if rule is RESET:
-            serving.resets[base_url] = serving.resets.get(base_url, 0) + 1
-        if rule is UNREACHABLE or serving.resets.get(base_url, 0) > 1:
-            serving.dead_ends.add(base_url)
+    # -- repairs ---------------------------------------------------------------
 
-    def _pause(self, serving):
-        """0.5 to 1 s before the same key again, so that many clients do not come at once."""
-        exchange, end = serving.exchange, self._clock() + self._jitter(0.5, 1.0)
-        while self._clock() < end:    # the queue's news wake it too
-            exchange.wake.clear()
-            exchange.check()
-            self._wait(exchange.wake, end - self._clock())
-        exchange.check()
-
-    # -- one attempt -----------------------------------------------------------
-
-    def _open(self, serving, attempt):
-        """Sends one attempt; its Reply, with the answer still open where it is to be relayed."""
-        request = serving.request
-        try:
-            wanted, answer = self._build(serving, attempt)
-            first_byte_s = STREAM_FIRST_BYTE_S if request.body.seems_streamed else FIRST_BYTE_S
-            wait = functools.partial(self._wait_with_pings, serving) if answer else None
-            upstream = self._upstream.open(wanted, serving.exchange, first_byte_s, wait)
-            return self._read_reply(serving, attempt, upstream, answer)
-        except TokenUnavailable as error:
-            self._tell_token_problem(attempt.key, str(error))
-            return Reply(Outcome(NO_TOKEN, 0, str(error), None))
-        except Untranslatable as error:
-            return Reply(Outcome(UNTRANSLATABLE, error.status, str(error), None), [JSON_TYPE],
-                         error_json(error.type, str(error)))
-        except UpstreamUnreachable as error:
-            rule = RESET if error.connected else UNREACHABLE
-            return Reply(Outcome(rule, 0, error.reason, None))
-        except UpstreamTimeout:
-            return Reply(Outcome(TIMED_OUT, 0, 'no answer in time', None))
-
-    def _tell_token_problem(self, key, problem):
-        """Logs why a key cannot be used: once, not with each request."""
-        told = re.sub(r'\d+', '', problem)        # "expired 5 min ago", then 6 min
-        if self._token_problems.get(key.ref) != told:
-            self._token_problems[key.ref] = told
-            self._journal.log.error('token_unavailable', key=key.id, message=problem)
-
-    def _build(self, serving, attempt):
-        """(UpstreamRequest, the TranslatedStream that reads its answer or None).  Raises
-        TokenUnavailable, Untranslatable."""
-        request, betas = serving.request, serving.request.betas
-        is_clients = attempt.key.id == CLIENT_REF
-        token = '' if is_clients else usable_token(attempt.key, self._now())
-        serving.secrets.add(token)
-        target = find_target(serving.config, attempt.key, token, attempt.model)
-        if target.wire != MESSAGES:
-            return self._translate(serving, target, token)
-        # Where there is one provider alone, a 400 would tell of thinking that was not signed.
-        is_alone = request.is_message and not serving.config.has_other_providers
-        body = request.body if is_alone else serving.claude_body
-        data = body.data
-        if request.is_message:
-            data = body.for_model(attempt.model)
-            repairs = self._repairs_for(serving, attempt.model)
-            if repairs:
-                data, betas = apply_repairs(repairs, data, betas)
-        return build_request(request, attempt.key, target.base_url, token, data, betas), None
-
-    def _translate(self, serving, target, token):
-        """The same for an OpenAI target."""
-        repairs = self._repairs_for(serving, target.answerer)
-        if any(name == 'use_responses' for name, _ in repairs):
-            target = target._replace(wire=RESPONSES)
-        try:
-            conversation = serving.conversation
-            body = WIRES[target.wire].translate(conversation, target)
-            body = edit_body(body, repairs, OPENAI_REPAIRS)
-            if serving.asks_whole and target.wire == CHAT_COMPLETIONS:
-                body = without_path(without_path(body, ['stream']), ['stream_options'])
-        except RecursionError as error:
-            raise Untranslatable('The request is nested too deeply to be translated.') from error
-        serving.sent = target, body
-        if conversation.notes.left_out and not serving.told_left_out:
-            serving.told_left_out = True
-            self._journal.log.warn('left_out', id=serving.request_id, model=target.model,
-                                   fields=list(conversation.notes.left_out))
-        wanted = build_openai_request(target, token, body, cache_key(conversation.body))
-        message_id = f'msg_{random.getrandbits(96):024x}'
-        serving.translated = answer_stream(conversation, target, message_id,
-                                           lambda text: redact(serving.without_secrets(text)))
-        return wanted, serving.translated
-
-    def _repairs_for(self, serving, answerer):
+    def _repairs_for(self, answerer):
         """What this request needs: what 400s said, now and, but for the model that a client
-        asked for, earlier.  `answerer` is a Claude model, or (base URL, model)."""
-        if answerer not in serving.repairs:
-            is_asked = answerer == serving.request.body.model
-            learnt = () if is_asked else self._repairs.get(answerer, ())
-            serving.repairs[answerer] = list(learnt)
-        return serving.repairs[answerer]
+        asked for, earlier.  `answerer` is a Claude model, or a Target's."""
+        if answerer not in self._repairs:
+            is_asked = answerer == self._request.body.model
+            learnt = () if is_asked else self._failover.repairs.get(answerer, ())
+            self._repairs[answerer] = list(learnt)
+        return self._repairs[answerer]
 
-    def _learn_repair(self, serving, attempt, outcome):
+    def _learn_repair(self, attempt, needed):
         """Notes what a 400 complains of; False when that was left out already."""
-        if not serving.request.is_message:
+        if not self._request.is_message:
             return False
-        answerer, repair = attempt.model, outcome.repair
-        if attempt.key.provider == OPENAI:
-            target, body = serving.sent
-            answerer = target.answerer
-            if not changes_request(repair, target, body):
+        answerer = attempt.model
+        if self._target.wire != MESSAGES:
+            answerer = self._target.answerer
+            if not changes_request(needed, self._target, self._sent_body):
                 return False
-        needed = self._repairs_for(serving, answerer)
-        if repair in needed or serving.repaired >= MAX_REPAIRS:
+        repairs = self._repairs_for(answerer)
+        if needed in repairs or self._repaired >= MAX_REPAIRS:
             return False
-        needed.append(repair)
-        serving.repaired += 1
-        self._journal.log.info('repair', model=attempt.model, repair=repair.name,
-                               subject=serving.without_secrets(repair.subject))
+        repairs.append(needed)
+        self._repaired += 1
+        self._log.info('repair', model=attempt.model, repair=needed.name,
+                       subject=self._client.without_secrets(needed.subject))
         return True
 
-    def _remember_repairs(self, serving):
+    def _remember_repairs(self):
         """What helped is done at once next time, where it is about the model and not about this
         conversation."""
-        for answerer, needed in serving.repairs.items():
-            lasting = tuple(repair for repair in needed if is_about_model(*repair))
-            if lasting and self._repairs.get(answerer) != lasting:
-                self._repairs[answerer] = lasting
-
-    def _read_reply(self, serving, attempt, upstream, answer):
-        """Reads as much of an answer as it takes to know what it means."""
-        reply = None
-        try:
-            if upstream.status >= 300:
-                reply = self._read_refusal(serving, attempt, upstream)
-            elif answer:
-                reply = self._read_translated(serving, attempt, upstream, answer)
-            elif is_event_stream(upstream) and serving.request.is_message:
-                reply = self._read_opening(serving, attempt, upstream, MessageStream())
-            else:
-                reply = self._read_beginning(serving, attempt, upstream)
-            return reply
-        finally:
-            if reply is None or reply.upstream is None:
-                upstream.close()
-
-    def _classify(self, serving, attempt, upstream, status=None, error=NO_ERROR):
-        request, is_openai = serving.request, attempt.key.provider == OPENAI
-        if attempt.key.id != CLIENT_REF:
-            self._journal.metrics.note_limits(attempt.key.ref, upstream.headers)
-        if status is None and 200 <= upstream.status < 300:       # nearly always
-            return Outcome(ANSWERED, upstream.status, '', None)
-        answer = Answer(
-            status or upstream.status, upstream.headers, error.type, error.message, self._now(),
-            request.path, attempt.model, attempt.model != request.body.model, error.details)
-        outcome = classify(answer, OPENAI_RULES if is_openai else RULES)
-        # Only now: a credential may be a word that means something in the message.
-        return outcome._replace(message=serving.without_secrets(outcome.message))
-
-    def _read_refusal(self, serving, attempt, upstream):
-        try:
-            body = upstream.read_all(MAX_ERROR_BODY_BYTES)
-        except UpstreamCut as error:
-            outcome = self._classify(serving, attempt, upstream)
-            # Status and fields are often clear enough; what would be relayed is not there.
-            return Reply(outcome) if outcome.rule.step is Step.NEXT_KEY else self._cut_reply(error)
-        outcome = self._classify(serving, attempt, upstream, error=read_error(body))
-        if attempt.key.provider == OPENAI:
-            return self._refused_by_openai(serving, outcome)
-        return Reply(outcome, upstream.fields, body)
-
-    def _refused_by_openai(self, serving, outcome):
-        """An OpenAI error in Anthropic's shape, in words by which a client knows what to do."""
-        status, message = outcome.status, outcome.message
-        is_clients = outcome.rule.step in (Step.RELAY, Step.REPAIR)
-        if outcome.rule.name == 'context_too_long' or is_clients and re.search(
-                TOO_LONG, message, re.IGNORECASE):
-            status, message = 400, f'prompt is too long: {message}'
-        elif is_clients:
-            status = 400
-        fields = [JSON_TYPE, ('request-id', serving.request_id)]
-        return Reply(outcome, fields, error_json(error_type(status), message), status=status)
-
-    def _read_beginning(self, serving, attempt, upstream):
-        """Waits for the first piece of a body: until then another key may still answer."""
-        try:
-            held = upstream.read()
-        except UpstreamCut as error:
-            return self._cut_reply(error)
-        outcome = self._classify(serving, attempt, upstream)
-        return Reply(outcome, upstream=upstream, held=held)
-
-    def _read_opening(self, serving, attempt, upstream, events, fields=()):
-        """Holds a stream back until its first content: an error before that is no answer."""
-        held = bytearray()
-        while not events.opened_by and len(held) <= MAX_EVENT_BYTES:
-            try:
-                piece = self._read_piece(serving, upstream, events)
-            except UpstreamCut as error:
-                return self._cut_reply(error)
-            held += events.feed(piece) if piece else events.last()
-            if not piece and not events.opened_by:
-                serving.asks_whole = events.is_translated
-                reason = 'the stream ended before its first content'
-                return Reply(Outcome(EMPTY_STREAM, 0, reason, None)) if serving.asks_whole \
-                    else self._cut_reply(reason)
-        if events.opened_by == 'error':
-            return self._refused_in_stream(serving, attempt, upstream, events)
-        outcome = self._classify(serving, attempt, upstream)
-        return Reply(outcome, fields, upstream=upstream, events=events, held=bytes(held))
-
-    def _read_piece(self, serving, upstream, events):
-        """The next piece of a stream."""
-        if events.is_translated:
-            self._wait_with_pings(serving, upstream)
-        return upstream.read()
-
-    def _wait_with_pings(self, serving, upstream):
-        """Waits for an upstream to send something.  Claude sends pings while it thinks; OpenAI
-        does not, or sends what the client does not get, so it gets ours."""
-        while True:
-            left = serving.next_ping - self._clock()
-            if left <= 0:
-                self._hold_open(serving)
-            elif upstream.wait(left):
-                return
-
-    def _write(self, serving, data):
-        """Passes on what came of a stream; a piece of nothing does not put off a ping."""
-        if data:
-            serving.response.write(data)
-            serving.next_ping = self._clock() + PING_S
-
-    def _refused_in_stream(self, serving, attempt, upstream, events):
-        """A 200 whose stream begins with an error is what that error says."""
-        error = describe_error(events.failure)
-        if events.is_translated:
-            status = error_status(events.failure)
-            return self._refused_by_openai(
-                serving, self._classify(serving, attempt, upstream, status, error))
-        status = STATUS_OF_ERROR.get(error.type, 500)
-        outcome = self._classify(serving, attempt, upstream, status, error)
-        fields = [(n, v) for n, v in upstream.fields if n.lower() != 'content-type']
-        return Reply(outcome, [*fields, JSON_TYPE], error_json(error.type, error.message))
-
-    def _read_translated(self, serving, attempt, upstream, answer):
-        """An OpenAI answer: the opening of a stream, or all of it for a client that wants it
-        whole."""
-        request_id = ('request-id', serving.request_id)
-        stream_fields = [*STREAM_FIELDS, request_id]
-        if serving.request.body.is_streamed and is_event_stream(upstream):
-            return self._read_opening(serving, attempt, upstream, answer, stream_fields)
-        try:
-            events = self._read_events(serving, upstream, answer)
-        except UpstreamCut as error:
-            return self._cut_reply(error)
-        except ValueError:
-            error = ErrorText('', 'its answer could not be read')
-            return Reply(self._classify(serving, attempt, upstream, 502, error))
-        if answer.failure:
-            return self._refused_in_stream(serving, attempt, upstream, answer)
-        if not answer.stopped:
-            return self._cut_reply('the stream ended before the message did')
-        outcome = self._classify(serving, attempt, upstream)
-        if serving.request.body.is_streamed:
-            return Reply(outcome, stream_fields, upstream=upstream, events=answer,
-                         held=b''.join(map(event_bytes, events)))
-        body = dump_body(message_from_events(events))
-        return Reply(outcome, [JSON_TYPE, request_id], body, usage=answer.usage)
-
-    def _read_events(self, serving, upstream, answer):
-        """[event, ...] of a whole answer.  Raises ValueError for one that cannot be read."""
-        events, body, size, is_stream = [], [], 0, is_event_stream(upstream)
-        try:
-            while not answer.is_over:
-                piece = self._read_piece(serving, upstream, answer)
-                if not piece:
-                    break
-                size += len(piece)
-                if size > MAX_BODY_BYTES:
-                    raise UpstreamCut('it is too long')
-                if is_stream:
-                    events += answer.read(piece)
-                else:
-                    body.append(piece)
-        except UpstreamCut:
-            events += answer.read_end(is_cut=True)
-            if not answer.is_over:
-                raise
-            return events
-        return events + answer.read_end() if is_stream else answer.read_whole(b''.join(body))
-
-    def _cut_reply(self, error):
-        return Reply(Outcome(RESET, 0, f'the answer broke off: {error}', None))
-
-    # -- the answer ------------------------------------------------------------
-
-    def _relay(self, serving, attempt, reply):
-        """Gives the client an upstream's answer: the commit."""
-        if 200 <= reply.outcome.status < 300:
-            self.cooldowns.succeeded(*serving.slot(attempt))
-            if serving.repaired:
-                self._remember_repairs(serving)
-        self._leave_queue(serving)
-        asked = serving.request.body.model
-        serving.record = {
-            'outcome': 'answered' if reply.outcome.status < 400 else 'refused',
-            'key': attempt.key.id, 'provider': attempt.key.provider,
-            'upstream_model': attempt.model, 'ttfb_ms': self._elapsed_ms(serving)}
-        serving.record.update(usage_fields(reply.usage))
-        if attempt.model != asked:
-            serving.record['fallback'] = f'{asked} -> {attempt.model}'
-        upstream = reply.upstream
-        is_own = upstream is None or bool(reply.fields)       # its head is ours
-        headers = {n.lower(): v for n, v in reply.fields} if is_own else upstream.headers
-        serving.request_id = headers.get('request-id')
-        fields = [*reply.fields, *serving.proxy_fields(attempt)]
-        if 'date' not in headers:     # RFC 9110 section 6.6.1: who passes on adds what is missing
-            fields.append(('date', http_date(int(self._now()))))
-        if upstream is None:
-            return self._send_whole(serving, reply.client_status, fields, reply.body)
-        try:
-            relay = self._relay_stream if reply.events else self._relay_body
-            relay(serving, reply, fields, '' if is_own else upstream.forwarded_head)
-        finally:
-            upstream.close()
-
-    def _send_whole(self, serving, status, fields, body):
-        """An answer that is at hand; to a stream that was held open it is an `error` event."""
-        if not serving.response.started:
-            return serving.response.send(status, fields, body)
-        error = read_error(body)
-        serving.response.write(error_event(error.type.split(' ')[0] or 'api_error', error.message))
-        serving.response.finish()
-
-    def _relay_body(self, serving, reply, fields, forwarded):
-        """Any answer but a stream of messages, piece by piece as it comes."""
-        response, upstream = serving.response, reply.upstream
-        if response.started:
-            message = f'{PROGRAM}: a stream was asked for, and the upstream sent none.'
-            serving.record.update(outcome='failed', error=message)
-            return self._send_whole(serving, 502, [], error_json('api_error', message))
-        response.start(upstream.status, fields, upstream.length, forwarded)
-        piece, tail = reply.held, b''
-        try:
-            while piece:
-                response.write(piece)
-                tail = (tail + piece)[-2048:] if len(piece) < 2048 else piece[-2048:]
-                piece = upstream.read()
-            response.finish()
-        except (UpstreamCut, UpstreamTimeout) as error:
-            response.abandon()
-            serving.record.update(outcome='failed', error=f'cut after the commit: {error}')
-        serving.record.update(read_usage(tail))
-
-    def _relay_stream(self, serving, reply, fields, forwarded):
-        """Whole events as they arrive, unchanged; an end that is none is told as an error."""
-        response, upstream, events = serving.response, reply.upstream, reply.events
-        serving.record['stream'] = True
-        if not response.started:
-            response.start(upstream.status, fields, forwarded=forwarded)
-        self._write(serving, reply.held)
-        problem = "the upstream's stream ended before the message did"
-        try:
-            while not (events.is_translated and events.is_over):
-                if self._carrier and not events.is_translated:
-                    self._carrier.carry(upstream, events, response)
-                piece = self._read_piece(serving, upstream, events)
-                if not piece:
-                    break
-                self._write(serving, events.feed(piece))
-            response.write(events.last())
-        except UpstreamCut as error:
-            problem = f"the upstream's stream broke off: {error}"
-            if events.is_translated:  # it may have been whole but for its very end
-                response.write(events.last(is_cut=True))
-        except UpstreamTimeout:
-            problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
-        serving.record.update(usage_fields(events.usage))
-        self._end_stream(serving, events, problem)
-        if events.is_translated and events.stopped:
-            with contextlib.suppress(UpstreamCut, UpstreamTimeout, ClientGone):
-                if upstream.wait(LAST_CHUNK_S):
-                    upstream.read()   # the body's end: then the connection can be used again
-
-    def _end_stream(self, serving, events, problem):
-        """The end of a stream after its commit; `problem` is what it is when the message is not
-        whole.  A second answer is never spliced in."""
-        response = serving.response
-        if events.failure is not None:
-            message = serving.without_secrets(str(events.failure.get('message')))
-            serving.record.update(outcome='failed', error=redact(message[:300]))
-        elif events.stop_reason and not events.stopped:
-            response.write(event_bytes({'type': 'message_stop'}))
-        elif not events.stopped:
-            serving.record.update(outcome='failed', error=problem)
-            response.write(error_event('api_error', f'{PROGRAM}: {problem}.'))
-            return response.abandon()
-        return response.finish()
+        for answerer, repairs in self._repairs.items():
+            lasting = tuple(needed for needed in repairs if is_about_model(*needed))
+            if lasting and self._failover.repairs.get(answerer) != lasting:
+                self._failover.repairs[answerer] = lasting
 
     # -- the queue -------------------------------------------------------------
 
-    def _await_turn(self, serving):
+    def _await_turn(self):
         """Waits until an attempt may be made; False when that is not to be hoped for in time."""
-        queue_wait_s = serving.config.queue_wait_ms / 1000
-        slots = self._resting_slots(serving)
-        if not (slots and serving.request.is_message and queue_wait_s > 0):
+        queue_wait_s = self._config.queue_wait_ms / 1000
+        slots = self._cooling_slots()
+        if not (slots and self._request.is_message and queue_wait_s > 0):
             return False
         entered = self._clock()
-        if serving.ticket is None:
-            serving.queue_deadline = entered + queue_wait_s
-            serving.ticket = self.cooldowns.join_queue(serving.exchange.wake)
-        self.cooldowns.await_slots(serving.ticket, slots)
+        if self._ticket is None:
+            self._queue_deadline = entered + queue_wait_s
+            self._ticket = self._cooldowns.join_queue(self._exchange.wake)
+        self._cooldowns.await_slots(self._ticket, slots)
         try:
-            is_my_turn = self._wait_in_queue(serving)
+            return self._wait_in_queue()
         finally:
-            serving.queued_s += self._clock() - entered
-        if is_my_turn:
-            self._replan(serving)
-        return is_my_turn
+            self._client.queued_s += self._clock() - entered
 
-    def _resting_slots(self, serving):
+    def _cooling_slots(self):
         """The slots to wait for: of every attempt that can be made, if each of them cools, or did
         when its turn came; none where that is not so, since then waiting is no remedy."""
-        failures = [(serving.slot(failure.attempt), failure) for failure in serving.failures]
-        rested = {slot for slot, failure in failures if failure.rested}
+        failures = [(self._slot(failure.attempt), failure) for failure in self._round.failures]
+        cooled = {slot for slot, failure in failures if failure.is_cooling}
         impossible = {slot for slot, failure in failures
                       if failure.outcome.rule in (NO_TOKEN, UNTRANSLATABLE)}
-        slots = {serving.slot(attempt) for attempt in serving.plan} - impossible
-        rest = all(slot in rested or self.cooldowns.blocking(slot, serving.ticket)
-                   for slot in slots)
-        return slots if rest else set()
+        slots = {self._slot(attempt) for attempt in self._round.attempts} - impossible
+        all_cool = all(slot in cooled or self._cooldowns.blocking(slot, self._ticket)
+                       for slot in slots)
+        return slots if all_cool else set()
 
-    def _wait_in_queue(self, serving):
-        exchange = serving.exchange
+    def _wait_in_queue(self):
+        exchange = self._exchange
         while True:
-            seconds, is_behind = self.cooldowns.seconds_to_turn(serving.ticket)
+            seconds, is_behind = self._cooldowns.seconds_to_turn(self._ticket)
             exchange.check()          # after the wake-up call was cleared, like what follows
-            if self.stopping:
+            if self._failover.stopping:
                 return False
-            left = serving.queue_deadline - self._clock()
+            left = self._queue_deadline - self._clock()
             if left <= 0 or seconds > left and not is_behind:
                 return False
-            if seconds == 0 or self._store.current is not serving.config:
+            if seconds == 0 or self._failover.store.current is not self._config:
                 return True           # a changed configuration is worth another look
-            until_ping = max(0.0, serving.next_ping - self._clock())
-            self._wait(exchange.wake, min(left, until_ping, seconds))
+            until_ping = self._client.keep_patient()
+            self._failover.wait(exchange.wake, min(left, until_ping, seconds))
             exchange.check()
-            if self._clock() >= serving.next_ping:
-                self._hold_open(serving)
 
-    def _hold_open(self, serving):
-        """Keeps a stream's client patient: it takes pings before the first event."""
-        response = serving.response
-        serving.next_ping = self._clock() + PING_S
-        if not serving.request.body.is_streamed:
-            return
-        if not response.started:
-            response.start(200, [*STREAM_FIELDS, ('request-id', serving.request_id),
-                                 *serving.proxy_fields()])
-        response.write(PING_EVENT)
+    def _leave_queue(self):
+        if self._ticket:
+            self._cooldowns.leave_queue(self._ticket)
+            self._ticket = None
 
-    def _leave_queue(self, serving):
-        if serving.ticket:
-            self.cooldowns.leave_queue(serving.ticket)
-            serving.ticket = None
+    # -- the end ---------------------------------------------------------------
 
-    # -- the final failure -----------------------------------------------------
-
-    def _send_failure(self, serving):
-        final = final_failure(self._failed_attempts(serving), serving, self._now)
-        serving.record.update(outcome='failed', error=final.message[:500])
+    def _send_failure(self):
+        failures = [failure._replace(back_in_s=self._seconds_to_return(failure.attempt))
+                    for failure in self._round.failures]
+        client, final = self._client, final_failure(failures, self._client, self._config)
+        client.record.update(outcome='failed', error=final.message[:500])
         if final.key:
-            serving.record.update(key=final.key.id, provider=final.key.provider)
-        self._send_whole(serving, final.status, final.fields, final.body)
+            client.record.update(key=final.key.id, provider=final.key.provider)
+        client.send_whole(final.status, final.fields, final.body)
 
-    def _failed_attempts(self, serving):
-        """[(Failure, seconds until its slot comes back, or None), ...]"""
-        failed = []
-        for failure in serving.failures:
-            cooling = self._blocking(serving, failure.attempt)
-            failed.append((failure, self.cooldowns.remaining_s(cooling) if cooling else None))
-        return failed
+    def _seconds_to_return(self, attempt):
+        """Until an attempt may be made again; None where nothing keeps it."""
+        cooling = self._blocking(attempt)
+        return self._cooldowns.remaining_s(cooling) if cooling else None
 
-    # -- what is answered here -------------------------------------------------
-
-    def _answer_here(self, serving):
+    def _answer_here(self):
         """Answers what needs no upstream, where messages go to OpenAI because no Claude key is
         left; whether it did."""
-        request, config = serving.request, serving.config
+        request, config = self._request, self._config
         if request.is_message or request.profile_name not in config.profiles:
             return False
-        if serving.plan and request.path != COUNT_TOKENS_PATH:
+        if self._round.attempts and request.path != COUNT_TOKENS_PATH:
             return False
         if not any(key.provider == OPENAI and is_served(config, key)
                    for key in config.keys.values()):
             return False
         status, answer = answer_without_claude(request, config)
-        fields = [JSON_TYPE, ('request-id', serving.request_id), ('x-proxy-provider', OPENAI)]
-        serving.record['outcome'] = 'answered' if status < 400 else 'refused'
-        serving.response.send(status, fields, answer)
+        fields = [JSON_TYPE, ('request-id', self._client.request_id), ('x-proxy-provider', OPENAI)]
+        self._client.record['outcome'] = 'answered' if status < 400 else 'refused'
+        self._response.send(status, fields, answer)
         return True
-
-    # -- what is told ----------------------------------------------------------
-
-    def _elapsed_ms(self, serving):
-        return round((self._clock() - serving.started) * 1000)
-
-    def _finished_record(self, serving):
-        request = serving.request
-        record = {
-            'id': serving.request_id, 'profile': request.profile_name, 'method': request.method,
-            'path': request.path[:300],
-            'model': (request.body.model or '')[:300] or None if request.has_body else None,
-            'status': serving.response.status, **serving.record, 'attempts': serving.attempts,
-            'duration_ms': self._elapsed_ms(serving)}
-        if serving.was_queued:
-            record['queued_ms'] = round(serving.queued_s * 1000)
-        return record
-
-
-USAGE_FIELDS = ('input_tokens', 'output_tokens', 'cache_read_input_tokens',
-                'cache_creation_input_tokens')
-USAGE_COUNT = re.compile(rb'"(%b)"\s*:\s*(\d{1,12})' % '|'.join(USAGE_FIELDS).encode())
-JSON_TYPE = ('content-type', 'application/json')
-STREAM_FIELDS = [('content-type', 'text/event-stream; charset=utf-8'),
-                 ('cache-control', 'no-cache')]
-
-
-def is_event_stream(upstream):
-    """Whether an answer is a stream that can be read: a compressed one cannot."""
-    headers = upstream.headers
-    return (headers.get('content-type', '').lower().startswith('text/event-stream')
-            and 'content-encoding' not in headers)
-
-
-def usage_fields(usage):
-    return {name: usage[name] for name in USAGE_FIELDS if name in usage}
-
-
-def read_usage(tail):
-    """{'input_tokens': 10, ...} from the end of a plain answer's bytes, as far as it is there."""
-    start = tail.rfind(b'"usage"')
-    if start < 0:
-        return {}
-    return {name.decode(): int(count) for name, count in USAGE_COUNT.findall(tail, start)}
-
-
-def answer_without_claude(request, config):
-    """(status, body) for what only Anthropic has: an estimate for count_tokens, the mapping's
-    names for /v1/models, and 404 for the rest."""
-    if request.path == COUNT_TOKENS_PATH and request.method == 'POST':
-        body = request.body.json
-        if not as_list(body.get('messages')):
-            return 400, error_json('invalid_request_error', 'messages: Field required')
-        try:
-            return 200, dump_body({'input_tokens': estimate_tokens(body)})
-        except RecursionError:
-            return 400, error_json('invalid_request_error', 'The request is nested too deeply.')
-    mapping = config.openai_model_mapping
-    if request.path == MODELS_PATH and request.is_read:
-        models = [model_info(name) for name in mapping if not name.endswith('*')]
-        ids = [model['id'] for model in models]
-        return 200, dump_body({'data': models, 'has_more': False, 'first_id': (ids or [None])[0],
-                               'last_id': (ids or [None])[-1]})
-    name = urllib.parse.unquote(request.path[len(MODELS_PATH) + 1:])
-    is_known = name in mapping or name.startswith('claude') and map_model(mapping, name)
-    if request.path.startswith(MODELS_PATH + '/') and request.is_read and is_known:
-        return 200, dump_body(model_info(name))
-    message = (f'{PROGRAM}: {request.path} needs an Anthropic key, and only OpenAI keys are '
-               f'there. See: {RUN} add-key')
-    return 404, error_json('not_found_error', message)
-
-
-class FinalFailure(NamedTuple):
-    status: int
-    fields: list
-    body: bytes
-    message: str
-    key: Key | None = None
-
-
-#: What decides when the attempts failed differently: the first of these that one of them has.
-FINAL_ORDER = (Final.TIMEOUT, Final.LIMITED, Final.OVERLOADED, Final.SERVER, Final.BLOCKED,
-               Final.UNAUTHORIZED, Final.VERBATIM)
-FINAL_STATUS = {
-    Final.TIMEOUT: (504, 'timeout_error'), Final.LIMITED: (429, 'rate_limit_error'),
-    Final.OVERLOADED: (529, 'overloaded_error'), Final.SERVER: (502, 'api_error'),
-    Final.BLOCKED: (502, 'api_error'), Final.UNAUTHORIZED: (502, 'api_error')}
-#: Nothing that a client could wait for changes these.
-HOPELESS = (Final.BLOCKED, Final.UNAUTHORIZED, Final.VERBATIM)
-
-
-def final_failure(failed, serving, now):
-    """The answer when nothing is left: Anthropic's shape, what was tried, when to come back.
-
-    `failed` is [(Failure, seconds until its slot comes back, or None), ...].
-    """
-    if not failed:
-        return no_plan_failure(serving)
-    finals = {failure.outcome.rule.final for failure, _ in failed}
-    final = next(final for final in FINAL_ORDER if final in finals)
-    keys = {failure.attempt.key.ref: failure.attempt.key for failure, _ in failed}
-    tried = [failure for failure, _ in failed if failure.reply and failure.reply.body]
-    is_clients_own = all(key.id == CLIENT_REF for key in keys.values())
-    if tried and (final is Final.VERBATIM or is_clients_own and final in HOPELESS):
-        return verbatim_failure(tried[0], serving, is_clients_own)
-    if final is Final.UNAUTHORIZED and len(keys) == 1:
-        return own_failure(401, 'authentication_error', failed, serving, final, now)
-    if final is Final.VERBATIM:       # all of them were skipped: say what they last said
-        status = failed[0][0].outcome.status
-        type = next((t for t, s in STATUS_OF_ERROR.items() if s == status), 'api_error')
-        return own_failure(status, type, failed, serving, final, now)
-    return own_failure(*FINAL_STATUS[final], failed, serving, final, now)
-
-
-def no_plan_failure(serving):
-    if any(key.provider == ANTHROPIC for key in serving.config.keys.values()):
-        message = f'{PROGRAM}: the profile {serving.request.profile_name} is gone.'
-    else:
-        message = (f'{PROGRAM}: no Anthropic key is configured and the request carries none. '
-                   f'Add one: {RUN} add-key')
-    fields = [JSON_TYPE, ('request-id', serving.request_id), ('x-should-retry', 'false')]
-    return FinalFailure(401, fields, error_json('authentication_error', message), message)
-
-
-def verbatim_failure(failure, serving, is_clients_own):
-    """An upstream's own answer.  A client whose own login was refused mends it by itself."""
-    fields = [*failure.reply.fields, *serving.proxy_fields(failure.attempt)]
-    has_advice = any(name.lower() == 'x-should-retry' for name, _ in fields)
-    if not (is_clients_own or has_advice or failure.outcome.status == 429):
-        fields.append(('x-should-retry', 'false'))
-    return FinalFailure(failure.reply.client_status, fields, failure.reply.body,
-                        failure.outcome.message, failure.attempt.key)
-
-
-def earliest_return(failed):
-    """(seconds, Failure) of the key that may be tried again first; (None, None): only a
-    person can help.  A key that failed in passing and does not rest is back at once."""
-    returns = [(seconds or 0, failure) for failure, seconds in failed
-               if failure.outcome.rule.waits
-               and (seconds is not None or failure.outcome.rule.final not in HOPELESS)]
-    return min(returns, key=lambda pair: pair[0], default=(None, None))
-
-
-def own_failure(status, type, failed, serving, final, now):
-    earliest_s, earliest = earliest_return(failed)
-    message = failure_message(failed, final)
-    fields = [JSON_TYPE, ('request-id', serving.request_id), *serving.proxy_fields()]
-    is_soon = earliest is not None and earliest_s <= CLIENT_PATIENCE_S
-    if earliest and final not in HOPELESS and (earliest_s or final is not Final.SERVER):
-        back_at = time.strftime('%H:%M:%S', time.localtime(now() + earliest_s))
-        message += (f' Earliest back: {earliest.attempt.key.id} in {format_duration(earliest_s)}'
-                    f' ({back_at}).')
-        fields.append(('retry-after', max(1, math.ceil(earliest_s))))
-    if final in HOPELESS or final is Final.LIMITED and not is_soon:
-        fields.append(('x-should-retry', 'false'))
-    fields += [(name, value) for failure, _ in failed[-1:] if failure.reply
-               for name, value in failure.reply.fields
-               if name.lower().startswith('anthropic-ratelimit-')]
-    return FinalFailure(status, fields, error_json(type, message), message)
-
-
-def failure_message(failed, final):
-    """One sentence naming each key and model, and what it answered; equal answers together."""
-    groups = {}       # what was said -> ['work with claude-opus-5-5 (back in 20 s)', ...]
-    for failure, seconds in failed:
-        outcome, attempt = failure.outcome, failure.attempt
-        said = f'{outcome.status or ""} {outcome.rule.name}'.strip()
-        if outcome.message:
-            said += f', "{printable(outcome.message[:200])}"'
-        model = f' with {printable(attempt.model[:100])}' if attempt.model else ''
-        back = f' (back in {format_duration(seconds)})' if seconds else ''
-        groups.setdefault(said, []).append(f'{attempt.key.id}{model}{back}')
-    told = '; '.join(f'{", ".join(who)}: {said}' for said, who in groups.items())
-    lead = {Final.LIMITED: 'every key is exhausted', Final.BLOCKED: 'no key may be used',
-            Final.UNAUTHORIZED: 'no key is accepted', Final.OVERLOADED: 'the model is overloaded',
-            Final.TIMEOUT: 'the upstream gave no answer'}.get(final, 'the upstream failed')
-    return f'{PROGRAM}: {lead}. {told}.'
 
 
 # ==============================================================================
@@ -8372,7 +8429,7 @@ def forward(call):
     access_token = app.store.current.access_token
     request = ClientRequest(call.head, call.body, call.profile_name, access_token)
     with app.watcher.watching(Exchange(call.connection.sock)) as exchange:
-        app.failover.serve(request, call.response, exchange)
+        Serving(app.failover, request, call.response, exchange).serve()
 
 
 class Route(NamedTuple):

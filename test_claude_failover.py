@@ -4801,7 +4801,7 @@ class UpstreamTest(SocketTest):
 
 
 # ==============================================================================
-# Failover
+# Serving
 # ==============================================================================
 
 RATE_LIMITED = refusal(429, 'rate_limit_error', 'slow down', retry_after='20')
@@ -4818,7 +4818,7 @@ REFUSED = cf.UpstreamUnreachable('host: Connection refused', False)
 RESET = cf.UpstreamUnreachable('host: it closed the connection', True)
 
 
-class FailoverTest(unittest.TestCase):
+class ServingTest(unittest.TestCase):
     def setUp(self):
         self.clock = FakeClock()
         self.cooldowns = cf.Cooldowns(self.clock)
@@ -4838,7 +4838,8 @@ class FailoverTest(unittest.TestCase):
         head = make_head(method, target, fields)
         connection = FakeConnection()
         response = cf.ClientResponse(connection, head)
-        failover.serve(cf.ClientRequest(head, data, 'default'), response, exchange or cf.Exchange(None, self.clock))
+        request = cf.ClientRequest(head, data, 'default')
+        cf.Serving(failover, request, response, exchange or cf.Exchange(None, self.clock)).serve()
         return Answered(connection.data)
 
     def one(self, script, keys='ab', body=None, **changes):
@@ -5065,8 +5066,9 @@ class FailoverTest(unittest.TestCase):
         upstream.open = lambda *args: Watching(play)
         head = cf.RequestHead('POST', cf.MESSAGES_PATH, 1, [], {})
         failover = self.failover(upstream, make_config('a'))
-        failover.serve(cf.ClientRequest(head, json.dumps(messages_body(stream=True)).encode(), 'default'),
-                       cf.ClientResponse(connection, head), cf.Exchange(None, self.clock))
+        request = cf.ClientRequest(head, json.dumps(messages_body(stream=True)).encode(), 'default')
+        cf.Serving(failover, request, cf.ClientResponse(connection, head),
+                   cf.Exchange(None, self.clock)).serve()
         self.assertEqual(passed, [0, 0, 0, *range(3, len(events) + 1)])
 
     def test_a_stream_that_is_cut_after_its_commit_ends_with_an_error_and_no_end(self):
@@ -5114,7 +5116,8 @@ class FailoverTest(unittest.TestCase):
         connection = FakeConnection()
         connection.breaks = True
         response = cf.ClientResponse(connection, head)
-        failover.serve(cf.ClientRequest(head, b'{"model":"x"}', 'default'), response, cf.Exchange(None, self.clock))
+        request = cf.ClientRequest(head, b'{"model":"x"}', 'default')
+        cf.Serving(failover, request, response, cf.Exchange(None, self.clock)).serve()
         self.assertEqual((self.record()['outcome'], response.keep_alive), ('client_gone', False))
         self.assertTrue(upstream.opened[0].is_closed)
 
@@ -5336,7 +5339,7 @@ class FailoverTest(unittest.TestCase):
                 release.acquire(timeout=PATIENCE_S)
                 return super().open(*args)
         failover = self.failover(Gate(a=Play()), make_config('a', modelFallback={}))
-        failover._wait = threading.Event.wait
+        failover.wait = threading.Event.wait
         key = self.store.current.keys['anthropic:a']
         self.cooldowns.cool(key, OPUS, cf.Outcome(rule('rate_limited'), 429, 'x', 50), 3600)
         threads = [threading.Thread(target=self.serve, args=(failover,), daemon=True) for _ in range(10)]
@@ -6973,7 +6976,7 @@ class CarryingTest(ProgramTest):
     def test_streams_over_tls_arrive_too_with_many_events_in_one_record(self):
         path, context = tls_files(self)
         os.environ['SSL_CERT_FILE'] = path
-        self.app.upstream = self.app.failover._upstream = cf.Upstream()
+        self.app.upstream = self.app.failover.upstream = cf.Upstream()
         events = stream_events('some text ' * 3000)
         whole = stream_bytes(events)
         for size in (50, 16_000, 100_000):
@@ -7149,7 +7152,7 @@ class FaultsTest(ProgramTest):
             patch.start()
             self.addCleanup(patch.stop)
         super().setUp()
-        self.app.failover._jitter = lambda low, high: 0
+        self.app.failover.jitter = lambda low, high: 0
 
     def use(self, upstream, *keys, **changes):
         # A hint may rest a key for this long at the most: other faults want their turn.
