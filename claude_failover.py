@@ -3260,9 +3260,9 @@ def model_info(model):
 # ==============================================================================
 # Response translation
 # ==============================================================================
-# OpenAI's answers as Anthropic's.  Decoders read the two wire formats and tell MessageEvents
-# what they found; it alone knows the grammar of the events that a client sees.  A plain answer
-# is the same events, folded.
+# OpenAI's answers as Anthropic's.  A stream of each wire format reads what comes and has it
+# written by MessageEvents, which alone knows the grammar of the events that a client sees.  A
+# plain answer is the same events, folded.
 
 class SseParser:
     """Cuts bytes into the data of server-sent events, however they were split."""
@@ -3354,12 +3354,10 @@ class MessageEvents:
     block of the queue is open; the others wait for it to be whole.
     """
 
-    def __init__(self, model, message_id, names, shows_thinking=(False, False), stops=(),
-                 clean=redact, estimate=lambda: 0):
-        self._model, self._message_id, self._names = model, message_id, names
-        self._shows_thinking, self._keeps_thinking = shows_thinking
+    def __init__(self, conversation, message_id, stops=(), clean=redact):
+        self._conversation, self._message_id = conversation, message_id
+        self._shows_thinking, self._keeps_thinking = wants_thinking(conversation.body)
         self._clean = clean           # takes secrets out of an upstream's text
-        self._estimate = estimate     # input tokens, for upstreams that do not tell
         self._sent_chars = 0
         self._stops = StopWatch(stops) if stops else None
         self._events = []             # written, not yet taken
@@ -3369,31 +3367,33 @@ class MessageEvents:
         self._called = False          # a tool_use block was opened
         self._ids = set()             # of the calls so far
         self._refused = False
-        self.has_started = False
+        self._has_started = False
+        self.opened_by = None         # the type of the first event that is more than a greeting
         self.usage = {}
         self.stop_reason = None
         self.failure = None           # OpenAI's error object
+        self.stopped = False          # message_stop was written
+        self.is_over = False          # that, or an error
         self.dropped_calls = 0        # for want of a name
 
-    @property
-    def is_over(self):
-        return self.stop_reason is not None or self.failure is not None
-
-    def take(self):
+    def _take(self):
         """[event, ...] since the last time."""
         events, self._events = self._events, []
+        if self.opened_by is None:
+            self.opened_by = next((event['type'] for event in events
+                                   if event['type'] not in HELD_BACK), None)
         return events
 
-    # -- what decoders tell ----------------------------------------------------
+    # -- what was read ---------------------------------------------------------
 
-    def text(self, delta, key='text'):
+    def _write_text(self, delta, key='text'):
         if not delta or self.is_over:
             return
         delta = self._stops.feed(delta) if self._stops else delta
         if delta:
             self._append('text', key, delta)
         if self._stops and self._stops.hit:
-            self.finish('stop_sequence')
+            self._finish('stop_sequence')
 
     def _release_held_text(self):
         """What looked like the beginning of a stop sequence, and was none."""
@@ -3401,15 +3401,15 @@ class MessageEvents:
         if held:
             self._append('text', 'text', held)
 
-    def refusal(self, delta, key='text'):
+    def _write_refusal(self, delta, key='text'):
         self._refused = True
-        self.text(delta, key)
+        self._write_text(delta, key)
 
-    def thinking(self, delta, key='thinking'):
+    def _write_thinking(self, delta, key='thinking'):
         if delta and self._shows_thinking and not self.is_over:
             self._append('thinking', key, delta)
 
-    def reasoning_done(self, key, payload):
+    def _end_thinking(self, key, payload):
         """A reasoning item is complete; `payload` is what may be given back, or None."""
         if self.is_over:
             return
@@ -3420,7 +3420,7 @@ class MessageEvents:
             block.payload, block.is_done = payload, True
             self._advance()
 
-    def tool(self, key, id=None, name=None):
+    def _write_call(self, key, id=None, name=None):
         """A call's header, or a part of it.  Another id under a known key is another call."""
         if self.is_over:
             return
@@ -3438,7 +3438,7 @@ class MessageEvents:
         block.name = block.name or name or None
         self._advance()
 
-    def arguments(self, key, delta):
+    def _write_arguments(self, key, delta):
         if not delta or key in self._closed and not self._find(key) or self.is_over:
             return
         block = self._find(key) or self._add(Block('tool_use', key))
@@ -3446,30 +3446,31 @@ class MessageEvents:
         block.unsent.append(delta)
         self._advance()
 
-    def rest_of_arguments(self, key, whole):
+    def _complete_arguments(self, key, whole):
         """All of a call's arguments; what came of them so far is not repeated."""
         block = self._find(key)
         so_far = block.value if block else ''
         if whole and whole.startswith(so_far):
-            self.arguments(key, whole[len(so_far):])
+            self._write_arguments(key, whole[len(so_far):])
 
-    def tool_done(self, key):
+    def _end_call(self, key):
         block = self._find(key)
         if block and not self.is_over:
             block.is_done = True
             self._advance()
 
-    def note_usage(self, usage):
+    def _note_usage(self, usage):
         """The latest usage; {'input_tokens': 10, ...} in Anthropic's words."""
         if usage:
             self.usage = usage
 
-    def finish(self, reason):
+    def _finish(self, reason):
         """Ends the message: `reason` is OpenAI's word for why, or 'stop_sequence'."""
         if self.is_over:
             return
         self._release_held_text()
-        self.stop_reason = self._stop_reason(reason)
+        self.is_over = self.stopped = True
+        self.stop_reason = self._find_stop_reason(reason)
         for place, block in enumerate(self._queue):
             block.is_done = True
             if block.kind == 'tool_use' and not block.id:
@@ -3485,24 +3486,24 @@ class MessageEvents:
                  'stop_sequence': self._stops.hit if self.stop_reason == 'stop_sequence' else None}
         self.usage = usage = {**NO_USAGE, **self.usage}
         if not (usage['input_tokens'] or usage['cache_read_input_tokens']):
-            usage['input_tokens'] = self._estimate()
+            usage['input_tokens'] = estimate_tokens(self._conversation.body)
         usage['output_tokens'] = usage['output_tokens'] or math.ceil(self._sent_chars / 4)
         self._events += [{'type': 'message_delta', 'delta': delta, 'usage': usage},
                          {'type': 'message_stop'}]
 
-    def fail(self, error):
+    def _fail(self, error):
         """Ends with an error event: nothing may follow it, least of all a stop that would make
         half an answer look whole."""
         if self.is_over:
             return
-        self.failure = error
+        self.is_over, self.failure = True, error
         message = str(error.get('message') or 'the upstream failed')[:MAX_MESSAGE_CHARS]
         self._events.append({'type': 'error', 'error': {
             'type': error_type(error_status(error)), 'message': self._clean(message)}})
 
     # -- the grammar -----------------------------------------------------------
 
-    def _stop_reason(self, reason):
+    def _find_stop_reason(self, reason):
         if reason == 'stop_sequence':
             return reason
         if self._refused:
@@ -3544,12 +3545,13 @@ class MessageEvents:
             self._close(head)
 
     def _start(self):
-        if self.has_started:
+        if self._has_started:
             return
-        self.has_started = True
+        self._has_started = True
         self._events.append({'type': 'message_start', 'message': {
-            'id': self._message_id, 'type': 'message', 'role': 'assistant', 'model': self._model,
-            'content': [], 'stop_reason': None, 'stop_sequence': None, 'usage': NO_USAGE}})
+            'id': self._message_id, 'type': 'message', 'role': 'assistant',
+            'model': self._conversation.body.get('model'), 'content': [],
+            'stop_reason': None, 'stop_sequence': None, 'usage': NO_USAGE}})
 
     def _open(self, block):
         self._start()
@@ -3561,7 +3563,7 @@ class MessageEvents:
         elif block.kind == 'tool_use':
             self._called = True
             content = {'type': 'tool_use', 'id': self._own_id(block.id),
-                       'name': self._names.original(block.name), 'input': {}}
+                       'name': self._conversation.names.original(block.name), 'input': {}}
         self._events.append({'type': 'content_block_start', 'index': block.index,
                              'content_block': content})
 
@@ -3692,60 +3694,105 @@ def content_text(content):
     return content if isinstance(content, str) else ''
 
 
-class ChatDecoder:
+class TranslatedStream(MessageEvents):
+    """An OpenAI answer, read piece by piece and told as events of the Messages API.  Stands in
+    for a MessageStream, whose events came as they are.
+
+    A wire format adds `_read_event` for the data of an event, `_read_answer` for a whole answer
+    and `_read_stop` for the stream's end.
+    """
+
+    is_translated = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._parser = SseParser()
+
+    def read(self, data):
+        """[event, ...] that these bytes of the upstream's stream give."""
+        self._read_all(self._parser.feed(data))
+        return self._take()
+
+    def read_end(self, is_cut=False):
+        """[event, ...] that the end of the upstream's stream gives; `is_cut`: it broke off."""
+        self._read_all(self._parser.end())
+        self._read_stop(is_cut)
+        return self._take()
+
+    def _read_all(self, texts):
+        for text in texts:
+            if self.is_over:          # what follows the end is no part of the message
+                return
+            self._read_event(text)
+
+    def _read_stop(self, is_cut):
+        """What a stream's end says: without a terminal event it was cut."""
+
+    def read_whole(self, data):
+        """[event, ...] of an answer that is no stream.  Raises ValueError when it is none."""
+        self._read_answer(loads_object(data))
+        return self._take()
+
+    def feed(self, data):
+        return b''.join(map(event_bytes, self.read(data)))
+
+    def last(self, is_cut=False):
+        return b''.join(map(event_bytes, self.read_end(is_cut)))
+
+
+class ChatStream(TranslatedStream):
     """Reads Chat Completions: chunks of a stream, or a whole completion."""
 
-    def __init__(self, out):
-        self.out = out
-        self._finish = None           # the finish reason; the usage may come after it
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._reason = None           # to finish; the usage may come after it
         self._is_done = False         # [DONE] came
         self._unnumbered = 0          # calls without an index
         self._last_call = 'call 0'
 
-    def feed(self, chunk):
+    def _read_event(self, chunk):
         if chunk == '[DONE]':
             self._is_done = True
-            return self.out.finish(self._finish) if self._finish else None
+            return self._finish(self._reason) if self._reason else None
         try:
             chunk = loads_object(chunk)
         except ValueError:            # not one of theirs
             return None
         if isinstance(chunk.get('error'), (dict, str)) and chunk['error']:
-            return self.out.fail(error_object(chunk['error']))
-        self.out.note_usage(read_openai_usage(chunk.get('usage')))
+            return self._fail(error_object(chunk['error']))
+        self._note_usage(read_openai_usage(chunk.get('usage')))
         for choice in as_list(chunk.get('choices')):
             choice = as_dict(choice)
             if choice.get('index') in (0, None):
                 self._read_choice(choice, as_dict(choice.get('delta')))
         return None
 
-    def feed_whole(self, completion):
-        """The same for a completion that came at once.  Raises ValueError when it is none."""
+    def _read_answer(self, completion):
         if isinstance(completion.get('error'), (dict, str)) and completion['error']:
-            return self.out.fail(error_object(completion['error']))
+            return self._fail(error_object(completion['error']))
         choices = as_list(completion.get('choices'))
         if not choices:
             raise ValueError('no choices')
-        self.out.note_usage(read_openai_usage(completion.get('usage')))
+        self._note_usage(read_openai_usage(completion.get('usage')))
         self._read_choice(as_dict(choices[0]), as_dict(as_dict(choices[0]).get('message')))
-        return self.out.finish(self._finish or 'stop')
+        return self._finish(self._reason or 'stop')
 
-    def end(self, is_cut):
+    def _read_stop(self, is_cut):
         """The stream's end: complete where a finish reason came, even without [DONE]; with [DONE]
         alone only if it was not cut (llama-cpp-python ends a request so for the next one)."""
-        if self._finish or self._is_done and not is_cut:
-            self.out.finish(self._finish or 'stop')
+        if self._reason or self._is_done and not is_cut:
+            self._finish(self._reason or 'stop')
 
     def _read_choice(self, choice, delta):
-        if self._finish is None:      # afterwards only usage counts
+        if self._reason is None:      # afterwards only usage counts
             self._read_delta(delta)
-        self._finish = self._finish or text_or_none(choice.get('finish_reason'))
+        self._reason = self._reason or text_or_none(choice.get('finish_reason'))
 
     def _read_delta(self, delta):
-        self.out.thinking(reasoning_text(delta))
-        self.out.text(content_text(delta.get('content')))
+        self._write_thinking(reasoning_text(delta))
+        self._write_text(content_text(delta.get('content')))
         if delta.get('refusal'):
-            self.out.refusal(str(delta['refusal']))
+            self._write_refusal(str(delta['refusal']))
         calls = as_list(delta.get('tool_calls'))
         if isinstance(delta.get('function_call'), dict):      # the older form of one call
             calls = [{'index': 0, 'id': None, 'function': delta['function_call']}]
@@ -3760,11 +3807,11 @@ class ChatDecoder:
             self._unnumbered += name is not None
             key = id or (f'call {self._unnumbered}' if name else self._last_call)
         self._last_call = key
-        self.out.tool(key, id, name)
+        self._write_call(key, id, name)
         arguments = function.get('arguments')
         if isinstance(arguments, dict):
             arguments = dump_body(arguments).decode()
-        self.out.arguments(key, text_or_none(arguments))
+        self._write_arguments(key, text_or_none(arguments))
 
 
 def reasoning_text(delta):
@@ -3781,16 +3828,16 @@ def error_object(error):
     return error if isinstance(error, dict) else {'message': str(error)}
 
 
-class ResponsesDecoder:
+class ResponsesStream(TranslatedStream):
     """Reads Responses: events of a stream, or a whole response."""
 
-    def __init__(self, out):
-        self.out = out
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self._has_text = set()        # keys of messages whose text came
         self._parts = {}              # key of a reasoning item -> summary parts so far
         self._call_ids = set()        # of the calls that came
 
-    def feed(self, event):
+    def _read_event(self, event):
         try:
             event = loads_object(event)
         except ValueError:            # '[DONE]' of a server that ends so, or not one of theirs
@@ -3799,18 +3846,14 @@ class ResponsesDecoder:
         if read:
             read(self, event)
 
-    def feed_whole(self, response):
-        """The same for a response that came at once.  Raises ValueError when it is none."""
+    def _read_answer(self, response):
         status = response.get('status')
         if response.get('error') or status == 'failed':
-            return self.out.fail(error_object(response.get('error') or {}))
+            return self._fail(error_object(response.get('error') or {}))
         if status not in (None, 'completed', 'incomplete') or not isinstance(
                 response.get('output'), list):
             raise ValueError('no output')
-        return self._end_response({'response': response})
-
-    def end(self, is_cut):
-        """The stream's end: without a terminal event it was cut."""
+        return self._read_terminal({'response': response})
 
     def _key(self, event):
         place, item = event.get('output_index'), as_dict(event.get('item'))
@@ -3818,71 +3861,71 @@ class ResponsesDecoder:
             return place
         return text_or_none(event.get('item_id')) or text_or_none(item.get('id')) or 'item'
 
-    def _text(self, event):
+    def _read_text(self, event):
         self._has_text.add(self._key(event))
-        self.out.text(str(event.get('delta') or ''), 'text')
+        self._write_text(str(event.get('delta') or ''), 'text')
 
-    def _refusal(self, event):
+    def _read_refusal(self, event):
         self._has_text.add(self._key(event))
-        self.out.refusal(str(event.get('delta') or ''), 'text')
+        self._write_refusal(str(event.get('delta') or ''), 'text')
 
-    def _whole_refusal(self, event):
+    def _read_whole_refusal(self, event):
         if self._key(event) not in self._has_text:
-            self._refusal({**event, 'delta': event.get('refusal')})
+            self._read_refusal({**event, 'delta': event.get('refusal')})
 
-    def _arguments(self, event):
-        self.out.arguments(self._key(event), text_or_none(event.get('delta')))
+    def _read_arguments(self, event):
+        self._write_arguments(self._key(event), text_or_none(event.get('delta')))
 
-    def _whole_arguments(self, event):
-        self.out.rest_of_arguments(self._key(event), text_or_none(event.get('arguments')))
+    def _read_whole_arguments(self, event):
+        self._complete_arguments(self._key(event), text_or_none(event.get('arguments')))
 
-    def _item_added(self, event):
+    def _read_item_added(self, event):
         item = as_dict(event.get('item'))
         if item.get('type') == 'function_call':
-            self._header(self._key(event), item)
+            self._read_header(self._key(event), item)
 
-    def _header(self, key, item):
+    def _read_header(self, key, item):
         call_id = text_or_none(item.get('call_id'))
         self._call_ids.add(call_id)
-        self.out.tool(key, call_id, text_or_none(item.get('name')))
+        self._write_call(key, call_id, text_or_none(item.get('name')))
 
-    def _item_done(self, event):
+    def _read_item_done(self, event):
         item, key = as_dict(event.get('item')), self._key(event)
         if item.get('type') == 'function_call':
-            self._header(key, item)
-            self.out.rest_of_arguments(key, text_or_none(item.get('arguments')))
-            self.out.tool_done(key)
+            self._read_header(key, item)
+            self._complete_arguments(key, text_or_none(item.get('arguments')))
+            self._end_call(key)
         elif item.get('type') == 'reasoning':
-            self._reasoning_item(key, item)
+            self._read_reasoning_item(key, item)
         elif item.get('type') == 'message' and key not in self._has_text:
             self._has_text.add(key)
             for part in map(as_dict, as_list(item.get('content'))):
                 if part.get('type') == 'refusal':
-                    self.out.refusal(str(part.get('refusal') or ''), 'text')
+                    self._write_refusal(str(part.get('refusal') or ''), 'text')
                 else:
-                    self.out.text(block_text(part), 'text')
+                    self._write_text(block_text(part), 'text')
 
-    def _reasoning_item(self, key, item):
+    def _read_reasoning_item(self, key, item):
         if key not in self._parts:
             parts = as_list(item.get('summary')) or as_list(item.get('content'))
             parts = [block_text(as_dict(part)) for part in parts]
-            self.out.thinking('\n\n'.join(part for part in parts if part), key)
+            self._write_thinking('\n\n'.join(part for part in parts if part), key)
         payload = item.get('encrypted_content')
         self._parts[key] = 0
-        self.out.reasoning_done(key, payload if isinstance(payload, str) else None)
+        self._end_thinking(key, payload if isinstance(payload, str) else None)
 
-    def _summary_part(self, event):
+    def _read_summary_part(self, event):
         key = self._key(event)
         if self._parts.get(key):
-            self.out.thinking('\n\n', key)
+            self._write_thinking('\n\n', key)
         self._parts[key] = self._parts.get(key, 0) + 1
 
-    def _summary(self, event):
+    def _read_summary(self, event):
         key = self._key(event)
         self._parts.setdefault(key, 1)
-        self.out.thinking(str(event.get('delta') or ''), key)
+        self._write_thinking(str(event.get('delta') or ''), key)
 
-    def _end_response(self, event):
+    def _read_terminal(self, event):
         """The terminal event; it may hold items that never came as events of their own."""
         response = as_dict(event.get('response'))
         items = [as_dict(item) for item in as_list(response.get('output'))]
@@ -3891,133 +3934,62 @@ class ResponsesDecoder:
             has_come = known.get(text_or_none(item.get('type')))
             if not has_come and text_or_none(item.get('call_id')) not in self._call_ids - {None}:
                 item_id = text_or_none(item.get('id')) or f'output {place}'
-                self._item_done({'item': item, 'item_id': item_id})
-        self.out.note_usage(read_openai_usage(response.get('usage')))
+                self._read_item_done({'item': item, 'item_id': item_id})
+        self._note_usage(read_openai_usage(response.get('usage')))
         reason = text_or_none(as_dict(response.get('incomplete_details')).get('reason'))
         is_incomplete = response.get('status') == 'incomplete' or reason
         if is_incomplete:             # a call in it may be half a call, whatever the reason
             reason = 'content_filter' if reason == 'content_filter' else 'length'
-        self.out.finish(reason or 'stop')
+        self._finish(reason or 'stop')
 
-    def _incomplete(self, event):
+    def _read_incomplete(self, event):
         response = as_dict(event.get('response'))
-        self._end_response({'response': {**response, 'status': 'incomplete'}})
+        self._read_terminal({'response': {**response, 'status': 'incomplete'}})
 
-    def _failed(self, event):
+    def _read_failed(self, event):
         """An error has three shapes: in the response, in `error`, or flat."""
         error = as_dict(event.get('response')).get('error') or event.get('error') or event
-        self.out.fail(error_object(error))
+        self._fail(error_object(error))
 
-    def _rate_limits(self, event):
+    def _read_rate_limits(self, event):
         limits = as_dict(event.get('rate_limits'))
         if limits.get('limit_reached') is True:
             seconds = as_dict(limits.get('primary')).get('reset_after_seconds')
-            self.out.fail({'code': 'usage_limit_reached', 'resets_in_seconds': seconds,
-                           'message': 'The usage limit has been reached'})
+            self._fail({'code': 'usage_limit_reached', 'resets_in_seconds': seconds,
+                        'message': 'The usage limit has been reached'})
 
 
 RESPONSES_EVENTS = {
-    'response.output_text.delta': ResponsesDecoder._text,
-    'response.refusal.delta': ResponsesDecoder._refusal,
-    'response.refusal.done': ResponsesDecoder._whole_refusal,
-    'response.function_call_arguments.delta': ResponsesDecoder._arguments,
-    'response.function_call_arguments.done': ResponsesDecoder._whole_arguments,
-    'response.output_item.added': ResponsesDecoder._item_added,
-    'response.output_item.done': ResponsesDecoder._item_done,
-    'response.reasoning_summary_part.added': ResponsesDecoder._summary_part,
-    'response.reasoning_summary_text.delta': ResponsesDecoder._summary,
-    'response.reasoning_text.delta': ResponsesDecoder._summary,
-    'response.completed': ResponsesDecoder._end_response,
-    'response.done': ResponsesDecoder._end_response,
-    'response.incomplete': ResponsesDecoder._incomplete,
-    'response.failed': ResponsesDecoder._failed,
-    'response.error': ResponsesDecoder._failed,
-    'error': ResponsesDecoder._failed,
-    'codex.rate_limits': ResponsesDecoder._rate_limits,
+    'response.output_text.delta': ResponsesStream._read_text,
+    'response.refusal.delta': ResponsesStream._read_refusal,
+    'response.refusal.done': ResponsesStream._read_whole_refusal,
+    'response.function_call_arguments.delta': ResponsesStream._read_arguments,
+    'response.function_call_arguments.done': ResponsesStream._read_whole_arguments,
+    'response.output_item.added': ResponsesStream._read_item_added,
+    'response.output_item.done': ResponsesStream._read_item_done,
+    'response.reasoning_summary_part.added': ResponsesStream._read_summary_part,
+    'response.reasoning_summary_text.delta': ResponsesStream._read_summary,
+    'response.reasoning_text.delta': ResponsesStream._read_summary,
+    'response.completed': ResponsesStream._read_terminal,
+    'response.done': ResponsesStream._read_terminal,
+    'response.incomplete': ResponsesStream._read_incomplete,
+    'response.failed': ResponsesStream._read_failed,
+    'response.error': ResponsesStream._read_failed,
+    'error': ResponsesStream._read_failed,
+    'codex.rate_limits': ResponsesStream._read_rate_limits,
 }
-
-
-class TranslatedStream:
-    """An OpenAI answer, read piece by piece and told as events of the Messages API.  Stands in
-    for a MessageStream, whose events came as they are."""
-
-    is_translated = True
-
-    def __init__(self, decoder):
-        self._parser, self._decoder, self._out = SseParser(), decoder, decoder.out
-        self.opened_by = None
-
-    @property
-    def failure(self):
-        return self._out.failure
-
-    @property
-    def stopped(self):
-        return self._out.stop_reason is not None
-
-    @property
-    def stop_reason(self):
-        return self._out.stop_reason
-
-    @property
-    def usage(self):
-        return self._out.usage
-
-    @property
-    def is_over(self):
-        return self._out.is_over
-
-    @property
-    def dropped_calls(self):
-        return self._out.dropped_calls
-
-    def read(self, data):
-        """[event, ...] that these bytes of the upstream's stream give."""
-        self._feed(self._parser.feed(data))
-        return self._take()
-
-    def read_end(self, is_cut=False):
-        """[event, ...] that the end of the upstream's stream gives; `is_cut`: it broke off."""
-        self._feed(self._parser.end())
-        self._decoder.end(is_cut)
-        return self._take()
-
-    def _feed(self, texts):
-        for text in texts:
-            if self.is_over:          # what follows the end is no part of the message
-                return
-            self._decoder.feed(text)
-
-    def read_whole(self, data):
-        """[event, ...] of an answer that is no stream.  Raises ValueError when it is none."""
-        self._decoder.feed_whole(loads_object(data))
-        return self._take()
-
-    def _take(self):
-        events = self._out.take()
-        for event in events if self.opened_by is None else ():
-            if event['type'] not in HELD_BACK:
-                self.opened_by = event['type']
-                break
-        return events
-
-    def feed(self, data):
-        return b''.join(map(event_bytes, self.read(data)))
-
-    def last(self, is_cut=False):
-        return b''.join(map(event_bytes, self.read_end(is_cut)))
 
 
 class Wire(NamedTuple):
     """One of OpenAI's wire formats."""
     path: str                 # behind the base URL
     translate: Callable       # (Conversation, Target) -> the request's body
-    decoder: Callable         # MessageEvents -> what reads the answer
+    stream: Callable          # what reads the answer: a kind of TranslatedStream
 
 
 WIRES = {
-    CHAT_COMPLETIONS: Wire('/chat/completions', to_chat_completions, ChatDecoder),
-    RESPONSES: Wire('/responses', to_responses, ResponsesDecoder),
+    CHAT_COMPLETIONS: Wire('/chat/completions', to_chat_completions, ChatStream),
+    RESPONSES: Wire('/responses', to_responses, ResponsesStream),
 }
 
 
@@ -4030,10 +4002,8 @@ def stops_to_watch(conversation, target):
 
 def answer_stream(conversation, target, message_id, clean=redact):
     """The TranslatedStream for the answer to a translated request."""
-    out = MessageEvents(conversation.body.get('model'), message_id, conversation.names,
-                        wants_thinking(conversation.body), stops_to_watch(conversation, target),
-                        clean, functools.partial(estimate_tokens, conversation.body))
-    return TranslatedStream(WIRES[target.wire].decoder(out))
+    stops = stops_to_watch(conversation, target)
+    return WIRES[target.wire].stream(conversation, message_id, stops, clean)
 
 
 # ==============================================================================
