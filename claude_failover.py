@@ -2878,27 +2878,6 @@ def wants_thinking(body):
     return is_on and thinking.get('display') != 'omitted', is_on
 
 
-def takes_sampling(limits, effort):
-    return {'always': True, 'never': False, 'without effort': effort in (None, 'none'),
-            'with none': effort == 'none'}[limits.sampling]
-
-
-def output_limit(body, limits):
-    """The wanted output tokens as far as the model gives them; None where none are named."""
-    wanted = body.get('max_tokens')
-    if not is_whole(wanted):
-        return None
-    return max(1, min(wanted, limits.max_output_tokens or wanted))
-
-
-def sampling_fields(conversation, limits, effort):
-    body = conversation.body
-    names = [name for name in ('temperature', 'top_p') if body.get(name) is not None]
-    if takes_sampling(limits, effort):
-        return {name: body[name] for name in names}
-    return {}
-
-
 def wanted_stops(body):
     return [stop for stop in as_list(body.get('stop_sequences')) if text_or_none(stop)]
 
@@ -2934,145 +2913,165 @@ def cache_key(body):
     return hashlib.sha256(user_id.encode('utf-8', 'surrogatepass')).hexdigest()
 
 
+class RequestWriter:
+    """What the writers of both wire formats know and share; `_TURNS` is role -> method."""
+
+    def __init__(self, conversation, target):
+        self._conversation, self._target, self._body = conversation, target, conversation.body
+        self._names, self._limits = conversation.names, find_limits(target.model)
+
+    def _turns(self):
+        """[message or item, ...] of the whole conversation."""
+        return [item for turn in self._conversation.turns
+                for item in self._TURNS[turn.role](self, turn.parts)]
+
+    def _output_limit(self):
+        """The wanted output tokens as far as the model gives them; None where none are named."""
+        wanted = self._body.get('max_tokens')
+        if not is_whole(wanted):
+            return None
+        return max(1, min(wanted, self._limits.max_output_tokens or wanted))
+
+    def _effort(self):
+        """The wanted reasoning effort, or the nearest that the model has; None for neither."""
+        wanted = wanted_effort(self._body)
+        return nearest_effort(wanted, self._limits.efforts) if wanted else None
+
+    def _sampling_fields(self, effort):
+        takes = {'always': True, 'never': False, 'without effort': effort in (None, 'none'),
+                 'with none': effort == 'none'}[self._limits.sampling]
+        return {name: self._body[name] for name in ('temperature', 'top_p')
+                if takes and self._body.get(name) is not None}
+
+
 # -- Chat Completions ----------------------------------------------------------
 
 MAX_CHAT_ID_CHARS = 40
 SEE_MEDIA = '[see attached media]'
 
 
-def to_chat_completions(conversation, target):
-    """The body of a Chat Completions request (platform.openai.com/docs/api-reference/chat)."""
-    body, limits = conversation.body, find_limits(target.model)
-    out = {'model': target.model, 'messages': chat_messages(conversation, limits)}
-    limit = output_limit(body, limits)
-    if limit is not None:             # older servers ignore the new name, and write on and on
-        is_new = target.is_openai or limits.pattern
-        out['max_completion_tokens' if is_new else 'max_tokens'] = limit
-    if body.get('stream') is True:
-        out.update(stream=True, stream_options={'include_usage': True})
-    out.update(chat_tool_fields(conversation))
-    effort = chat_effort(body, limits, has_tools='tools' in out)
-    if effort:
-        out['reasoning_effort'] = effort
-    out.update(sampling_fields(conversation, limits, effort))
-    out.update(stop_fields(conversation, limits))
-    schema = json_schema_format(body)
-    if schema:
-        out['response_format'] = {'type': 'json_schema', 'json_schema': schema}
-    key = cache_key(body)
-    if target.is_openai and key:
-        user_id = body['metadata']['user_id'].encode('utf-8', 'surrogatepass')
-        out.update(prompt_cache_key=key, safety_identifier=hashlib.sha256(user_id).hexdigest())
-    return out
+class ChatWriter(RequestWriter):
+    """Writes a Chat Completions request (platform.openai.com/docs/api-reference/chat)."""
 
+    def write(self):
+        """The request's body."""
+        body, target = self._body, self._target
+        out = {'model': target.model, 'messages': self._messages()}
+        limit = self._output_limit()
+        if limit is not None:         # older servers ignore the new name, and write on and on
+            is_new = target.is_openai or self._limits.pattern
+            out['max_completion_tokens' if is_new else 'max_tokens'] = limit
+        if body.get('stream') is True:
+            out.update(stream=True, stream_options={'include_usage': True})
+        out.update(self._tool_fields())
+        effort = self._effort_beside(has_tools='tools' in out)
+        if effort:
+            out['reasoning_effort'] = effort
+        out.update(self._sampling_fields(effort))
+        out.update(stop_fields(self._conversation, self._limits))
+        schema = json_schema_format(body)
+        if schema:
+            out['response_format'] = {'type': 'json_schema', 'json_schema': schema}
+        key = cache_key(body)
+        if target.is_openai and key:
+            user_id = body['metadata']['user_id'].encode('utf-8', 'surrogatepass')
+            out.update(prompt_cache_key=key,
+                       safety_identifier=hashlib.sha256(user_id).hexdigest())
+        return out
 
-def chat_effort(body, limits, has_tools):
-    effort = wanted_effort(body)
-    if has_tools and limits.effort_with_tools != 'kept' and limits.efforts:
-        return None if limits.effort_with_tools == 'omitted' else limits.effort_with_tools
-    return nearest_effort(effort, limits.efforts) if effort else None
+    def _effort_beside(self, has_tools):
+        wanted = self._limits.effort_with_tools
+        if has_tools and wanted != 'kept' and self._limits.efforts:
+            return None if wanted == 'omitted' else wanted
+        return self._effort()
 
+    def _tool_fields(self):
+        tools, notes = self._conversation.tools, self._conversation.notes
+        if self._conversation.web_search:
+            notes.leave_out('tool web_search')
+        if len(tools) > MAX_TOOLS:
+            notes.leave_out(f'tools beyond {MAX_TOOLS}')
+        mode, name = read_tool_choice(self._conversation)
+        if not tools:
+            return {}
+        chosen_first = sorted(tools, key=lambda tool: tool.name != name)
+        fields = {'tools': list(map(self._tool, chosen_first[:MAX_TOOLS]))}
+        if mode == 'tool':
+            function = {'name': self._names.short(name)}
+            fields['tool_choice'] = {'type': 'function', 'function': function}
+        elif mode in TOOL_MODES:
+            fields['tool_choice'] = TOOL_MODES[mode]
+        if as_dict(self._body.get('tool_choice')).get('disable_parallel_tool_use') is True:
+            fields['parallel_tool_calls'] = False
+        return fields
 
-def chat_tool_fields(conversation):
-    tools, notes = conversation.tools, conversation.notes
-    if conversation.web_search:
-        notes.leave_out('tool web_search')
-    if len(tools) > MAX_TOOLS:
-        notes.leave_out(f'tools beyond {MAX_TOOLS}')
-    mode, name = read_tool_choice(conversation)
-    if not tools:
-        return {}
-    functions = []
-    for tool in sorted(tools, key=lambda tool: tool.name != name)[:MAX_TOOLS]:
-        function = {'name': conversation.names.short(tool.name), 'parameters': tool.schema}
+    def _tool(self, tool):
+        function = {'name': self._names.short(tool.name), 'parameters': tool.schema}
         if tool.description:
             function['description'] = tool.description
         if tool.is_strict and meets_strict_rules(tool.schema):
             function['strict'] = True
-        functions.append({'type': 'function', 'function': function})
-    fields = {'tools': functions}
-    if mode == 'tool':
-        function = {'name': conversation.names.short(name)}
-        fields['tool_choice'] = {'type': 'function', 'function': function}
-    elif mode in TOOL_MODES:
-        fields['tool_choice'] = TOOL_MODES[mode]
-    if as_dict(conversation.body.get('tool_choice')).get('disable_parallel_tool_use') is True:
-        fields['parallel_tool_calls'] = False
-    return fields
+        return {'type': 'function', 'function': function}
+
+    def _messages(self):
+        system = self._conversation.system
+        return ([{'role': 'system', 'content': system}] if system else []) + self._turns()
+
+    def _system_turn(self, parts):
+        return [{'role': 'system', 'content': joined_text(parts)}]
+
+    def _user_turn(self, parts):
+        """A plain text where there is only text: not every server takes parts."""
+        is_text = all(isinstance(part, Text) for part in parts)
+        content = joined_text(parts) if is_text else list(map(self._part, parts))
+        return [{'role': 'user', 'content': content}]
+
+    def _assistant_turn(self, parts):
+        text = ''.join(part.text for part in parts if isinstance(part, Text))
+        calls = [{'id': shortened(part.id, MAX_CHAT_ID_CHARS, 16), 'type': 'function',
+                  'function': {'name': self._names.short(part.name), 'arguments': part.arguments}}
+                 for part in parts if isinstance(part, ToolCall)]
+        if not (text or calls):
+            return []
+        # Empty rather than null beside calls: not every server takes null, or nothing.
+        message = {'role': 'assistant', 'content': text}
+        return [{**message, 'tool_calls': calls} if calls else message]
+
+    def _result_turn(self, results):
+        """Tool messages hold text alone: media follow in a user message."""
+        messages, media = [], []
+        for result in results:
+            id = shortened(result.call.id, MAX_CHAT_ID_CHARS, 16)
+            texts = [part for part in result.parts if isinstance(part, Text)]
+            own_media = [part for part in result.parts if isinstance(part, Media)]
+            if own_media:
+                texts.append(Text(SEE_MEDIA))
+                label = f'Media of the result of {result.call.name} ({result.call.id}):'
+                media += [Text(label), *own_media]
+            messages.append({'role': 'tool', 'tool_call_id': id, 'content': joined_text(texts)})
+        return messages + (self._user_turn(media) if media else [])
+
+    def _part(self, part):
+        if isinstance(part, Text):
+            return {'type': 'text', 'text': part.text}
+        if part.kind == 'image':
+            return {'type': 'image_url', 'image_url': {'url': part.url}}
+        if not part.url.startswith('data:'):
+            return {'type': 'text', 'text': f'[document: {part.url}]'}
+        if self._limits.takes_files:
+            return {'type': 'file', 'file': {'filename': part.name, 'file_data': part.url}}
+        self._conversation.notes.leave_out('document')
+        return {'type': 'text', 'text': f'[document omitted: {part.name}]'}
+
+    _TURNS = {'system': _system_turn, 'user': _user_turn, 'assistant': _assistant_turn,
+              'results': _result_turn}
 
 
 TOOL_MODES = {'auto': 'auto', 'any': 'required', 'none': 'none'}
 
 
-def chat_messages(conversation, limits):
-    messages = [{'role': 'system', 'content': conversation.system}] if conversation.system else []
-    for turn in conversation.turns:
-        messages += CHAT_TURNS[turn.role](turn.parts, conversation, limits)
-    return messages
-
-
-def chat_system_turn(parts, conversation, limits):
-    return [{'role': 'system', 'content': joined_text(parts)}]
-
-
-def chat_user_turn(parts, conversation, limits):
-    return [{'role': 'user', 'content': chat_content(parts, conversation.notes, limits)}]
-
-
-def chat_assistant_turn(parts, conversation, limits):
-    text = ''.join(part.text for part in parts if isinstance(part, Text))
-    calls = [{'id': shortened(part.id, MAX_CHAT_ID_CHARS, 16), 'type': 'function',
-              'function': {'name': conversation.names.short(part.name),
-                           'arguments': part.arguments}}
-             for part in parts if isinstance(part, ToolCall)]
-    if not (text or calls):
-        return []
-    # Empty rather than null beside calls: not every server takes null, or nothing.
-    message = {'role': 'assistant', 'content': text}
-    return [{**message, 'tool_calls': calls} if calls else message]
-
-
-def chat_result_turn(results, conversation, limits):
-    """Tool messages hold text alone: media follow in a user message."""
-    messages, media = [], []
-    for result in results:
-        id = shortened(result.call.id, MAX_CHAT_ID_CHARS, 16)
-        texts = [part for part in result.parts if isinstance(part, Text)]
-        own_media = [part for part in result.parts if isinstance(part, Media)]
-        if own_media:
-            texts.append(Text(SEE_MEDIA))
-            label = f'Media of the result of {result.call.name} ({result.call.id}):'
-            media += [Text(label), *own_media]
-        messages.append({'role': 'tool', 'tool_call_id': id, 'content': joined_text(texts)})
-    return messages + (chat_user_turn(media, conversation, limits) if media else [])
-
-
-CHAT_TURNS = {'system': chat_system_turn, 'user': chat_user_turn,
-              'assistant': chat_assistant_turn, 'results': chat_result_turn}
-
-
 def joined_text(parts):
     return '\n'.join(part.text for part in parts if isinstance(part, Text))
-
-
-def chat_content(parts, notes, limits):
-    """A plain text where there is only text: not every server takes parts."""
-    if all(isinstance(part, Text) for part in parts):
-        return joined_text(parts)
-    return [chat_part(part, notes, limits) for part in parts]
-
-
-def chat_part(part, notes, limits):
-    if isinstance(part, Text):
-        return {'type': 'text', 'text': part.text}
-    if part.kind == 'image':
-        return {'type': 'image_url', 'image_url': {'url': part.url}}
-    if not part.url.startswith('data:'):
-        return {'type': 'text', 'text': f'[document: {part.url}]'}
-    if limits.takes_files:
-        return {'type': 'file', 'file': {'filename': part.name, 'file_data': part.url}}
-    notes.leave_out('document')
-    return {'type': 'text', 'text': f'[document omitted: {part.name}]'}
 
 
 # -- Responses -----------------------------------------------------------------
@@ -3082,76 +3081,111 @@ MAX_RESPONSES_ID_CHARS = 64
 DEFAULT_INSTRUCTIONS = 'You are a helpful assistant.'
 
 
-def to_responses(conversation, target):
-    """The body of a Responses request (platform.openai.com/docs/api-reference/responses); for
-    Codex without what it refuses.  Always a stream: a plain answer is folded from it."""
-    body, limits = conversation.body, find_limits(target.model)
-    system, turns = conversation.system, conversation.turns
-    if target.is_codex:               # it takes no system message among the input
-        later = [joined_text(turn.parts) for turn in turns if turn.role == 'system']
-        system = '\n\n'.join(text for text in (system, *later) if text)
-        turns = [turn for turn in turns if turn.role != 'system']
-    items = [item for turn in turns
-             for item in RESPONSES_TURNS[turn.role](turn.parts, conversation.names)]
-    if not target.is_codex:
-        items = list(map(with_plain_text, items))
-    choice = as_dict(body.get('tool_choice'))
-    out = {'model': target.model, 'instructions': system or DEFAULT_INSTRUCTIONS, 'input': items,
-           'parallel_tool_calls': choice.get('disable_parallel_tool_use') is not True,
-           'store': False, 'stream': True, **responses_tool_fields(conversation)}
-    limit = output_limit(body, limits)
-    if limit is not None and not target.is_codex:
-        out['max_output_tokens'] = max(LEAST_OUTPUT_TOKENS, limit)
-    if limits.efforts or target.is_codex:
-        out['include'] = ['reasoning.encrypted_content']
-    out.update(responses_reasoning(body, limits))
-    if not target.is_codex and limits.sampling == 'always':
-        out.update(sampling_fields(conversation, limits, None))
-    schema = json_schema_format(body)
-    if schema:
-        out['text'] = {'format': {'type': 'json_schema', **schema}}
-    key = cache_key(body)
-    if key and (target.is_codex or target.is_openai):
-        out['prompt_cache_key'] = key
-    return out
+class ResponsesWriter(RequestWriter):
+    """Writes a Responses request (platform.openai.com/docs/api-reference/responses); for Codex
+    without what it refuses.  Always a stream: a plain answer is folded from it."""
 
+    def write(self):
+        """The request's body."""
+        body, target, limits = self._body, self._target, self._limits
+        choice = as_dict(body.get('tool_choice'))
+        out = {'model': target.model, 'instructions': self._instructions(), 'input': self._turns(),
+               'parallel_tool_calls': choice.get('disable_parallel_tool_use') is not True,
+               'store': False, 'stream': True, **self._tool_fields()}
+        limit = self._output_limit()
+        if limit is not None and not target.is_codex:
+            out['max_output_tokens'] = max(LEAST_OUTPUT_TOKENS, limit)
+        if limits.efforts or target.is_codex:
+            out['include'] = ['reasoning.encrypted_content']
+        out.update(self._reasoning())
+        if not target.is_codex and limits.sampling == 'always':
+            out.update(self._sampling_fields(None))
+        schema = json_schema_format(body)
+        if schema:
+            out['text'] = {'format': {'type': 'json_schema', **schema}}
+        key = cache_key(body)
+        if key and (target.is_codex or target.is_openai):
+            out['prompt_cache_key'] = key
+        return out
 
-def responses_reasoning(body, limits):
-    """Here reasoning and tools go together.  Without `summary` no thinking is ever told."""
-    effort = wanted_effort(body)
-    effort = nearest_effort(effort, limits.efforts) if effort else None
-    if not effort:
-        return {}
-    summary = {'summary': 'auto'} if wants_thinking(body)[0] else {}
-    return {'reasoning': {'effort': effort, **summary}}
+    def _instructions(self):
+        """The system prompt, for Codex with what the system said later."""
+        later = [joined_text(turn.parts) for turn in self._conversation.turns
+                 if self._target.is_codex and turn.role == 'system']
+        texts = filter(None, (self._conversation.system, *later))
+        return '\n\n'.join(texts) or DEFAULT_INSTRUCTIONS
 
+    def _reasoning(self):
+        """Here reasoning and tools go together.  Without `summary` no thinking is ever told."""
+        effort = self._effort()
+        if not effort:
+            return {}
+        summary = {'summary': 'auto'} if wants_thinking(self._body)[0] else {}
+        return {'reasoning': {'effort': effort, **summary}}
 
-def with_plain_text(item):
-    """What an assistant said as a text alone, which more servers take than a list of parts."""
-    if item.get('role') != 'assistant':
-        return item
-    return {**item, 'content': ''.join(part['text'] for part in item['content'])}
+    def _tool_fields(self):
+        tools = list(map(self._tool, self._conversation.tools))
+        if self._conversation.web_search:
+            tools.append(responses_web_search(self._conversation.web_search))
+        mode, name = read_tool_choice(self._conversation)
+        if not tools:
+            return {}
+        choice = TOOL_MODES.get(mode)
+        if mode == 'tool':
+            choice = {'type': 'function', 'name': self._names.short(name)}
+        elif mode == 'web_search':
+            allowed = [{'type': 'web_search'}]
+            choice = 'required' if len(tools) == 1 else {
+                'type': 'allowed_tools', 'mode': 'required', 'tools': allowed}
+        return {'tools': tools, 'tool_choice': choice} if choice else {'tools': tools}
 
-
-def responses_tool_fields(conversation):
-    names, tools = conversation.names, []
-    for tool in conversation.tools:
-        function = {'type': 'function', 'name': names.short(tool.name), 'parameters': tool.schema,
+    def _tool(self, tool):
+        function = {'type': 'function', 'name': self._names.short(tool.name),
+                    'parameters': tool.schema,
                     'strict': tool.is_strict and meets_strict_rules(tool.schema)}
-        if tool.description:
-            function['description'] = tool.description
-        tools.append(function)
-    if conversation.web_search:
-        tools.append(responses_web_search(conversation.web_search))
-    mode, name = read_tool_choice(conversation)
-    if not tools:
-        return {}
-    if mode == 'tool':
-        return {'tools': tools, 'tool_choice': {'type': 'function', 'name': names.short(name)}}
-    if mode == 'web_search':
-        allowed = {'type': 'allowed_tools', 'mode': 'required', 'tools': [{'type': 'web_search'}]}
-        return {'tools': tools, 'tool_choice': 'required' if len(tools) == 1 else allowed}
-    return {'tools': tools, 'tool_choice': TOOL_MODES[mode]} if mode else {'tools': tools}
+        return {**function, 'description': tool.description} if tool.description else function
+
+    def _system_turn(self, parts):
+        """Codex takes no system message among the input."""
+        return [] if self._target.is_codex else [responses_message('developer', parts)]
+
+    def _user_turn(self, parts):
+        return [responses_message('user', parts)]
+
+    def _assistant_turn(self, parts):
+        """Text, calls and reasoning in their order.  More servers take a text alone than a list
+        of parts."""
+        items = []
+        for part in parts:
+            if isinstance(part, Text):
+                listed = [{'type': 'output_text', 'text': part.text}]
+                items.append({'type': 'message', 'role': 'assistant',
+                              'content': listed if self._target.is_codex else part.text})
+            elif isinstance(part, ToolCall):
+                items.append({'type': 'function_call', 'name': self._names.short(part.name),
+                              'call_id': shortened(part.id, MAX_RESPONSES_ID_CHARS, 16),
+                              'arguments': part.arguments})
+            elif isinstance(part, Reasoning):
+                items.append({'type': 'reasoning', 'summary': [],
+                              'encrypted_content': part.payload})
+        return items
+
+    def _result_turn(self, results):
+        items = []
+        for result in results:
+            has_media = any(isinstance(part, Media) for part in result.parts)
+            output = (list(map(responses_part, result.parts)) if has_media
+                      else joined_text(result.parts))
+            items.append({'type': 'function_call_output', 'output': output,
+                          'call_id': shortened(result.call.id, MAX_RESPONSES_ID_CHARS, 16)})
+        return items
+
+    _TURNS = {'system': _system_turn, 'user': _user_turn, 'assistant': _assistant_turn,
+              'results': _result_turn}
+
+
+def responses_message(role, parts):
+    return {'type': 'message', 'role': role, 'content': list(map(responses_part, parts))}
 
 
 def responses_web_search(tool):
@@ -3162,50 +3196,6 @@ def responses_web_search(tool):
     if location:
         search['user_location'] = {'type': 'approximate', **location}
     return search
-
-
-def responses_message(role, content):
-    return {'type': 'message', 'role': role, 'content': content}
-
-
-def responses_system_turn(parts, names):
-    return [responses_message('developer', [responses_part(part) for part in parts])]
-
-
-def responses_user_turn(parts, names):
-    return [responses_message('user', [responses_part(part) for part in parts])]
-
-
-def responses_assistant_turn(parts, names):
-    """Text, calls and reasoning in their order."""
-    items = []
-    for part in parts:
-        if isinstance(part, Text):
-            items.append(responses_message('assistant',
-                                           [{'type': 'output_text', 'text': part.text}]))
-        elif isinstance(part, ToolCall):
-            items.append({'type': 'function_call', 'name': names.short(part.name),
-                          'call_id': shortened(part.id, MAX_RESPONSES_ID_CHARS, 16),
-                          'arguments': part.arguments})
-        elif isinstance(part, Reasoning):
-            items.append({'type': 'reasoning', 'summary': [],
-                          'encrypted_content': part.payload})
-    return items
-
-
-def responses_result_turn(results, names):
-    items = []
-    for result in results:
-        has_media = any(isinstance(part, Media) for part in result.parts)
-        output = ([responses_part(part) for part in result.parts] if has_media
-                  else joined_text(result.parts))
-        items.append({'type': 'function_call_output', 'output': output,
-                      'call_id': shortened(result.call.id, MAX_RESPONSES_ID_CHARS, 16)})
-    return items
-
-
-RESPONSES_TURNS = {'system': responses_system_turn, 'user': responses_user_turn,
-                   'assistant': responses_assistant_turn, 'results': responses_result_turn}
 
 
 def responses_part(part):
@@ -3983,13 +3973,17 @@ RESPONSES_EVENTS = {
 class Wire(NamedTuple):
     """One of OpenAI's wire formats."""
     path: str                 # behind the base URL
-    translate: Callable       # (Conversation, Target) -> the request's body
-    stream: Callable          # what reads the answer: a kind of TranslatedStream
+    writer: Callable          # of the request: a RequestWriter
+    stream: Callable          # what reads the answer: a TranslatedStream
+
+    def translate(self, conversation, target):
+        """The request's body."""
+        return self.writer(conversation, target).write()
 
 
 WIRES = {
-    CHAT_COMPLETIONS: Wire('/chat/completions', to_chat_completions, ChatStream),
-    RESPONSES: Wire('/responses', to_responses, ResponsesStream),
+    CHAT_COMPLETIONS: Wire('/chat/completions', ChatWriter, ChatStream),
+    RESPONSES: Wire('/responses', ResponsesWriter, ResponsesStream),
 }
 
 
