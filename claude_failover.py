@@ -2289,18 +2289,40 @@ def error_event(type, message):
 PING_EVENT = event_bytes({'type': 'ping'})
 
 
-class MessageStream:
-    """Cuts a stream of the Messages API into whole events and remembers what they said."""
+class EventStream:
+    """What a client of /v1/messages gets of an upstream's stream, and what was said in it.
+
+    `feed(data)` gives the bytes to pass on, whole events or b''; `last(is_cut)` what remains at
+    the stream's end, where `is_cut` says that it broke off.  `failure_status` is the HTTP status
+    that a failure stands for.  How streams differ is told by what can be done with them.
+    """
+
+    sends_pings = True            # while its model thinks, so that a client keeps waiting
+    can_be_carried = True         # what `feed` does is short
+    can_be_asked_whole = False    # an upstream whose stream is empty may answer without one
+
+    def __init__(self):
+        self.opened_by = None     # the type of the first event that is more than a greeting
+        self.failure = None       # the upstream's own `error` object, which ended it
+        self.stopped = False      # message_stop came
+        self.stop_reason = None
+        self.is_over = False      # what still comes would be no part of the message
+        self.usage = {}           # {'input_tokens': 10, 'output_tokens': 20, ...}, latest wins
+        self.dropped_calls = 0    # for want of a name
+
+
+class MessageStream(EventStream):
+    """Cuts a stream of the Messages API into whole events, which go on until its body ends."""
 
     is_translated = False
 
     def __init__(self):
-        self._tail = bytearray()  # the beginning of an event whose end has not come
-        self.opened_by = None     # the type of the first event that is more than a greeting
-        self.failure = None       # the `error` object of an error event
-        self.stopped = False      # message_stop came
-        self.stop_reason = None
-        self.usage = {}           # {'input_tokens': 10, 'output_tokens': 20, ...}, latest wins
+        super().__init__()
+        self._tail = bytearray()  # the beginning of an event that is not whole yet
+
+    @property
+    def failure_status(self):
+        return STATUS_OF_ERROR.get(describe_error(self.failure).type, 500)
 
     def feed(self, data):
         """The whole events among the bytes so far, b'' when there is none yet."""
@@ -2326,11 +2348,10 @@ class MessageStream:
         return (not self.opened_by or b'message_delta' in data or b'message_stop' in data
                 or b'error' in data)
 
-    def last(self):
-        """The last event of a stream that ended without the blank line after it; b'' when
-        what is left is no whole event."""
+    def last(self, is_cut=False):
+        """The last event of a stream that ended without the blank line after it."""
         tail, self._tail = bytes(self._tail), bytearray()
-        return tail + b'\n\n' if self._note(tail) else b''
+        return tail + b'\n\n' if not is_cut and self._note(tail) else b''
 
     def _note(self, event):
         """Remembers what matters of one event; whether it was one, with a JSON object."""
@@ -3336,7 +3357,7 @@ def is_object(text):
 STOP_REASONS = {'length': 'max_tokens', 'content_filter': 'refusal'}
 
 
-class MessageEvents:
+class MessageEvents(EventStream):
     """Writes the events of one message: blocks strictly one after another, whatever the order
     in which their parts come (docs: streaming messages).
 
@@ -3345,6 +3366,7 @@ class MessageEvents:
     """
 
     def __init__(self, conversation, message_id, stops=(), clean=redact):
+        super().__init__()
         self._conversation, self._message_id = conversation, message_id
         self._shows_thinking, self._keeps_thinking = wants_thinking(conversation.body)
         self._clean = clean           # takes secrets out of an upstream's text
@@ -3358,13 +3380,10 @@ class MessageEvents:
         self._ids = set()             # of the calls so far
         self._refused = False
         self._has_started = False
-        self.opened_by = None         # the type of the first event that is more than a greeting
-        self.usage = {}
-        self.stop_reason = None
-        self.failure = None           # OpenAI's error object
-        self.stopped = False          # message_stop was written
-        self.is_over = False          # that, or an error
-        self.dropped_calls = 0        # for want of a name
+
+    @property
+    def failure_status(self):
+        return error_status(self.failure)
 
     def _take(self):
         """[event, ...] since the last time."""
@@ -3489,7 +3508,7 @@ class MessageEvents:
         self.is_over, self.failure = True, error
         message = str(error.get('message') or 'the upstream failed')[:MAX_MESSAGE_CHARS]
         self._events.append({'type': 'error', 'error': {
-            'type': error_type(error_status(error)), 'message': self._clean(message)}})
+            'type': error_type(self.failure_status), 'message': self._clean(message)}})
 
     # -- the grammar -----------------------------------------------------------
 
@@ -3685,14 +3704,14 @@ def content_text(content):
 
 
 class TranslatedStream(MessageEvents):
-    """An OpenAI answer, read piece by piece and told as events of the Messages API.  Stands in
-    for a MessageStream, whose events came as they are.
+    """An OpenAI answer, read piece by piece and told as events of the Messages API.
 
     A wire format adds `_read_event` for the data of an event, `_read_answer` for a whole answer
     and `_read_stop` for the stream's end.
     """
 
-    is_translated = True
+    is_translated = can_be_asked_whole = True
+    sends_pings = can_be_carried = False
 
     def __init__(self, *arguments):
         super().__init__(*arguments)

@@ -1202,6 +1202,15 @@ class EventStreamsTest(unittest.TestCase):
         stream, _ = self.read(data[:-5])
         self.assertEqual(stream.last(), b'')
 
+    def test_after_a_cut_nothing_more_passes(self):
+        stream, _ = self.read(stream_bytes()[:-2])
+        self.assertEqual((stream.last(is_cut=True), stream.stopped), (b'', False))
+
+    def test_a_failure_stands_for_a_status(self):
+        for type, status in (('overloaded_error', 529), ('rate_limit_error', 429), ('odd', 500), (None, 500)):
+            stream, _ = self.read(stream_bytes([{'type': 'error', 'error': {'type': type}}]))
+            self.assertEqual(stream.failure_status, status)
+
     def test_events_of_odd_shape_break_nothing(self):
         events = [{'type': 'message_start', 'message': 5}, {'type': 'message_delta', 'delta': 'x', 'usage': [1]},
                   {'type': 'error', 'error': 'text'}, {'type': ['x']}]
@@ -1762,6 +1771,16 @@ class ResponseTranslationTest(unittest.TestCase):
         self.assertEqual([e['delta']['partial_json'] for e in events if e['type'] == 'content_block_delta'], ['{"city": "Ro'])
         self.assertEqual(content_of(data), ([tool_use('call_1')], 'max_tokens'))
 
+    def test_it_is_read_as_a_stream_of_claude_is(self):
+        def public(stream):
+            return {name for name in dir(stream) if not name.startswith('_')}
+        native = cf.MessageStream()
+        for target in (CHAT, PLATFORM):
+            answer, _ = answer_of(b'', target, size=1)
+            self.assertEqual(public(answer) ^ public(native), {'read', 'read_end', 'read_whole'})
+            self.assertEqual((answer.sends_pings, answer.can_be_carried, answer.can_be_asked_whole), (False, False, True))
+        self.assertEqual((native.sends_pings, native.can_be_carried, native.can_be_asked_whole), (True, True, False))
+
     def test_a_done_that_a_cut_follows_is_no_end(self):
         data = chat_stream({'content': 'a'}, finish=None)
         for is_cut, is_whole in ((True, False), (False, True)):
@@ -1788,7 +1807,8 @@ class ResponseTranslationTest(unittest.TestCase):
                              (responses_stream(text_delta('a'), {'type': 'response.error', 'error': error}), PLATFORM)):
             answer, events = answer_of(data, target)
             self.assertEqual(events[-1], {'type': 'error', 'error': {'type': 'rate_limit_error', 'message': 'Rate limit reached'}})
-            self.assertEqual((answer.failure['code'], answer.stopped), ('rate_limit_exceeded', False))
+            self.assertEqual((answer.failure['code'], answer.failure_status, answer.stopped),
+                             ('rate_limit_exceeded', 429, False))
         self.assertEqual(answer_of(b'data: {"error":"text"}\n\n')[1][-1]['error'], {'type': 'api_error', 'message': 'text'})
 
     def test_the_latest_usage_counts_wherever_it_stands(self):
