@@ -2314,8 +2314,6 @@ class EventStream:
 class MessageStream(EventStream):
     """Cuts a stream of the Messages API into whole events, which go on until its body ends."""
 
-    is_translated = False
-
     def __init__(self):
         super().__init__()
         self._tail = bytearray()  # the beginning of an event that is not whole yet
@@ -3710,7 +3708,7 @@ class TranslatedStream(MessageEvents):
     and `_read_stop` for the stream's end.
     """
 
-    is_translated = can_be_asked_whole = True
+    can_be_asked_whole = True
     sends_pings = can_be_carried = False
 
     def __init__(self, *arguments):
@@ -3991,7 +3989,6 @@ RESPONSES_EVENTS = {
 
 class Wire(NamedTuple):
     """One of OpenAI's wire formats."""
-    path: str                 # behind the base URL
     writer: Callable          # of the request: a RequestWriter
     stream: Callable          # what reads the answer: a TranslatedStream
 
@@ -4001,8 +3998,8 @@ class Wire(NamedTuple):
 
 
 WIRES = {
-    CHAT_COMPLETIONS: Wire('/chat/completions', ChatWriter, ChatStream),
-    RESPONSES: Wire('/responses', ResponsesWriter, ResponsesStream),
+    CHAT_COMPLETIONS: Wire(ChatWriter, ChatStream),
+    RESPONSES: Wire(ResponsesWriter, ResponsesStream),
 }
 
 
@@ -5973,7 +5970,7 @@ class Open(NamedTuple):
     outcome: Outcome
     upstream: UpstreamResponse
     held: bytes               # what came of it so far, to be passed on first
-    events: MessageStream | TranslatedStream | None = None     # of a stream of /v1/messages
+    events: EventStream | None = None     # of a stream of /v1/messages
     own_fields: list | None = None    # of a head that is ours; None: the upstream's own goes on
 
     @property
@@ -6084,7 +6081,7 @@ class ClientSide:
     def read_piece(self, upstream, events):
         """The next piece of a stream.  Claude sends pings while it thinks; OpenAI does not, or
         sends what the client does not get, so it gets ours."""
-        if events.is_translated:
+        if not events.sends_pings:
             self.await_upstream(upstream)
         return upstream.read()
 
@@ -6186,19 +6183,19 @@ class AnswerReader:
             held += events.feed(piece) if piece else events.last()
             if not piece and not events.opened_by:
                 reason = 'the stream ended before its first content'
-                if self._is_openai:
+                if events.can_be_asked_whole:
                     return Whole(Outcome(EMPTY_STREAM, 0, reason, None))
                 raise UpstreamCut(reason)
         if events.opened_by == 'error':
-            return self._refused_in_stream(events.failure)
+            return self._refused_in_stream(events)
         return Open(self._classify(), self._upstream, bytes(held), events, own_fields)
 
-    def _refused_in_stream(self, failure):
+    def _refused_in_stream(self, events):
         """A 200 whose stream begins with an error is what that error says."""
-        error = describe_error(failure)
+        error = describe_error(events.failure)
+        outcome = self._classify(events.failure_status, error)
         if self._is_openai:
-            return self._in_anthropics_words(self._classify(error_status(failure), error))
-        outcome = self._classify(STATUS_OF_ERROR.get(error.type, 500), error)
+            return self._in_anthropics_words(outcome)
         fields = [(n, v) for n, v in self._upstream.fields if n.lower() != 'content-type']
         return Whole(outcome, [*fields, JSON_TYPE], error_json(error.type, error.message))
 
@@ -6215,7 +6212,7 @@ class AnswerReader:
         except ValueError:
             return Whole(self._classify(502, ErrorText('', 'its answer could not be read')))
         if translated.failure:
-            return self._refused_in_stream(translated.failure)
+            return self._refused_in_stream(translated)
         if not translated.stopped:
             raise UpstreamCut('the stream ended before the message did')
         outcome = self._classify()
@@ -6320,8 +6317,8 @@ def relay_stream(client, reply, fields, carrier):
     client.write(reply.held)
     problem = "the upstream's stream ended before the message did"
     try:
-        while not (events.is_translated and events.is_over):
-            if carrier and not events.is_translated:
+        while not events.is_over:
+            if carrier and events.can_be_carried:
                 carrier.carry(upstream, events, response)
             piece = client.read_piece(upstream, events)
             if not piece:
@@ -6330,13 +6327,12 @@ def relay_stream(client, reply, fields, carrier):
         response.write(events.last())
     except UpstreamCut as error:
         problem = f"the upstream's stream broke off: {error}"
-        if events.is_translated:      # it may have been whole but for its very end
-            response.write(events.last(is_cut=True))
+        response.write(events.last(is_cut=True))      # it may lack nothing but its very end
     except UpstreamTimeout:
         problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
     client.record.update(usage_fields(events.usage))
     end_stream(client, events, problem)
-    if events.is_translated and events.stopped:
+    if events.is_over and events.stopped:
         with contextlib.suppress(UpstreamCut, UpstreamTimeout, ClientGone):
             if upstream.wait(LAST_CHUNK_S):
                 upstream.read()       # the body's end: then the connection can be used again
