@@ -2603,7 +2603,7 @@ def read_block(block, notes):
     return [Text(f'[{type} omitted]')]
 
 
-def read_text(block, notes):
+def read_text_block(block, notes):
     text = block_text(block)
     return [Text(text)] if text else []
 
@@ -2686,7 +2686,7 @@ def read_nothing(block, notes):
 
 
 BLOCKS = {
-    'text': read_text, 'image': read_image, 'document': read_document,
+    'text': read_text_block, 'image': read_image, 'document': read_document,
     'search_result': read_search_result, 'tool_use': read_call, 'tool_result': read_result,
     'thinking': read_thinking, 'redacted_thinking': read_thinking,
     # A call of Anthropic's own tools has no equivalent; its result says what matters.

@@ -8884,6 +8884,16 @@ def source_of(name):
 class PromisesTest(unittest.TestCase):
     """What the project says of itself, kept true."""
 
+    def test_no_name_is_given_twice_in_one_place(self):
+        """The later of two would take the first one's place, for all that call it."""
+        with open(SCRIPT, encoding='utf-8') as file:
+            tree = ast.parse(file.read())
+        for place in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]:
+            names = collections.Counter(
+                node.name for node in place.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                and not any('setter' in ast.dump(decorator) for decorator in node.decorator_list))
+            self.assertEqual([name for name, count in names.items() if count > 1], [])
+
     def test_the_section_map_equals_the_banners(self):
         banners = re.findall(r'^# ={10,}\n# ([^\n]+)\n# ={10,}', source_of('claude_failover.py'), re.M)
         indented = re.findall(r'^    (\S[^\n]*?)(?:  |$)', cf.__doc__.split('prints them):')[1].split('The first')[0], re.M)
