@@ -1354,6 +1354,12 @@ def without_thinking(body, unwanted=lambda block: True):
     return {**body, 'messages': messages}
 
 
+def without_fast_mode(data, betas):
+    """(body bytes, beta names) of a request that leaves its speed to the model."""
+    body = {name: value for name, value in loads_object(data).items() if name != 'speed'}
+    return dump_body(body), [beta for beta in betas if not beta.startswith('fast-mode')]
+
+
 def is_thinking(block):
     return isinstance(block, dict) and block.get('type') in ('thinking', 'redacted_thinking')
 
@@ -1773,6 +1779,7 @@ class Step(enum.Enum):
 
 class Scope(enum.Enum):
     """What a cooldown covers."""
+    SERVER = 'all keys of the server'
     KEY = 'the key, for every model'
     PAIR = 'the key, for this model'
 
@@ -1800,17 +1807,23 @@ class Again(enum.Enum):
     ALONE = 2                 # only if no other key is ready
 
 
+#: When a cooldown is asked all the same, by a request that has nothing else left: at once and
+#: always; at once and then in passing (HOPE_S); after these seconds, the last of them repeated.
+ANY_TIME, IN_PASSING, LATER = (0,), (0, 0), (300, 600, 900, 3600)
+
+
 class Answer(NamedTuple):
     """An upstream's answer, as far as its meaning goes."""
     status: int
     headers: dict             # lower-case name -> value
     error_type: str
     message: str              # error.message, or the body's beginning when it has no such shape
-    now: float                # unix seconds, for reset times
+    now: float                # unix seconds by the upstream's clock, for reset times
     path: str = MESSAGES_PATH
     model: str | None = None
     is_fallback: bool = False
-    details: dict = {}        # the body's `error` object
+    details: dict = {}        # the body's `error` object; {} of what was no JSON error
+    is_relays: bool = False   # of a server that is not the provider's own
 
 
 class Rule(NamedTuple):
@@ -1831,6 +1844,7 @@ class Rule(NamedTuple):
     again: Again = Again.NEVER
     tries: int = 1_000        # so many such answers for one model, and it is given up
     strikes: int = 1          # cools at so many in a row
+    asks_again: tuple = ()    # a cooldown that a person may end: ANY_TIME, IN_PASSING or LATER
     other_models: bool = True
     other_providers: bool = True
     waits: bool = True        # whether a request may queue for the end of such a cooldown
@@ -1842,17 +1856,36 @@ class Outcome(NamedTuple):
     rule: Rule
     status: int               # 0 when there was no answer
     message: str
-    hint_s: float | None
+    hint_s: float | None = None       # after which it may be tried again, as the upstream says
     repair: Needed | None = None      # of a REPAIR step
+    ends_s: float | None = None       # when the limit itself ends: then, or later
+    limit_fields: tuple = ()          # ((name, value), ...) of the answer's rate limits
+
+
+def upstream_now(headers, now):
+    """The unix seconds that an upstream's Date field tells; ours where it tells none."""
+    try:
+        return email.utils.parsedate_to_datetime(headers.get('date')).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return now
+
+
+def retry_after_s(answer):
+    """Seconds to wait from retry-after-ms or retry-after, the first of each; None without one."""
+    milliseconds = parse_duration(answer.headers.get('retry-after-ms', '').partition(',')[0])
+    if milliseconds is not None and milliseconds <= ABSURD_HINT_S * 1000:
+        return milliseconds / 1000
+    return parse_retry_after(answer.headers.get('retry-after'), answer.now)
 
 
 def parse_retry_after(value, now):
     """Seconds to wait from a Retry-After field; None when absent, unreadable or absurd.
 
     Reads delay-seconds, also with a fraction, and HTTP-date (RFC 9110 section 10.2.3); a
-    past date gives 0.
+    past date gives 0.  A field that came twice counts once.
     """
     value = (value or '').strip()
+    value = value.partition(',')[0].strip() if value[:1].isdigit() else value
     if re.fullmatch(r'[0-9]{1,12}(\.[0-9]{1,9})?', value):
         seconds = float(value)
     else:
@@ -1909,14 +1942,12 @@ def seconds_to_window_reset(answer):
     resets = [parse_reset(reset, answer.now) for reset in named.values()]
     resets.append(parse_reset(windows.get(''), answer.now) if not any(resets) else None)
     known = [seconds for seconds in resets if seconds is not None]
-    if known:
-        return max(known)
-    return parse_retry_after(answer.headers.get('retry-after'), answer.now)
+    return max(known) if known else retry_after_s(answer)
 
 
 def seconds_to_limit_reset(answer):
     """From retry-after, else from the latest reset of a limit whose remainder is 0."""
-    seconds = parse_retry_after(answer.headers.get('retry-after'), answer.now)
+    seconds = retry_after_s(answer)
     if seconds is not None:
         return seconds
     resets = []
@@ -1997,6 +2028,12 @@ def tells_limits(headers):
                for name in headers)
 
 
+def rate_limit_fields(headers):
+    """((name, value), ...) of the fields from which Claude Code shows when a limit ends."""
+    return tuple((name, value) for name, value in headers.items()
+                 if name.startswith('anthropic-ratelimit-'))
+
+
 def says(pattern):
     """A condition: the error's type or message matches, whatever its case."""
     found = re.compile(pattern, re.IGNORECASE).search
@@ -2006,6 +2043,39 @@ def says(pattern):
 def names_model(answer):
     return bool(answer.model) and (
         answer.model in answer.message or re.match(r'models?\b', answer.message) is not None)
+
+
+#: How servers of all kinds say that they do not know a model.
+NO_SUCH_MODEL = (
+    r'model_not_found|no such model|not a valid model|no endpoints? found|no available channels?|'
+    r'(invalid|unknown|unrecognized|unsupported) model|access to (the )?model|'
+    r'models? (\S{1,120} )?(is |was |are |could )?(unknown|invalid|unavailable|not (supported|'
+    r'found|available|deployed|enabled|recognized|exist|be found))|model .{0,80}(does not exist|'
+    r'not found|not supported when using codex)|模型.{0,80}(不存在|无可用渠道)')
+
+
+def is_relays_lack(answer):
+    """Whether a server that is not Anthropic's own says that it does not have the model."""
+    return answer.is_relays and says(NO_SUCH_MODEL)(answer)
+
+
+def lacks_extra_usage(answer):
+    """Whether a plan's own limit is passed, and what comes beyond it is not paid for."""
+    reason = answer.headers.get('anthropic-ratelimit-unified-overage-disabled-reason', '')
+    return says('extra usage')(answer) or answer.status == 429 and 'out_of_credits' in reason
+
+
+def extra_usage_ends_s(headers, now):
+    """Seconds for which answers like this one are paid beside the plan; 0 for one that is not."""
+    prefix = 'anthropic-ratelimit-unified-'
+    is_paid = headers.get(f'{prefix}overage-in-use', '').strip().lower() == 'true' or (
+        headers.get(f'{prefix}status') == 'rejected'
+        and headers.get(f'{prefix}overage-status', '').startswith('allowed'))
+    if not is_paid:
+        return 0
+    resets = [parse_reset(reset, now) for reset in (
+        headers.get(f'{prefix}reset'), *rejected_windows(headers).values())]
+    return max((reset for reset in resets if reset), default=300)
 
 
 def lacks_rate_limit_fields(answer):
@@ -2025,39 +2095,46 @@ def find_fallback_repair(answer):
 
 #: The policy, first match first.  A new status or wording is a row.
 ANSWERED = Rule('answered', range(200, 400), Step.RELAY)
+#: Of a proxy, a company's gateway or a border: not the key's server speaks, or not of the key.
+NETWORK_REFUSED = Rule('network_refused', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.SERVER,
+                       cooldown_s=15, strikes=3, asks_again=ANY_TIME)
 RULES = (
     ANSWERED,
-    Rule('no_credit', (400,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
-         when=says('credit balance is too low'), waits=False, attention=True),
-    Rule('usage_limit', (400,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
+    Rule('no_credit', (400, 402, 403), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
+         when=says('credit balance is too low'), waits=False, attention=True,
+         asks_again=IN_PASSING),
+    Rule('usage_limit', (400, 403), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
          when=says('reached your specified .{0,20}usage limits'), hint=seconds_to_regained_access,
-         waits=False, attention=True),
+         waits=False, attention=True, asks_again=IN_PASSING),
+    Rule('extra_usage', (400, 403, 429), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=300,
+         when=lacks_extra_usage, waits=False, asks_again=IN_PASSING),
     Rule('disabled', (400, 403), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.KEY, cooldown_s=3600,
          when=says('organization (has been|is) disabled|oauth .{0,80}not (allowed|supported)'
                    '.{0,80}organization|organization .{0,80}not .{0,80}oauth'),
-         waits=False, attention=True),
+         waits=False, attention=True, asks_again=IN_PASSING),
     Rule('bad_thinking', (400,), Step.REPAIR, when=find_conversation_repair),
     Rule('unsupported_field', (400,), Step.REPAIR, when=find_fallback_repair),
     Rule('auth_failed', (401,), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
-         cooldown_s=300, doubles_to_s=3600, waits=False, attention=True),
+         cooldown_s=300, doubles_to_s=3600, waits=False, attention=True, asks_again=IN_PASSING),
     Rule('billing', (402,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600, waits=False,
-         attention=True),
+         attention=True, asks_again=IN_PASSING),
+    Rule('unknown_model', (400, 403, 404), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
+         when=is_relays_lack, other_providers=False, waits=False, asks_again=IN_PASSING),
     Rule('forbidden', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.PAIR, cooldown_s=600,
-         waits=False, attention=True),
+         when=says('permission_error'), waits=False, attention=True, asks_again=IN_PASSING),
+    NETWORK_REFUSED,
     Rule('unknown_model', (404,), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
-         when=names_model, other_providers=False, waits=False),
+         when=names_model, other_providers=False, waits=False, asks_again=IN_PASSING),
     Rule('other_limit', (429,), Step.NEXT_KEY, other_models=False,
          when=lambda answer: answer.path != MESSAGES_PATH),
     Rule('window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
-         when=whole_key_rejected, hint=seconds_to_window_reset),
+         when=whole_key_rejected, hint=seconds_to_window_reset, asks_again=LATER),
     Rule('family_window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR,
          cooldown_s=300, when=lambda answer: bool(rejected_windows(answer.headers)),
-         hint=seconds_to_window_reset),
+         hint=seconds_to_window_reset, asks_again=LATER),
     Rule('spend_limit', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=3600,
-         when=says('enforced_spend_limit_reached'), waits=False, attention=True),
-    Rule('extra_usage', (429,), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=300,
-         when=lambda answer: says('extra usage')(answer) or 'out_of_credits' in answer.headers.get(
-             'anthropic-ratelimit-unified-overage-disabled-reason', ''), waits=False),
+         when=says('enforced_spend_limit_reached'), waits=False, attention=True,
+         asks_again=IN_PASSING),
     Rule('rate_limited', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR, cooldown_s=30,
          hint=seconds_to_limit_reset, needs_hint=True),
     Rule('request_limited', (429,), Step.NEXT_KEY, tries=2, other_models=False,
@@ -2068,7 +2145,8 @@ RULES = (
     Rule('overloaded', (529,), Step.NEXT_KEY, Final.OVERLOADED, scope=Scope.PAIR, cooldown_s=10,
          again=Again.ALONE, tries=2),
     Rule('server_error', (408, 500, 502, 503, 504, *range(520, 528)), Step.NEXT_KEY, Final.SERVER,
-         scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3, strikes=3),
+         scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3, strikes=3,
+         asks_again=ANY_TIME),
     Rule('relayed', (), Step.RELAY),
 )
 
@@ -2095,11 +2173,7 @@ def parse_duration(text):
 def seconds_to_openai_reset(answer):
     """From retry-after-ms or retry-after, else the longest reset of what has nothing left, else
     "try again in 41.7s" in the message."""
-    headers = answer.headers
-    milliseconds = parse_duration(headers.get('retry-after-ms'))
-    if milliseconds is not None and milliseconds <= ABSURD_HINT_S * 1000:
-        return milliseconds / 1000
-    seconds = parse_retry_after(headers.get('retry-after'), answer.now)
+    headers, seconds = answer.headers, retry_after_s(answer)
     if seconds is not None:
         return seconds
     resets = [parse_duration(value) for name, value in headers.items()
@@ -2126,21 +2200,23 @@ TOO_LONG = (r'context_length_exceeded|maximum context length|context window|prom
 OPENAI_RULES = (
     ANSWERED._replace(statuses=range(200, 300)),
     Rule('model_refused', (400, 403, 404), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
-         when=lambda answer: answer.status == 404 or says(
-             r'model_not_found|model .{0,80}(not supported when using codex|does not exist|'
-             r'not found)|invalid model name')(answer), waits=False),
+         when=lambda answer: answer.status == 404 or says(NO_SUCH_MODEL)(answer), waits=False,
+         asks_again=IN_PASSING),
     Rule('unsupported_parameter', (400, 422), Step.REPAIR,
          when=lambda answer: find_openai_repair(answer.message)),
     Rule('context_too_long', (400, 413, 422), Step.RELAY, when=says(TOO_LONG)),
+    NETWORK_REFUSED._replace(when=lambda answer: not answer.details or says(
+        'request_forbidden|unsupported_country|request not allowed')(answer)),
     Rule('auth_failed', (401, 403), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
-         cooldown_s=300, doubles_to_s=3600, waits=False, attention=True),
+         cooldown_s=300, doubles_to_s=3600, waits=False, attention=True, asks_again=IN_PASSING),
     Rule('billing', (402,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600, waits=False,
-         attention=True),
+         attention=True, asks_again=IN_PASSING),
     Rule('out_of_quota', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=3600,
          when=says(r'insufficient_quota|billing_hard_limit_reached|spend_limit_exceeded'),
-         waits=False, attention=True),
+         waits=False, attention=True, asks_again=IN_PASSING),
     Rule('plan_limit', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
-         when=says('usage_limit_reached|usage_not_included'), hint=seconds_to_plan_reset),
+         when=says('usage_limit_reached|usage_not_included'), hint=seconds_to_plan_reset,
+         asks_again=LATER),
     Rule('rate_limited', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR, cooldown_s=30,
          hint=seconds_to_openai_reset),
     Rule('overloaded', (503, 529), Step.NEXT_KEY, Final.OVERLOADED, scope=Scope.PAIR,
@@ -2149,20 +2225,24 @@ OPENAI_RULES = (
     # llama-cpp-python's way to say 400.
     Rule('rejected', (500,), Step.RELAY, when=says(r'\d validation errors?:')),
     Rule('server_error', (408, *range(500, 600)), Step.NEXT_KEY, Final.SERVER,
-         scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3, strikes=3),
+         scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3, strikes=3,
+         asks_again=ANY_TIME),
     Rule('unreadable', range(300, 400), Step.NEXT_KEY, Final.SERVER),
     Rule('relayed', (), Step.RELAY),
 )
 
-#: What befalls an attempt without an answer.
-UNREACHABLE = Rule('unreachable', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.KEY,
-                   cooldown_s=15, strikes=3)
+#: What an attempt without an answer came to.
+UNREACHABLE = Rule('unreachable', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.SERVER,
+                   cooldown_s=1, doubles_to_s=300, strikes=3, asks_again=ANY_TIME)
 RESET = UNREACHABLE._replace(name='reset')
 TIMED_OUT = Rule('timed_out', (), Step.STOP, Final.TIMEOUT)
 NO_TOKEN = Rule('no_token', (), Step.NEXT_KEY, Final.UNAUTHORIZED, waits=False, attention=True)
 #: llama-cpp-python tells its errors only to those who want no stream.
 EMPTY_STREAM = Rule('empty_stream', (), Step.NEXT_KEY, Final.SERVER, again=Again.FIRST)
 UNTRANSLATABLE = Rule('untranslatable', (), Step.NEXT_KEY, waits=False)
+#: A model or provider that was not asked for refuses what is asked: another may take it.  No
+#: client must hear of that, and compact what the asked model holds.
+UNFIT = Rule('unfit', (), Step.NEXT_KEY, tries=1, waits=False)
 
 #: The status behind an error's type, in `error` events and in our own errors (docs: errors).
 STATUS_OF_ERROR = {
@@ -2211,7 +2291,10 @@ def classify(answer, rules=RULES):
         if found and not (rule.needs_hint and hint_s is None):
             break
     repair = found if rule.step is Step.REPAIR else None
-    return Outcome(rule, answer.status, redact(answer.message), hint_s, repair)
+    ends_s, soonest_s = hint_s, retry_after_s(answer)
+    if hint_s is not None and soonest_s is not None:
+        hint_s = min(hint_s, soonest_s)       # it may be asked then, though the limit goes on
+    return Outcome(rule, answer.status, redact(answer.message), hint_s, repair, ends_s)
 
 
 class ErrorText(NamedTuple):
@@ -2239,7 +2322,7 @@ def read_error(body):
     if isinstance(error, list):
         error = '; '.join(describe_complaint(as_dict(entry)) for entry in error)
     if isinstance(error, str):
-        return ErrorText('', error[:MAX_MESSAGE_CHARS])
+        return ErrorText('', error[:MAX_MESSAGE_CHARS], {'message': error[:MAX_MESSAGE_CHARS]})
     return describe_error(as_dict(error), body)
 
 
@@ -4019,141 +4102,316 @@ def answer_stream(conversation, target, message_id, clean=redact):
 # ==============================================================================
 # Cooldowns
 # ==============================================================================
-# Who rests until when, and the queue of those who wait for it.  Skipping a key and waiting
+# Who cools until when, and the queue of those who wait for it.  Skipping a key and waiting
 # for it ask the same question here, so they cannot disagree.
 
+#: A request that tries what has just come back has so long to be refused; then the next follows.
+PROBE_S = 3
+#: As many at a time, and what came back is as good as proved.
+RAMP_END = 64
+#: All requests together ask so often, at most, a key whose cooldown only a person could end.
+HOPE_S = 5
+#: A server that could not be reached is tried so often by those who wait for it.
+RETRY_S = 1
+
+
+class Slot(NamedTuple):
+    """What an attempt cools by.  With less of it named, a place that covers more."""
+    ref: str | None           # of the key; None: whoever's server it is
+    model: str | None = None
+    feature: str | None = None        # that has limits of its own: 'fast', '1m'
+    server: str | None = None         # base URL
+
+    @property
+    def places(self):
+        """Where a cooldown keeps this from being tried, the narrowest place first."""
+        ref, model, feature, server = self
+        return tuple(dict.fromkeys((Slot(ref, model, feature), Slot(ref, model), Slot(ref),
+                                    Slot(None, server=server))))
+
+    def place(self, scope):
+        """The place that an outcome's scope covers."""
+        if scope is Scope.SERVER:
+            return Slot(None, server=self.server)
+        return Slot(self.ref) if scope is Scope.KEY else self._replace(server=None)
+
+
 class Cooling(NamedTuple):
-    """One cooldown: of a key, or of a key and model."""
-    key: Key
-    model: str | None      # None: every model
-    until: float              # on this object's clock
+    """One cooldown."""
+    key: Key                  # that met it
+    place: Slot
     outcome: Outcome
-    length_s: float = 0
+    began: float              # when it was last met; like `until` on Cooldowns' clock
+    until: float
+    until_unix_s: float       # the same by the wall clock: the other one stops while a Mac sleeps
+    resets_unix_s: float      # when the limit itself ends: at `until`, or later
+    length_s: float
+    digest: str | None        # of the secret that was refused
+
+    @property
+    def model(self):
+        """None: every model."""
+        return self.place.model
 
 
 class Ticket:
     """A request's place in the queue.  `wake` is set whenever looking again may be worth it."""
 
     def __init__(self, wake):
-        self.slots = frozenset()      # {(ref, model), ...}: what it waits for
-        self.trying = None            # the one of them that it tries now; it bars no other
+        self.slots = frozenset()      # {Slot, ...}: what it waits for; none while it tries one
         self.wake = wake
 
 
-class Cooldowns:
-    """Cooldowns and the queue.  A slot is (key's ref, model), or (ref, None) for a whole key.
+class Line:
+    """Those who try what has just come back: one at first; twice as many with each that is
+    answered, or that goes on for PROBE_S without a refusal."""
 
-    A cooldown whose time is over stays on record until an answer proves the slot: while it
-    does, only the first in the queue may try it, so that a returning key meets no stampede.
+    def __init__(self):
+        self.allowed = 1
+        self.since = {}               # a request's token -> since when it tries
+
+    def widen(self):
+        self.allowed = min(2 * self.allowed, RAMP_END)
+
+    def room(self, now):
+        """How many more may try now."""
+        for token in [token for token, since in self.since.items() if now - since >= PROBE_S]:
+            del self.since[token]
+            self.widen()
+        return self.allowed - len(self.since)
+
+    def seconds_to_room(self, now):
+        return max(0.0, min(self.since.values(), default=now) + PROBE_S - now)
+
+
+class Cooldowns:
+    """Cooldowns and the queue.
+
+    A cooldown whose time is over stays on record until an answer proves its place: while it
+    does, requests try it in line, so that a returning key meets no stampede.
     """
 
-    def __init__(self, clock=time.monotonic):
-        self._clock = clock
+    def __init__(self, clock=time.monotonic, now=time.time):
+        self._clock, self._now = clock, now
         self._lock = threading.Lock()
-        self._cooling = {}    # slot -> Cooling
-        self._repeats = {}    # slot -> {rule name: cooldowns in a row that doubled}
-        self._strikes = {}    # slot -> {rule name: such answers in a row}
+        self._cooling = {}    # place -> Cooling
+        self._lines = {}      # place whose time is over -> Line
+        self._repeats = {}    # place -> {rule name: cooldowns in a row that doubled}
+        self._strikes = {}    # place -> {rule name: such answers in a row}
+        self._asked = {}      # place -> (how often it was asked as a last hope, when last)
+        self._hoped_at = -math.inf
+        self._paid = {}       # key's ref -> unix seconds
         self._queue = []      # [Ticket, ...], first come first
 
-    def cool(self, key, model, outcome, limit_s):
-        """Rests what the outcome's rule says, at most `limit_s`; the seconds, 0 for none.
+    def cool(self, key, slot, outcome, limit_s, digest=None):
+        """Cools what the outcome's rule says, at most `limit_s`; the seconds, 0 for none.
 
         A cooldown never shortens a longer one.
         """
         rule = outcome.rule
         if rule.scope is None:
             return 0
-        slot = (key.ref, None if rule.scope is Scope.KEY else model)
+        place = slot.place(rule.scope)
         with self._lock:
             now = self._clock()
-            if not self._struck_out_locked(slot, rule):
+            self._lines.pop(place, None)
+            if not self._struck_out_locked(place, rule):
                 return 0
             # A second at least: a hint of 0 must not become a busy loop of the queue.
-            seconds = min(max(1, self._length_locked(slot, outcome, now)), limit_s)
-            current = self._cooling.get(slot)
-            if seconds > 0 and not (current and current.until >= now + seconds):
-                self._cooling[slot] = Cooling(key, slot[1], now + seconds, outcome, seconds)
-            self._prune_locked(now)
+            seconds = min(max(1, self._length_locked(place, outcome, now)), limit_s)
+            current = self._cooling.get(place)
+            if current and current.until > now + seconds and self._left_s(current) > 0:
+                self._cooling[place] = current._replace(began=now)
+            elif seconds > 0:
+                unix_s = self._now()
+                self._cooling[place] = Cooling(
+                    key, place, outcome, now, now + seconds, unix_s + seconds,
+                    unix_s + max(seconds, outcome.ends_s or 0), seconds, digest)
+            self._prune_locked()
             self._wake_locked()
         return seconds
 
-    def _struck_out_locked(self, slot, rule):
+    def _struck_out_locked(self, place, rule):
         if rule.strikes == 1:
             return True
-        strikes = self._strikes.setdefault(slot, {})
+        strikes = self._strikes.setdefault(place, {})
         strikes[rule.name] = strikes.get(rule.name, 0) + 1
         return strikes[rule.name] >= rule.strikes
 
-    def _length_locked(self, slot, outcome, now):
+    def _length_locked(self, place, outcome, now):
         rule = outcome.rule
         if outcome.hint_s is not None:
             return outcome.hint_s
         if not rule.doubles_to_s:
             return rule.cooldown_s
-        current = self._cooling.get(slot)
+        current = self._cooling.get(place)
         if current and current.until > now and current.outcome.rule is rule:
             return current.until - now        # two requests met the same limit: one repeat
-        repeats = self._repeats.setdefault(slot, {})
+        repeats = self._repeats.setdefault(place, {})
         before = repeats.get(rule.name, 0)
         repeats[rule.name] = before + 1
         return min(rule.cooldown_s * 2 ** min(before, 20), rule.doubles_to_s)
 
-    def succeeded(self, ref, model):
-        """An answer proved this key and model; a whole key's past troubles are over too."""
-        pair, whole = (ref, model), (ref, None)
-        if model is None:
+    def _left_s(self, cooling):
+        """By the clock that says less: one stops in sleep, the other may be set."""
+        return max(0.0, min(cooling.until - self._clock(), cooling.until_unix_s - self._now()))
+
+    @property
+    def is_empty(self):
+        """Whether nothing is on record: the usual case, told without the lock."""
+        return not (self._cooling or self._strikes or self._repeats)
+
+    def succeeded(self, slot, sent_at):
+        """An answer to a request that was sent at `sent_at` proved all that covers the slot, but
+        for what an upstream limited since then, and said for how long."""
+        if slot.model is None:
             return            # another path's answer proves nothing about messages
-        if not (self._cooling or self._strikes or self._repeats):
-            return                            # the usual case, without the lock
         with self._lock:
-            self._cooling.pop(pair, None)
-            if whole in self._cooling and self._cooling[whole].until <= self._clock():
-                del self._cooling[whole]
-            self._forget_locked((pair, whole))
+            for place in slot.places:
+                self._prove_locked(place, sent_at)
             self._wake_locked()
+
+    def _prove_locked(self, place, sent_at):
+        cooling = self._cooling.get(place)
+        if cooling and self._left_s(cooling) > 0 and (
+                cooling.began > sent_at and cooling.outcome.hint_s is not None):
+            return
+        self._forget_locked([place])
+        if cooling is None:
+            return
+        line = self._lines.setdefault(place, Line())
+        line.widen()
+        if line.allowed < RAMP_END and any(place in slot.places for ticket in self._queue
+                                           for slot in ticket.slots):
+            self._cooling[place] = cooling._replace(until=self._clock())
+        else:
+            del self._cooling[place], self._lines[place]
 
     def clear(self, ref=None, model=None):
         """Ends cooldowns early: all, a key's, or a key and model's.  The number ended."""
-        def is_meant(slot):
-            return (ref is None or slot[0] == ref) and (model is None or slot[1] == model)
+        def is_meant(place):
+            return ref in (None, place.ref) and model in (None, place.model)
         with self._lock:
-            ended = [slot for slot in self._cooling if is_meant(slot)]
-            for slot in ended:
-                del self._cooling[slot]
-            self._forget_locked(list(filter(is_meant, {**self._repeats, **self._strikes})))
+            ended = [place for place in self._cooling if is_meant(place)]
+            for place in ended:
+                del self._cooling[place]
+                self._lines.pop(place, None)
+            known = {**self._repeats, **self._strikes, **self._asked}
+            self._forget_locked(list(filter(is_meant, known)))
             self._wake_locked()
         return len(ended)
 
-    def _forget_locked(self, slots):
-        """Lets repeats and strikes of some slots begin anew."""
-        for slot in slots:
-            self._repeats.pop(slot, None)
-            self._strikes.pop(slot, None)
+    def _forget_locked(self, places):
+        """Lets repeats, strikes and hopes of some places begin anew."""
+        for place in places:
+            for record in (self._repeats, self._strikes, self._asked):
+                record.pop(place, None)
+
+    # -- whether something may be tried ----------------------------------------
 
     def blocking(self, slot, ticket=None):
         """The Cooling that keeps this slot from being tried now; None when it may be tried.
 
-        It may have ended already: then another request is proving the slot, and `ticket`
-        (or the caller, who has none) is behind it in the queue.
+        It may have ended already: then other requests are proving the place, and `ticket` (or
+        the caller, who has none) stands behind them.
         """
-        if not self._cooling:
-            return None                       # the usual case, without the lock
         with self._lock:
             return self._blocking_locked(slot, ticket)
 
-    def _blocking_locked(self, slot, ticket):
-        entries = [self._cooling[s] for s in {slot, (slot[0], None)} if s in self._cooling]
-        if not entries:
-            return None
-        longest = max(entries, key=lambda cooling: cooling.until)
-        if longest.until > self._clock():
-            return longest
-        first = next((t for t in self._queue
-                      if slot in t.slots and t.trying in (None, slot)), ticket)
-        return longest if first is not ticket else None
+    def admit(self, slot, token, ticket=None):
+        """The same; where it may be tried, `token` is the one that tries, until `leave`."""
+        with self._lock:
+            cooling = self._blocking_locked(slot, ticket)
+            if cooling is None:
+                now = self._clock()
+                for place in slot.places:
+                    if place in self._cooling:
+                        self._lines.setdefault(place, Line()).since[token] = now
+                if ticket:
+                    ticket.slots = frozenset()
+                self._wake_locked()
+            return cooling
 
-    def remaining_s(self, cooling):
-        return max(0.0, cooling.until - self._clock())
+    def leave(self, token):
+        """What the token tried was refused, or answered, or given up."""
+        if not self._lines:
+            return
+        with self._lock:
+            for line in self._lines.values():
+                line.since.pop(token, None)
+            self._wake_locked()
+
+    def _blocking_locked(self, slot, ticket):
+        entries = [self._cooling[place] for place in slot.places if place in self._cooling]
+        current = [cooling for cooling in entries if not self._is_over(cooling, ticket)]
+        if current:
+            return max(current, key=self._left_s)
+        return next((cooling for cooling in entries
+                     if not self._has_room_locked(cooling.place, ticket)), None)
+
+    def _is_over(self, cooling, ticket):
+        """Those who wait for a server look at it again before others are sent there."""
+        if ticket and cooling.place.server and self._clock() >= cooling.began + RETRY_S:
+            return True
+        return self._left_s(cooling) <= 0
+
+    def _has_room_locked(self, place, ticket):
+        """Whether one more may try a place whose cooldown is over, and is that the ticket's turn:
+        fresh arrivals stand behind all who wait."""
+        line = self._lines.get(place)
+        room = line.room(self._clock()) if line else 1
+        for waiting in self._queue:
+            if room <= 0:
+                return False
+            if waiting is ticket:
+                return True
+            room -= any(place in slot.places for slot in waiting.slots)
+        return room > 0
+
+    def last_hope(self, slots):
+        """The first of the slots that may be tried though it cools: what bars it is something
+        that a person may have mended by now.  None where that was asked just now."""
+        with self._lock:
+            hopes = []
+            for order, slot in enumerate(slots):
+                bars = [self._cooling[place] for place in slot.places if place in self._cooling]
+                if bars and all(map(self._may_ask_locked, bars)):
+                    hopes.append((max(map(self._asked_at_locked, bars)), order, slot, bars))
+            if not hopes:
+                return None
+            *_, slot, bars = min(hopes)
+            for cooling in bars:
+                count, _ = self._asked.get(cooling.place, (0, 0))
+                self._asked[cooling.place] = count + 1, self._clock()
+            if bars[0].outcome.rule.asks_again != ANY_TIME:
+                self._hoped_at = self._clock()
+        return slot
+
+    def _asked_at_locked(self, cooling):
+        return self._asked.get(cooling.place, (0, cooling.began))[1]
+
+    def _may_ask_locked(self, cooling):
+        gaps_s, now = cooling.outcome.rule.asks_again, self._clock()
+        if not gaps_s or gaps_s == ANY_TIME:
+            return bool(gaps_s)
+        count, _ = self._asked.get(cooling.place, (0, 0))
+        due = self._asked_at_locked(cooling) + gaps_s[min(count, len(gaps_s) - 1)]
+        return now >= due and now - self._hoped_at >= HOPE_S
+
+    # -- keys that are paid beside their plan ----------------------------------
+
+    def note_paid(self, ref, seconds):
+        """Another answer of a key: it is paid beside the plan for these seconds, 0 for not."""
+        if seconds:
+            self._paid[ref] = self._now() + seconds
+        elif self._paid:
+            self._paid.pop(ref, None)
+
+    def paid(self):
+        """{ref, ...} of the keys whose answers are paid beside their plan now."""
+        return {ref for ref, until in self._paid.items() if until > self._now()}
+
+    # -- the queue -------------------------------------------------------------
 
     def join_queue(self, wake):
         ticket = Ticket(wake)
@@ -4164,13 +4422,7 @@ class Cooldowns:
     def await_slots(self, ticket, slots):
         """From now on the ticket waits for any of these slots."""
         with self._lock:
-            ticket.slots, ticket.trying = frozenset(slots), None
-            self._wake_locked()
-
-    def try_slot(self, ticket, slot):
-        """From now on the ticket's request is busy with this slot, and bars only that."""
-        with self._lock:
-            ticket.trying = slot
+            ticket.slots = frozenset(slots)
             self._wake_locked()
 
     def leave_queue(self, ticket):
@@ -4181,7 +4433,7 @@ class Cooldowns:
 
     def seconds_to_turn(self, ticket):
         """(seconds, is_behind): until this ticket may try one of its slots.  0 is now, infinity
-        never by itself; behind a request that is proving a slot, `wake` will tell."""
+        never by itself; behind requests that are proving a place, `wake` may tell earlier."""
         ticket.wake.clear()
         with self._lock:
             now, nearest, is_behind = self._clock(), math.inf, False
@@ -4189,10 +4441,16 @@ class Cooldowns:
                 cooling = self._blocking_locked(slot, ticket)
                 if cooling is None:
                     return 0, False
-                if cooling.until <= now:
+                seconds = self._left_s(cooling)
+                if self._is_over(cooling, ticket):
                     is_behind = True
-                elif cooling.outcome.rule.waits:
-                    nearest = min(nearest, cooling.until - now)
+                    line = self._lines.get(cooling.place)
+                    seconds = line.seconds_to_room(now) if line else math.inf
+                elif cooling.place.server:
+                    seconds = min(seconds, cooling.began + RETRY_S - now)
+                elif not cooling.outcome.rule.waits:
+                    seconds = math.inf
+                nearest = min(nearest, seconds)
         return nearest, is_behind
 
     def wake_all(self):
@@ -4203,22 +4461,28 @@ class Cooldowns:
         for ticket in self._queue:
             ticket.wake.set()
 
-    def _prune_locked(self, now):
+    def _prune_locked(self):
         """Keeps the records bounded: clients may name any number of models."""
-        for record in (self._repeats, self._strikes):
+        for record in (self._repeats, self._strikes, self._asked, self._lines):
             if len(record) > MAX_COOLDOWNS:
                 record.clear()
         if len(self._cooling) > MAX_COOLDOWNS:
-            by_end = sorted(self._cooling, key=lambda slot: self._cooling[slot].until)
-            for slot in by_end[:MAX_COOLDOWNS // 2]:
-                del self._cooling[slot]
+            by_end = sorted(self._cooling, key=lambda place: self._cooling[place].until)
+            for place in by_end[:MAX_COOLDOWNS // 2]:
+                del self._cooling[place]
+
+    # -- what is reported ------------------------------------------------------
+
+    def remaining_s(self, cooling):
+        """(seconds until it may be tried again, seconds until the limit itself ends)."""
+        left_s = self._left_s(cooling)
+        return left_s, max(left_s, cooling.resets_unix_s - self._now())
 
     def snapshot(self):
         """[(Cooling, seconds left), ...] of all that cools now, the earliest return first."""
         with self._lock:
-            now = self._clock()
-            current = [(c, c.until - now) for c in self._cooling.values() if c.until > now]
-        return sorted(current, key=lambda pair: pair[1])
+            current = [(c, self._left_s(c)) for c in self._cooling.values()]
+        return sorted((pair for pair in current if pair[1] > 0), key=lambda pair: pair[1])
 
     def queue_length(self):
         with self._lock:
@@ -4516,7 +4780,7 @@ class Metrics:
     def limits(self, ref):
         """(unix seconds of the answer, [Limit, ...]) for a key; (None, []) without one."""
         noted, headers = self._limits.get(ref, (None, {}))
-        return noted, read_limits(headers, noted)
+        return noted, read_limits(headers, upstream_now(headers, noted))
 
     def snapshot(self):
         """{'requests': 3, 'answered': 2, ..., 'by_key': {...}} and the recent, newest first."""
@@ -4812,11 +5076,26 @@ def usable_token(key, now):
 
 def server_of(config, key):
     """The base URL to which a key's requests go; without its token the one for API keys."""
-    try:
-        token = read_token(key.token)
-    except TokenUnavailable:
-        token = ''
+    token = ''
+    if key.provider == OPENAI and not key.base_url:       # else the token tells nothing
+        with contextlib.suppress(TokenUnavailable):
+            token = read_token(key.token)
     return find_target(config, key, token, None).base_url
+
+
+def secret_digest(token):
+    """What a secret is known by where it must not stand."""
+    return hashlib.sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
+
+
+def has_new_secret(key, digest):
+    """Whether what a key's token names holds another secret than the one with this digest."""
+    if not (digest and is_reference(key.token)):
+        return False
+    try:
+        return secret_digest(read_token(key.token)) != digest
+    except TokenUnavailable:
+        return False
 
 
 # ==============================================================================
@@ -5398,6 +5677,13 @@ class ClientRequest:
     @property
     def is_read(self):
         return self.method in ('GET', 'HEAD')
+
+    @functools.cached_property
+    def feature(self):
+        """What is asked for that has limits of its own: 'fast', '1m', or None."""
+        if b'"speed"' in self.body.data and self.body.json.get('speed') == 'fast':
+            return 'fast'
+        return '1m' if any(beta.startswith('context-1m') for beta in self.betas) else None
 
     @functools.cached_property
     def conversation(self):
@@ -6139,11 +6425,12 @@ class AnswerReader:
             return Outcome(ANSWERED, upstream.status, '', None)
         answer = Answer(
             status or upstream.status, upstream.headers, error.type, error.message,
-            self._client.now(), request.path, attempt.model, attempt.model != request.body.model,
-            error.details)
+            upstream_now(upstream.headers, self._client.now()), request.path, attempt.model,
+            attempt.model != request.body.model, error.details, bool(attempt.key.base_url))
         outcome = classify(answer, OPENAI_RULES if self._is_openai else RULES)
         # Only now: a credential may be a word that means something in the message.
-        return outcome._replace(message=self._client.without_secrets(outcome.message))
+        return outcome._replace(message=self._client.without_secrets(outcome.message),
+                                limit_fields=rate_limit_fields(upstream.headers))
 
     def _read_refusal(self):
         try:
@@ -6410,7 +6697,8 @@ class Failure(NamedTuple):
     outcome: Outcome
     reply: Whole | None
     is_cooling: bool          # now
-    back_in_s: float | None = None    # when its cooldown ends, as the final failure tells it
+    asked_in_s: float | None = None   # until it may be tried again; None: nothing keeps it
+    back_in_s: float | None = None    # until the limit itself ends
 
 
 class FinalFailure(NamedTuple):
@@ -6425,6 +6713,7 @@ def final_failure(failures, client, config):
     """The answer when nothing is left: Anthropic's shape, what was tried, when to come back."""
     if not failures:
         return no_plan_failure(client, config)
+    failures = [failure for failure in failures if failure.outcome.rule is not UNFIT] or failures
     finals = {failure.outcome.rule.final for failure in failures}
     final = next(final for final in Final if final in finals)
     keys = {failure.attempt.key.ref: failure.attempt.key for failure in failures}
@@ -6462,8 +6751,8 @@ def verbatim_failure(failure, client, is_clients_own):
 
 
 def earliest_return(failures):
-    """(seconds, Failure) of the key that may be tried again first; (None, None): only a
-    person can help.  A key that failed in passing and does not cool is back at once."""
+    """(seconds, Failure) of the key whose limit ends first; (None, None): only a person can
+    help.  A key that failed in passing and does not cool is back at once."""
     returns = [(failure.back_in_s or 0, failure) for failure in failures
                if failure.outcome.rule.waits
                and (failure.back_in_s is not None or not failure.outcome.rule.final.is_hopeless)]
@@ -6482,9 +6771,9 @@ def own_failure(status, type, failures, client, final):
         fields.append(('retry-after', max(1, math.ceil(earliest_s))))
     if final.is_hopeless or final is Final.LIMITED and not is_soon:
         fields.append(('x-should-retry', 'false'))
-    fields += [(name, value) for failure in failures[-1:] if failure.reply
-               for name, value in failure.reply.fields
-               if name.lower().startswith('anthropic-ratelimit-')]
+    limited = [failure for failure in (*failures, *([earliest] if earliest else ()))
+               if failure.outcome.limit_fields]
+    fields += limited[-1].outcome.limit_fields if limited else ()
     return FinalFailure(status, fields, error_json(type, message), message)
 
 
@@ -6492,15 +6781,22 @@ def failure_message(failures, final):
     """One sentence naming each key and model, and what it answered; equal answers together."""
     groups = {}       # what was said -> ['work with claude-opus-5-5 (back in 20 s)', ...]
     for failure in failures:
-        outcome, attempt, seconds = failure.outcome, failure.attempt, failure.back_in_s
+        outcome, attempt = failure.outcome, failure.attempt
         said = f'{outcome.status or ""} {outcome.rule.name}'.strip()
         if outcome.message:
             said += f', "{printable(outcome.message[:200])}"'
         model = f' with {printable(attempt.model[:100])}' if attempt.model else ''
-        back = f' (back in {format_duration(seconds)})' if seconds else ''
-        groups.setdefault(said, []).append(f'{attempt.key.id}{model}{back}')
+        groups.setdefault(said, []).append(f'{attempt.key.id}{model}{describe_return(failure)}')
     told = '; '.join(f'{", ".join(who)}: {said}' for said, who in groups.items())
     return f'{PROGRAM}: {final.lead}. {told}.'
+
+
+def describe_return(failure):
+    """' (back in 4 h, tried again in 60 min)'."""
+    if not failure.back_in_s:
+        return ''
+    back, asked = map(format_duration, (failure.back_in_s, failure.asked_in_s))
+    return f' (back in {back})' if back == asked else f' (back in {back}, tried again in {asked})'
 
 
 # ==============================================================================
@@ -6537,7 +6833,7 @@ class Failover:
         planned, _ = plan_attempts(config, profile, [model], client_key)
         attempts = [attempt for attempt in planned if attempt.key.provider == ANTHROPIC]
         # Their own limits are not those of messages: a cooling key is only second choice.
-        attempts.sort(key=lambda a: bool(self.cooldowns.blocking((a.key.ref, None))))
+        attempts.sort(key=lambda a: bool(self.cooldowns.blocking(Slot(a.key.ref))))
         if model is None and not request.is_read:
             del attempts[1:]          # what it makes belongs to one key's organization
         return Plan(attempts, [])
@@ -6567,15 +6863,17 @@ class Failover:
 
 
 class Round:
-    """One look at all keys: what of the plan was tried, and what that rules out."""
+    """One look at all keys: what of the plan was tried, and what that rules out.  A kind is what
+    another key would not answer otherwise: (base URL, model)."""
 
     def __init__(self, plan):
         self.attempts, self.last_resort = plan
         self.failures = []            # [Failure, ...]
-        self.counts = {}              # (an Attempt's kind, rule name) -> answers
-        self.given_up = set()         # kinds
+        self.counts = {}              # (kind, rule name) -> answers
+        self.given_up = {}            # kind -> the Outcome for which it was, or None
         self.resets = {}              # base URL -> connections lost before an answer
         self.dead_ends = set()        # base URLs that another key would not reach either
+        self.hopes = []               # [Attempt, ...] that are made though they cool
         self.is_stopped = False
 
     def take_last_resort(self):
@@ -6584,11 +6882,14 @@ class Round:
         self.attempts = self.attempts + taken
         return taken
 
-    def give_up_other_models(self, attempt):
-        """What was answered is about the request: no other model of the provider is tried."""
-        self.given_up.update(other.kind for other in self.attempts
-                             if other.key.provider == attempt.key.provider
-                             and other.kind != attempt.kind)
+    def count(self, kind, outcome):
+        """Counts an answer; whether it was one too many of its kind."""
+        counted = kind, outcome.rule.name
+        self.counts[counted] = self.counts.get(counted, 0) + 1
+        is_too_many = self.counts[counted] >= outcome.rule.tries
+        if is_too_many:
+            self.given_up[kind] = outcome
+        return is_too_many
 
     def note_unreached(self, rule, base_url):
         """Another key of an unreachable host would fail alike; a reset gets one more try."""
@@ -6596,6 +6897,10 @@ class Round:
             self.resets[base_url] = self.resets.get(base_url, 0) + 1
         if rule is UNREACHABLE or self.resets.get(base_url, 0) > 1:
             self.dead_ends.add(base_url)
+
+    def note_failure(self, failure):
+        """The last one of an attempt counts."""
+        self.failures = [f for f in self.failures if f.attempt != failure.attempt] + [failure]
 
 
 class Serving:
@@ -6616,7 +6921,9 @@ class Serving:
         self._repaired = 0            # repairs that this request brought
         self._asks_whole = False      # OpenAI's streams were empty: a plain answer is wanted
         self._told_left_out = False   # what a translation leaves out is told once
-        self._target = None           # of the last attempt
+        self._servers = {}            # key's ref -> base URL
+        self._token = ''              # of the last attempt, and where that went
+        self._target = None
         self._sent_body = {}          # of the last translated attempt
         self._translated = None       # the TranslatedStream that reads its answer
 
@@ -6648,76 +6955,171 @@ class Serving:
         self._round = Round(self._failover.plan(self._request, self._config))
         if self._uses_last_resort:
             self._round.take_last_resort()
-        return self._round.attempts
+        return self._plans_before_extra_usage(self._round.attempts)
+
+    def _plans_before_extra_usage(self, attempts):
+        """A key whose answers are paid beside its plan comes after the others for its model."""
+        paid = self._cooldowns.paid()
+        if not paid:
+            return attempts
+        groups = {}                   # model -> [Attempt, ...] in the order of its keys
+        for attempt in attempts:
+            groups.setdefault(attempt.model, []).append(attempt)
+        return [attempt for group in groups.values()
+                for attempt in sorted(group, key=lambda attempt: attempt.key.ref in paid)]
 
     def _next_attempts(self):
         """What is tried after all of a round failed; None when that was all."""
-        if self._round.is_stopped:
+        round = self._round
+        if round.is_stopped:
             return None
-        if self._await_turn():
+        slots = self._cooling_slots()
+        if slots or not round.last_resort:
+            hopes = self._last_hope()
+            if hopes:
+                return hopes
+        if self._await_turn(slots):
             return self._begin_round()
-        failures = self._round.failures
+        failures = round.failures
         is_unknown = bool(failures) and not any(
             failure.outcome.rule.other_providers for failure in failures)
         if is_unknown and self._request.body.model.startswith('claude'):
             return None               # no Claude of that name: the client should hear of it
-        attempts = self._round.take_last_resort()
+        attempts = round.take_last_resort()
         self._uses_last_resort = self._uses_last_resort or bool(attempts)
         return attempts or None
+
+    def _last_hope(self):
+        """[Attempt] that is made though it cools, for a person may have mended what bars it: one
+        of those that were only skipped."""
+        round = self._round
+        skipped = {self._slot(failure.attempt): failure.attempt for failure in round.failures
+                   if failure.reply is None and failure.attempt not in round.hopes
+                   and not self._is_ruled_out(failure.attempt)}
+        slot = self._cooldowns.last_hope(list(skipped))
+        hopes = [skipped[slot]] if slot else []
+        round.hopes += hopes
+        return hopes
 
     def _try_all(self, attempts):
         """Tries these in their order; whether the client was answered."""
         round = self._round
         for index, attempt in enumerate(attempts):
-            if round.is_stopped or attempt.kind in round.given_up:
+            if round.is_stopped:
+                break
+            if self._is_ruled_out(attempt):
+                self._cool_unasked(attempt)
                 continue
-            if round.dead_ends and server_of(self._config, attempt.key) in round.dead_ends:
-                continue
-            cooling = self._blocking(attempt)
+            cooling = None if attempt in round.hopes else self._admit(attempt)
             if cooling and (self._request.is_message or not cooling.outcome.rule.waits):
-                round.failures.append(Failure(attempt, cooling.outcome, None, is_cooling=True))
+                round.note_failure(Failure(attempt, cooling.outcome, None, is_cooling=True))
                 continue
-            if self._ticket:
-                self._cooldowns.try_slot(self._ticket, self._slot(attempt))
-            if self._try(attempt, attempts[index + 1:]):
-                return True
+            try:
+                if self._try(attempt, attempts[index + 1:]):
+                    return True
+            finally:
+                self._cooldowns.leave(self)
         return False
+
+    def _is_ruled_out(self, attempt):
+        """Whether what others came to tells what this attempt would."""
+        round = self._round
+        if not (round.given_up or round.dead_ends):
+            return False              # nearly always
+        server = self._server(attempt.key)
+        return (server, attempt.model) in round.given_up or server in round.dead_ends
+
+    def _cool_unasked(self, attempt):
+        """What cooled another key of its server cools this one too: how many keys a server has
+        changes nothing."""
+        outcome = self._round.given_up.get((self._server(attempt.key), attempt.model))
+        if outcome and outcome.rule.scope is Scope.PAIR and outcome.rule.strikes == 1:
+            is_cooling = self._cool(attempt, outcome) > 0
+            self._round.note_failure(Failure(attempt, outcome, None, is_cooling))
+
+    def _server(self, key):
+        """The base URL of a key, without its token being read each time."""
+        if key.ref not in self._servers:
+            self._servers[key.ref] = server_of(self._config, key)
+        return self._servers[key.ref]
 
     def _slot(self, attempt):
         """What this attempt cools by: limits on models are those of /v1/messages alone."""
-        return attempt.key.ref, attempt.model if self._request.is_message else None
+        key, request = attempt.key, self._request
+        if not request.is_message:
+            return Slot(key.ref, server=self._server(key))
+        has_feature = attempt.key.provider == ANTHROPIC and not (
+            request.feature == 'fast' and attempt.model != request.body.model)
+        return Slot(key.ref, attempt.model, request.feature if has_feature else None,
+                    self._server(key))
+
+    def _admit(self, attempt):
+        """What keeps an attempt from being made now, or None: then it is this request's turn."""
+        return self._unless_renewed(attempt, functools.partial(self._cooldowns.admit, token=self))
 
     def _blocking(self, attempt):
-        """What keeps an attempt from being made now, or None."""
-        return self._cooldowns.blocking(self._slot(attempt), self._ticket)
+        """The same for one that is only asked about."""
+        return self._unless_renewed(attempt, self._cooldowns.blocking)
+
+    def _unless_renewed(self, attempt, ask):
+        """A refusal is of a secret: what the key's file or variable holds now was not refused."""
+        if self._cooldowns.is_empty:
+            return None
+        slot = self._slot(attempt)
+        cooling = ask(slot, ticket=self._ticket)
+        if cooling and has_new_secret(attempt.key, cooling.digest):
+            self._cooldowns.clear(attempt.key.ref)
+            cooling = ask(slot, ticket=self._ticket)
+        return cooling
 
     # -- one attempt -----------------------------------------------------------
 
     def _try(self, attempt, later):
         """One attempt, with its repeats and repairs; whether the client was answered."""
-        was_repeated = False
-        for _ in range(MAX_REPAIRS + 2):
+        was_repeated = was_renewed = False
+        for _ in range(MAX_REPAIRS + 3):
             started = self._clock()
             reply = self._open(attempt)
             self._client.note_attempt(attempt, reply.outcome, started)
-            rule = reply.outcome.rule
-            if rule.step is Step.REPAIR and self._learn_repair(attempt, reply.outcome.repair):
+            needed = reply.outcome.repair
+            if needed and self._learn_repair(attempt, needed):
                 continue
+            reply = self._unless_unfit(attempt, reply)
+            rule = reply.outcome.rule
             if rule.step in (Step.RELAY, Step.REPAIR):
-                self._relay(attempt, reply)
+                self._relay(attempt, reply, started)
                 return True
+            if rule.attention and not was_renewed and has_new_secret(
+                    attempt.key, self._token and secret_digest(self._token)):
+                was_renewed = True    # while the request was under way
+                continue
             self._asks_whole = self._asks_whole or rule is EMPTY_STREAM
-            if not self._tries_again(attempt, later, rule) or was_repeated:
+            if not self._tries_again(attempt, later, reply.outcome) or was_repeated:
                 break
             was_repeated = True
             self._pause()
         self._give_up(attempt, reply)
         return False
 
+    def _unless_unfit(self, attempt, reply):
+        """A refusal of the request itself counts where the client chose: of a fallback, or of a
+        provider that only helps out, it says that this one cannot serve it."""
+        outcome, request = reply.outcome, self._request
+        is_refused = outcome.rule.step in (Step.RELAY, Step.REPAIR) and outcome.status >= 400
+        if not (is_refused and request.is_message and self._is_stand_in(attempt)):
+            return reply
+        return Whole(outcome._replace(rule=UNFIT))
+
+    def _is_stand_in(self, attempt):
+        """Whether an attempt is of a model or provider that was not asked for."""
+        if attempt.key.provider == ANTHROPIC:
+            return attempt.model != self._request.body.model
+        return self._round.attempts[0].key.provider == ANTHROPIC
+
     def _open(self, attempt):
         """Sends one attempt; its Whole or Open answer."""
         failover, client, body = self._failover, self._client, self._request.body
-        self._translated = None
+        self._token, self._translated = '', None
         try:
             wanted = self._build(attempt)
             first_byte_s = STREAM_FIRST_BYTE_S if body.seems_streamed else FIRST_BYTE_S
@@ -6741,6 +7143,7 @@ class Serving:
         """The UpstreamRequest.  Raises TokenUnavailable, Untranslatable."""
         request, betas, key = self._request, self._request.betas, attempt.key
         token = '' if key.id == CLIENT_REF else usable_token(key, self._failover.now())
+        self._token = token
         self._client.secrets.add(token)
         self._target = target = find_target(self._config, key, token, attempt.model)
         if target.wire != MESSAGES:
@@ -6751,6 +7154,8 @@ class Serving:
         data = body.data
         if request.is_message:
             data = body.for_model(attempt.model)
+            if request.feature == 'fast' and attempt.model != request.body.model:
+                data, betas = without_fast_mode(data, betas)
             repairs = self._repairs_for(attempt.model)
             if repairs:
                 data, betas = apply_repairs(repairs, data, betas)
@@ -6781,20 +7186,22 @@ class Serving:
             lambda text: redact(self._client.without_secrets(text)))
         return build_openai_request(target, token, body, cache_key(conversation.body))
 
-    def _relay(self, attempt, reply):
+    def _relay(self, attempt, reply, sent_at):
         if 200 <= reply.outcome.status < 300:
-            self._cooldowns.succeeded(*self._slot(attempt))
+            if not self._cooldowns.is_empty:
+                self._cooldowns.succeeded(self._slot(attempt), sent_at)
+            if attempt.key.provider == ANTHROPIC and isinstance(reply, Open):
+                self._cooldowns.note_paid(attempt.key.ref, extra_usage_ends_s(
+                    reply.upstream.headers, self._failover.now()))
             if self._repaired:
                 self._remember_repairs()
         self._leave_queue()
         relay(self._client, attempt, reply, self._failover.carrier)
 
-    def _tries_again(self, attempt, later, rule):
+    def _tries_again(self, attempt, later, outcome):
         """Counts this answer, and says whether the same key is tried once more."""
-        round, counted = self._round, (attempt.kind, rule.name)
-        round.counts[counted] = round.counts.get(counted, 0) + 1
-        if round.counts[counted] >= rule.tries:
-            round.given_up.add(attempt.kind)
+        rule = outcome.rule
+        if self._round.count((self._server(attempt.key), attempt.model), outcome):
             return False
         return rule.again is Again.FIRST or rule.again is Again.ALONE and not any(
             other.model == attempt.model and not self._blocking(other) for other in later)
@@ -6811,24 +7218,31 @@ class Serving:
     def _give_up(self, attempt, reply):
         round, outcome, rule = self._round, reply.outcome, reply.outcome.rule
         round.is_stopped = round.is_stopped or rule.step is Step.STOP
-        if not rule.other_models:
-            round.give_up_other_models(attempt)
+        if not rule.other_models:     # it is about the request, and not about the model
+            others = [other for other in round.attempts if other.model != attempt.model
+                      and other.key.provider == attempt.key.provider]
+            round.given_up.update({(self._server(other.key), other.model): None
+                                   for other in others})
         if rule in (RESET, UNREACHABLE):
             round.note_unreached(rule, self._target.base_url)
         is_cooling = self._cool(attempt, outcome) > 0
-        round.failures.append(Failure(attempt, outcome, reply, is_cooling))
+        round.note_failure(Failure(attempt, outcome, reply, is_cooling))
 
     def _cool(self, attempt, outcome):
         """Cools what the outcome says; the seconds, 0 for nothing."""
-        rule, key, (_, model) = outcome.rule, attempt.key, self._slot(attempt)
-        in_force = self._failover.store.current.keys.get(key.ref)
-        if rule.scope is Scope.PAIR and model is None or in_force and in_force.token != key.token:
+        rule, key = outcome.rule, attempt.key
+        if rule.scope is None:
+            return 0
+        slot, in_force = self._slot(attempt), self._failover.store.current.keys.get(key.ref)
+        if rule.scope is Scope.PAIR and slot.model is None or (
+                in_force and in_force.token != key.token):
             return 0          # not about messages; or of a token that was replaced meanwhile
-        seconds = self._cooldowns.cool(key, model, outcome, self._config.cooldown_ms / 1000)
+        digest = secret_digest(self._token) if is_reference(key.token) and self._token else None
+        seconds = self._cooldowns.cool(key, slot, outcome, self._config.cooldown_ms / 1000, digest)
         if seconds:
             self._log.write(
                 'error' if rule.attention else 'warn', 'cooldown', key=key.id,
-                model=None if rule.scope is Scope.KEY else model, reason=rule.name,
+                model=slot.place(rule.scope).model, reason=rule.name,
                 status=outcome.status, message=outcome.message[:300],
                 cooldown_ms=round(seconds * 1000))
         return seconds
@@ -6872,10 +7286,9 @@ class Serving:
 
     # -- the queue -------------------------------------------------------------
 
-    def _await_turn(self):
+    def _await_turn(self, slots):
         """Waits until an attempt may be made; False when that is not to be hoped for in time."""
         queue_wait_s = self._config.queue_wait_ms / 1000
-        slots = self._cooling_slots()
         if not (slots and self._request.is_message and queue_wait_s > 0):
             return False
         entered = self._clock()
@@ -6894,7 +7307,7 @@ class Serving:
         failures = [(self._slot(failure.attempt), failure) for failure in self._round.failures]
         cooled = {slot for slot, failure in failures if failure.is_cooling}
         impossible = {slot for slot, failure in failures
-                      if failure.outcome.rule in (NO_TOKEN, UNTRANSLATABLE)}
+                      if failure.outcome.rule in (NO_TOKEN, UNTRANSLATABLE, UNFIT)}
         slots = {self._slot(attempt) for attempt in self._round.attempts} - impossible
         all_cool = all(slot in cooled or self._cooldowns.blocking(slot, self._ticket)
                        for slot in slots)
@@ -6924,18 +7337,20 @@ class Serving:
     # -- the end ---------------------------------------------------------------
 
     def _send_failure(self):
-        failures = [failure._replace(back_in_s=self._seconds_to_return(failure.attempt))
-                    for failure in self._round.failures]
+        failures = list(map(self._with_return, self._round.failures))
         client, final = self._client, final_failure(failures, self._client, self._config)
         client.record.update(outcome='failed', error=final.message[:500])
         if final.key:
             client.record.update(key=final.key.id, provider=final.key.provider)
         client.send_whole(final.status, final.fields, final.body)
 
-    def _seconds_to_return(self, attempt):
-        """Until an attempt may be made again; None where nothing keeps it."""
-        cooling = self._blocking(attempt)
-        return self._cooldowns.remaining_s(cooling) if cooling else None
+    def _with_return(self, failure):
+        cooling = self._blocking(failure.attempt)
+        if cooling is None:
+            return failure
+        asked_in_s, back_in_s = self._cooldowns.remaining_s(cooling)
+        return failure._replace(asked_in_s=asked_in_s, back_in_s=back_in_s,
+                                outcome=cooling.outcome)
 
     def _answer_here(self):
         """Answers what needs no upstream, where messages go to OpenAI because no Claude key is
@@ -9408,7 +9823,7 @@ def pretend_answer(asked, count):
     fields = [JSON_TYPE, ('request-id', f'req_demo_{count:06d}')]
     if asked.path.startswith('/openai'):
         return pretend_openai(asked, fields)
-    fields += limit_fields(count)
+    fields += pretend_limits(count)
     if asked.path.startswith(COUNT_TOKENS_PATH):
         return Told(200, fields, dump_body({'input_tokens': estimate_tokens(asked.body)}))
     if not asked.path.startswith(MESSAGES_PATH):
@@ -9466,7 +9881,7 @@ def pretend_openai(asked, fields):
     return Told(200, [('content-type', 'text/event-stream'), *fields[1:]], pieces=tuple(pieces))
 
 
-def limit_fields(count):
+def pretend_limits(count):
     """Rate-limit fields as Anthropic sends them; what is used grows with each request."""
     now, used = time.time(), min(0.97, 0.35 + count / 150)
     resets = {'5h': now + 2 * 3600, '7d': now + 3 * 86400}

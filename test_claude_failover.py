@@ -66,6 +66,10 @@ class FakeClock:
     def __call__(self):
         return self.now
 
+    def unix_s(self):
+        """The wall clock, which goes along."""
+        return START + self.now - 1000
+
     def wait(self, event, seconds):
         self.on_wait(seconds)
         self.now += seconds
@@ -982,6 +986,8 @@ POLICY = (
     ('unsupported_field', answer(400, 'tags: Extra inputs are not permitted', is_fallback=True), None),
     ('auth_failed', answer(401, 'invalid x-api-key', 'authentication_error'), None),
     ('forbidden', answer(403, 'no permission', 'permission_error'), None),
+    ('network_refused', answer(403, 'Request not allowed', 'forbidden'), None),
+    ('network_refused', answer(403, '<html>Access denied'), None), ('network_refused', answer(403), None),
     ('unknown_model', answer(404, f'model: {OPUS}', 'not_found_error'), None),
     ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'allowed', 90000)), 7200),
     ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'rejected', 90000)), 90000),
@@ -1023,7 +1029,12 @@ OPENAI_POLICY = (
     ('model_refused', answer(404, 'Not Found'), None), ('model_refused', answer(404, 'model "x" not found, try pulling'), None),
     ('model_refused', answer(400, "The 'x' model is not supported when using Codex with a ChatGPT account."), None),
     ('auth_failed', answer(401, 'Incorrect API key', 'invalid_request_error invalid_api_key'), None),
-    ('auth_failed', answer(403, 'Country not supported'), None), ('billing', answer(402, 'pay'), None),
+    ('auth_failed', answer(403, 'Country not supported', details={'code': 'x'}), None),
+    ('network_refused', answer(403, '<html>Blocked by your company'), None),
+    ('network_refused', answer(403, 'Country, region, or territory not supported',
+                               'request_forbidden unsupported_country_region_territory',
+                               details={'code': 'x'}), None),
+    ('billing', answer(402, 'pay'), None),
     ('out_of_quota', answer(429, 'You exceeded your current quota', 'insufficient_quota insufficient_quota'), None),
     ('out_of_quota', answer(429, 'x', 'billing_hard_limit_reached'), None),
     ('out_of_quota', answer(429, 'x', 'project_spend_limit_exceeded'), None),
@@ -1109,7 +1120,7 @@ class ClassificationTest(unittest.TestCase):
         message = 'organization ' * 10_000 + 'not ' * 10_000
         _, read, _ = cf.read_error(json.dumps(api_error('x', message)).encode())
         self.assertEqual(read, message[:cf.MAX_MESSAGE_CHARS])
-        self.assertEqual(cf.classify(answer(403, read)).rule.name, 'forbidden')
+        self.assertEqual(cf.classify(answer(403, read, 'permission_error')).rule.name, 'forbidden')
 
     def test_limits_are_read_from_every_providers_fields(self):
         now = START
@@ -3382,20 +3393,28 @@ def rule(name):
 class CooldownsTest(unittest.TestCase):
     def setUp(self):
         self.clock = FakeClock()
-        self.cooldowns = cf.Cooldowns(self.clock)
+        self.cooldowns = cf.Cooldowns(self.clock, self.clock.unix_s)
         self.a, self.b = make_config('a', 'b').keys.values()
 
-    def cool(self, name, hint_s=None, key=None, model=OPUS, limit_s=3600):
-        return self.cooldowns.cool(key or self.a, model, cf.Outcome(rule(name), 429, 'why', hint_s), limit_s)
+    def slot(self, key=None, model=OPUS, feature=None):
+        return cf.Slot((key or self.a).ref, model, feature, 'https://a.example')
+
+    def cool(self, name, hint_s=None, key=None, model=OPUS, limit_s=3600, **slot):
+        outcome = cf.Outcome(rule(name), 429, 'why', hint_s)
+        return self.cooldowns.cool(key or self.a, self.slot(key, model, **slot), outcome, limit_s)
+
+    def succeed(self, key=None, model=OPUS, sent_at=None):
+        sent_at = self.clock.now if sent_at is None else sent_at
+        self.cooldowns.succeeded(self.slot(key, model), sent_at)
 
     def wait_for(self, *slots):
         ticket = self.cooldowns.join_queue(threading.Event())
-        self.cooldowns.await_slots(ticket, slots or [(self.a.ref, OPUS)])
+        self.cooldowns.await_slots(ticket, slots or [self.slot()])
         return ticket
 
-    def left(self, key=None, model=OPUS, ticket=None):
-        cooling = self.cooldowns.blocking(((key or self.a).ref, model), ticket)
-        return cooling and self.cooldowns.remaining_s(cooling)
+    def left(self, key=None, model=OPUS, ticket=None, **slot):
+        cooling = self.cooldowns.blocking(self.slot(key, model, **slot), ticket)
+        return cooling and self.cooldowns.remaining_s(cooling)[0]
 
     def test_a_pair_cools_alone_and_a_key_for_every_model(self):
         self.cool('rate_limited', 20)
@@ -3421,7 +3440,7 @@ class CooldownsTest(unittest.TestCase):
             lengths.append(self.cool('throttled'))
             self.clock.now += lengths[-1]
         self.assertEqual(lengths, [30, 60, 120, 240, 300, 300])
-        self.cooldowns.succeeded(self.a.ref, OPUS)
+        self.succeed()
         self.assertEqual(self.cool('throttled'), 30)
 
     def test_requests_that_meet_one_limit_together_count_as_one_repeat(self):
@@ -3431,21 +3450,29 @@ class CooldownsTest(unittest.TestCase):
 
     def test_the_third_server_error_in_a_row_cools(self):
         self.assertEqual([self.cool('server_error') for _ in range(3)], [0, 0, 15])
-        self.cooldowns.succeeded(self.a.ref, OPUS)
+        self.succeed()
         self.assertEqual(self.cool('server_error'), 0)
-        self.cooldowns.succeeded(self.a.ref, OPUS)
-        self.assertEqual([self.cool('unreachable') for _ in range(3)], [0, 0, 15])
-        self.assertEqual(self.left(model=SONNET), 15)
+        self.succeed()
+        self.assertEqual([self.cool('unreachable') for _ in range(3)], [0, 0, 1])
+        self.assertEqual((self.left(model=SONNET), self.left(self.b)), (1, 1))     # its server's
 
-    def test_a_success_ends_the_pairs_cooldown_but_not_the_keys(self):
-        self.cool('rate_limited', 100)
-        self.cool('window_spent', 200)
-        self.cooldowns.succeeded(self.a.ref, OPUS)
-        self.assertEqual(self.left(), 200)
+    def test_a_success_ends_what_was_a_guess_or_is_older_than_its_request(self):
+        """(rule, hint, when the request was sent that is answered now, what is left then)"""
+        for name, hint_s, sent_at, left in (
+                ('throttled', None, 999, None), ('throttled', None, 1001, None),
+                ('rate_limited', 100, 999, 98), ('rate_limited', 100, 1001, None),
+                ('window_spent', 200, 999, 198), ('window_spent', 200, 1001, None),
+                ('auth_failed', None, 1001, None)):
+            with self.subTest(rule=name, sent_at=sent_at):
+                self.setUp()
+                self.cool(name, hint_s)
+                self.clock.now += 2
+                self.succeed(sent_at=sent_at)
+                self.assertEqual(self.left(), left)
 
     def test_an_answer_on_another_path_proves_nothing(self):
         self.cool('window_spent', 200)
-        self.cooldowns.succeeded(self.a.ref, None)
+        self.succeed(model=None)
         self.assertEqual(self.left(), 200)
 
     def test_clearing_ends_all_or_some(self):
@@ -3471,7 +3498,9 @@ class CooldownsTest(unittest.TestCase):
         self.assertEqual(self.cooldowns.seconds_to_turn(first), (0, False))
         self.assertEqual(self.cooldowns.seconds_to_turn(second), (float('inf'), True))
         self.assertEqual((self.left(ticket=first), self.left(ticket=second), self.left()), (None, 0, 0))
-        self.cooldowns.succeeded(self.a.ref, OPUS)
+        self.assertIsNone(self.cooldowns.admit(self.slot(), 'first', first))
+        self.assertEqual(self.cooldowns.seconds_to_turn(second), (cf.PROBE_S, True))
+        self.succeed()
         self.assertTrue(second.wake.is_set())
         self.assertEqual(self.cooldowns.seconds_to_turn(second), (0, False))
 
@@ -3495,21 +3524,132 @@ class CooldownsTest(unittest.TestCase):
     def test_one_behind_another_waits_for_it_however_far_its_other_slots_are(self):
         self.cool('rate_limited', 20)
         self.cool('rate_limited', 3000, self.b)
-        both = [(self.a.ref, OPUS), (self.b.ref, OPUS)]
+        both = [self.slot(self.a), self.slot(self.b)]
         _, second = self.wait_for(*both), self.wait_for(*both)
         self.clock.now += 20
         self.assertEqual(self.cooldowns.seconds_to_turn(second), (2980, True))
 
     def test_a_request_that_tries_one_key_bars_no_other(self):
+        both = [self.slot(self.a), self.slot(self.b)]
         for key in (self.a, self.b):
             self.cool('rate_limited', 20, key)
-        first, second = (self.wait_for((self.a.ref, OPUS), (self.b.ref, OPUS)) for _ in range(2))
+        first, second = self.wait_for(*both), self.wait_for(*both)
         self.clock.now += 20
         self.assertEqual(self.cooldowns.seconds_to_turn(second), (float('inf'), True))
-        self.cooldowns.try_slot(first, (self.b.ref, OPUS))
+        self.cooldowns.admit(self.slot(self.b), 'first', first)
         self.assertTrue(second.wake.is_set())
         self.assertEqual(self.cooldowns.seconds_to_turn(second), (0, False))
         self.assertEqual(self.left(self.b, ticket=second), 0)
+
+    def test_a_prober_has_three_seconds_to_be_refused(self):
+        self.cool('rate_limited', 20)
+        tickets = [self.wait_for() for _ in range(8)]
+        self.clock.now += 20
+        went = []
+        for _ in range(4):
+            for number, ticket in enumerate(tickets):
+                if number not in went and self.cooldowns.seconds_to_turn(ticket)[0] == 0:
+                    self.assertIsNone(self.cooldowns.admit(self.slot(), number, ticket))
+                    went.append(number)
+            went.append('|')
+            self.clock.now += cf.PROBE_S
+        self.assertEqual(went, [0, '|', 1, 2, '|', 3, 4, 5, 6, 7, '|', '|'])
+
+    def test_answers_let_twice_as_many_follow_and_a_refusal_begins_anew(self):
+        self.cool('rate_limited', 20)
+        tickets = [self.wait_for() for _ in range(7)]
+        self.clock.now += 20
+
+        def go():
+            gone = [n for n, ticket in enumerate(tickets) if ticket.slots
+                    and self.cooldowns.seconds_to_turn(ticket)[0] == 0]
+            for number in gone:
+                self.cooldowns.admit(self.slot(), number, tickets[number])
+            return gone
+
+        def answer(number):
+            self.succeed()
+            self.cooldowns.leave(number)
+            self.cooldowns.leave_queue(tickets[number])
+        self.assertEqual(go(), [0])
+        answer(0)
+        self.assertEqual(go(), [1, 2])
+        answer(1)
+        self.assertEqual(go(), [3, 4, 5])         # four at a time, and one is under way
+        self.cool('rate_limited', 5)
+        self.clock.now += 5
+        self.assertEqual(go(), [6])
+        self.assertIsNotNone(self.left())         # a fresh arrival stands behind it
+
+    def test_fresh_arrivals_are_not_ten_probes(self):
+        self.cool('rate_limited', 20)
+        self.clock.now += 20
+        admitted = [self.cooldowns.admit(self.slot(), number) is None for number in range(10)]
+        self.assertEqual(admitted, [True] + [False] * 9)
+        self.cooldowns.leave(0)                   # it was given up: the next may try
+        self.assertIsNone(self.cooldowns.admit(self.slot(), 1))
+
+    def test_a_feature_with_limits_of_its_own_cools_alone(self):
+        self.cool('rate_limited', 20, feature='fast')
+        self.assertEqual((self.left(feature='fast'), self.left(), self.left(feature='1m')),
+                         (20, None, None))
+        self.cool('rate_limited', 50)
+        self.assertEqual((self.left(feature='fast'), self.left(), self.left(feature='1m')),
+                         (50, 50, 50))
+
+    def test_the_clock_that_went_further_ends_a_cooldown(self):
+        """Eight hours of sleep stop the monotonic clock; a wall clock may be set back."""
+        wall = [START]
+        self.cooldowns = cf.Cooldowns(self.clock, lambda: wall[0])
+        self.cool('rate_limited', 1800)
+        wall[0] += 8 * 3600
+        self.assertIsNone(self.left())
+        self.cool('rate_limited', 1800)
+        wall[0] -= 5 * 3600
+        self.clock.now += 1000
+        self.assertEqual(self.left(), 800)
+        self.clock.now += 800
+        self.assertIsNone(self.left())
+
+    def test_what_a_person_may_have_mended_is_asked_again(self):
+        """(rule, hint, at which of the seconds 0, 1, 2 ... a request with nothing else asks)"""
+        for name, hint_s, asked in (
+                ('auth_failed', None, [0, 5, 10]), ('billing', None, [0, 5, 10]),
+                ('forbidden', None, [0, 5, 10]), ('unknown_model', None, [0, 5, 10]),
+                ('rate_limited', 100, []), ('throttled', None, []), ('overloaded', None, []),
+                ('window_spent', 14_000, [300, 900, 1800])):
+            with self.subTest(rule=name):
+                self.setUp()
+                self.cool(name, hint_s, limit_s=14_000)
+                seconds = range(2000) if asked[-1:] == [1800] else range(12)
+                found = []
+                for second in seconds:
+                    if self.cooldowns.last_hope([self.slot()]):
+                        found.append(second)
+                    self.clock.now += 1
+                self.assertEqual(found, asked)
+
+    def test_of_several_hopes_the_one_that_was_asked_longest_ago_is_next(self):
+        self.cool('billing')
+        self.clock.now += 1
+        self.cool('auth_failed', key=self.b)
+        slots, asked = [self.slot(self.b), self.slot(self.a)], []
+        for _ in range(4):
+            asked.append(self.cooldowns.last_hope(slots).ref)
+            self.assertIsNone(self.cooldowns.last_hope(slots))      # all requests together
+            self.clock.now += cf.HOPE_S
+        self.assertEqual(asked, ['anthropic:a', 'anthropic:b'] * 2)
+
+    def test_a_server_that_could_not_be_reached_is_looked_at_each_second_by_those_who_wait(self):
+        for _ in range(8):
+            self.cool('unreachable')
+            self.clock.now += 40
+        self.assertEqual(self.cool('unreachable'), 64)
+        ticket = self.wait_for()
+        self.assertEqual(self.cooldowns.seconds_to_turn(ticket), (1, False))
+        self.clock.now += 1
+        self.assertEqual(self.cooldowns.seconds_to_turn(ticket), (0, False))
+        self.assertEqual(self.left(), 63)         # for those to whom another server is left
 
     def test_a_hint_of_nothing_is_a_second(self):
         self.assertEqual((self.cool('rate_limited', 0), self.cool('rate_limited', 0.01)), (1, 1))
@@ -4841,7 +4981,7 @@ RESET = cf.UpstreamUnreachable('host: it closed the connection', True)
 class ServingTest(unittest.TestCase):
     def setUp(self):
         self.clock = FakeClock()
-        self.cooldowns = cf.Cooldowns(self.clock)
+        self.cooldowns = cf.Cooldowns(self.clock, self.clock.unix_s)
         self.log = mock.Mock()
         self.metrics = cf.Metrics()
 
@@ -4897,6 +5037,11 @@ class ServingTest(unittest.TestCase):
                 (refusal(400, 'invalid_request_error', 'This organization has been disabled.'), 'ab', {('a', None): 3600}, 200),
                 (BAD_KEY, 'ab', {('a', None): 300}, 200),
                 (FORBIDDEN, 'ab', {pair: 600}, 200),
+                (refusal(403, 'forbidden', 'Request not allowed'), 'ab', {}, 200),
+                (Play(403, {'content-type': 'text/html'}, b'<html>VPN'), 'ab', {}, 200),
+                (refusal(400, 'invalid_request_error', "You're out of extra usage. Add more."), 'ab', {pair: 300}, 200),
+                (refusal(400, 'invalid_request_error', 'Third-party apps now draw from your extra usage, not your plan limits.'),
+                 'ab', {pair: 300}, 200),
                 (NO_MODEL, 'ab', {pair: 3600}, 200),
                 (refusal(429, 'rate_limit_error', 'x', **unified), 'ab', {('a', None): 1800}, 200),
                 (RATE_LIMITED, 'ab', {pair: 20}, 200),
@@ -4954,7 +5099,7 @@ class ServingTest(unittest.TestCase):
     def test_three_failures_in_a_row_rest_what_failed(self):
         for _ in range(3):
             self.one({'a': RESET}, 'a')
-        self.assertEqual(self.cooling(), {('a', None): 15})
+        self.assertEqual(self.cooling(), {('a', None): 1})
         self.setUp()
         self.one({'a': SERVER_TROUBLE}, 'a')
         self.one({'a': SERVER_TROUBLE}, 'a')
@@ -5175,7 +5320,7 @@ class ServingTest(unittest.TestCase):
         stubborn = refusal(400, 'invalid_request_error', 'thinking: no')
         self.setUp()
         upstream = FakeUpstream(a=[RATE_LIMITED, stubborn])
-        self.assertEqual(self.serve(self.failover(upstream, make_config('a', queueWaitMs=0)), body).status, 400)
+        self.assertEqual(self.serve(self.failover(upstream, make_config('a', queueWaitMs=0)), body).status, 429)
         self.assertEqual(len(upstream.seen), 3)
 
     def test_a_refused_signature_is_not_remembered_with_what_is(self):
@@ -5209,6 +5354,273 @@ class ServingTest(unittest.TestCase):
         self.serve(failover, body)
         self.assertEqual(len(upstream.seen), 4)       # the next conversation keeps its thinking
 
+    # -- never locked out
+
+    def again(self, body=None, **options):
+        """The same failover serves once more; (status, keys tried since the last time)."""
+        before = len(self.upstream.seen)
+        answered = self.serve(self.failover_, body, **options)
+        return answered.status, ''.join(key for key, _ in self.upstream.seen[before:])
+
+    def with_token_file(self, text=token_of('old'), **changes):
+        folder = tempfile.mkdtemp(prefix='failover-test-')
+        self.addCleanup(shutil.rmtree, folder)
+        self.token_path = os.path.join(folder, 'token')
+        self.write_token(text)
+        document = make_document('a', queueWaitMs=0, modelFallback={}, **changes)
+        document['keys']['a']['token'] = f'file:{self.token_path}'
+        return document
+
+    def write_token(self, text):
+        with open(self.token_path, 'w') as file:
+            file.write(text)
+
+    def test_another_secret_in_the_file_was_not_refused(self):
+        for play in (BAD_KEY, NO_CREDIT, FORBIDDEN, RATE_LIMITED, LONG):
+            with self.subTest(play=play.__dict__):
+                self.setUp()
+                upstream = FakeUpstream(old=play, new=Play())
+                self.serve(self.failover(upstream, cf.parse_config(self.with_token_file())))
+                self.write_token(token_of('new'))
+                self.assertEqual(self.again(), (200, 'new'))
+
+    def test_a_login_that_is_renewed_while_the_request_runs_is_used_by_it(self):
+        def renew(body):
+            self.write_token(token_of('new'))
+            return BAD_KEY
+        upstream = FakeUpstream(old=renew, new=Play())
+        answered = self.serve(self.failover(upstream, cf.parse_config(self.with_token_file())))
+        self.assertEqual((answered.status, self.cooling()), (200, {}))
+
+    def test_a_codex_login_that_is_renewed_is_used(self):
+        logins = iter((make_login(exp=START + 10), make_login(exp=START + 20)))
+        document = make_document(queueWaitMs=0, **with_openai('x'))
+        path = self.with_token_file(json.dumps({'tokens': {'access_token': next(logins)}}))
+        document['openaiKeys']['x']['token'] = path['keys']['a']['token']
+        stream = responses_stream(text_delta('hi'), completed())
+        upstream = FakeUpstream(login=[openai_refusal(401, 'token_revoked'), Play(stream=stream)])
+        self.assertEqual(self.serve(self.failover(upstream, cf.parse_config(document))).status, 401)
+        self.write_token(json.dumps({'tokens': {'access_token': next(logins)}}))
+        self.assertEqual(self.again(), (200, 'login'))
+
+    def test_what_a_person_mended_works_at_the_next_request(self):
+        for play in (BAD_KEY, FORBIDDEN, NO_CREDIT, NO_MODEL, refusal(402, 'billing_error', 'pay'),
+                     refusal(400, 'x', 'You have reached your specified API usage limits. You will regain '
+                                       'access on 2033-11-20 at 00:00 UTC.'),
+                     refusal(400, 'x', 'This organization has been disabled.'),
+                     refusal(400, 'x', "You're out of extra usage"),
+                     refusal(429, 'rate_limit_error', 'enforced_spend_limit_reached')):
+            for keys in ('a', 'ab'):
+                with self.subTest(play=play.__dict__, keys=keys):
+                    self.setUp()
+                    script = dict.fromkeys(keys, [play, Play()])
+                    self.assertNotEqual(self.one(script, keys)[0].status, 200)
+                    self.assertEqual(self.again()[0], 200)
+
+    def test_what_was_not_mended_is_asked_once_in_five_seconds(self):
+        self.one({'a': NO_CREDIT}, 'a')
+        self.assertEqual([self.again() for _ in range(3)], [(400, 'a'), (400, ''), (400, '')])
+        self.clock.now += cf.HOPE_S
+        self.assertEqual(self.again(), (400, 'a'))
+
+    def test_a_hope_is_no_reason_to_pass_over_what_is_ready(self):
+        self.one({'a': NO_CREDIT, 'b': Play()})
+        self.assertEqual(self.again(), (200, 'b'))
+
+    def test_a_spent_window_that_was_lifted_is_noticed_in_minutes(self):
+        spent = refusal(429, 'rate_limit_error', 'x', anthropic_ratelimit_unified_5h_status='rejected',
+                        anthropic_ratelimit_unified_5h_reset=str(int(START) + 4 * 3600))
+        self.one({'a': [spent, Play()]}, 'a')
+        self.clock.now += 299
+        self.assertEqual(self.again(), (429, ''))
+        self.clock.now += 1
+        self.assertEqual(self.again(), (200, 'a'))
+
+    def test_a_block_page_is_the_networks_word_and_cools_no_key(self):
+        for block in (refusal(403, 'forbidden', 'Request not allowed'),
+                      Play(403, {'content-type': 'text/html'}, b'<html>Blocked')):
+            self.setUp()
+            answered, _ = self.one({'a': block, 'b': block})
+            self.assertEqual((answered.status, answered.error['type'], self.cooling()),
+                             (502, 'api_error', {}))
+            for _ in range(4):                    # it is asked as long as nothing else is left
+                self.assertEqual(self.again()[0], 502)
+            self.upstream.script = {'a': [Play()], 'b': [Play()]}
+            self.assertEqual(self.again()[0], 200)
+
+    def test_a_request_meets_a_server_that_is_back_whatever_came_before(self):
+        for trouble in (REFUSED, RESET, SERVER_TROUBLE, CUT_BODY):
+            with self.subTest(trouble=getattr(trouble, '__dict__', trouble)):
+                self.setUp()
+                self.one({'a': trouble, 'b': trouble})
+                for _ in range(6):
+                    self.assertEqual(self.again()[0], 502)
+                self.upstream.script = {'a': [Play()], 'b': [Play()]}
+                self.assertEqual(self.again()[0], 200)
+
+    def test_a_waiting_request_is_served_within_a_second_of_the_networks_return(self):
+        back_at = self.clock.now + 20
+        upstream = FakeUpstream(a=lambda body: Play() if self.clock.now >= back_at else REFUSED)
+        failover = self.failover(upstream, make_config('a', modelFallback={}))
+        for _ in range(3):
+            self.assertIn(self.serve(failover).status, (200, 502))
+        self.assertEqual(self.serve(failover).status, 200)
+        self.assertLessEqual(self.clock.now - back_at, 1)
+
+    # -- extra usage
+
+    PAID = {'anthropic-ratelimit-unified-overage-in-use': 'true',
+            'anthropic-ratelimit-unified-reset': str(int(START) + 3600)}
+
+    def test_a_key_that_is_paid_beside_its_plan_comes_after_one_with_quota(self):
+        summary = {'anthropic-ratelimit-unified-status': 'rejected',
+                   'anthropic-ratelimit-unified-overage-status': 'allowed_warning',
+                   'anthropic-ratelimit-unified-reset': str(int(START) + 3600)}
+        for fields in (self.PAID, summary):
+            self.setUp()
+            self.one({'a': Play(200, fields), 'b': [Play(), RATE_LIMITED, Play()]})
+            self.assertEqual(self.again(), (200, 'b'))
+            self.assertEqual(self.again(), (200, 'ba'))       # rather than none
+            self.clock.now += 3601
+            self.upstream.script['a'] = [Play()]
+            self.assertEqual(self.again(), (200, 'a'))
+
+    # -- whose refusal it is
+
+    def test_what_a_stand_in_refuses_is_not_the_clients(self):
+        """Opus is limited for a moment; its fallback, or OpenAI, refuses the request itself."""
+        for status, type, message in ((400, 'invalid_request_error', 'prompt is too long: 210000 tokens'),
+                                      (413, 'request_too_large', 'too large'), (422, 'x', 'no'),
+                                      (400, 'invalid_request_error', 'messages.3: whatever')):
+            with self.subTest(message=message):
+                refuse = refusal(status, type, message)
+                self.setUp()
+                answered, seen = self.one({'a': lambda body: RATE_LIMITED if body['model'] == OPUS else refuse},
+                                          'a', modelFallback={OPUS: SONNET})
+                self.assertEqual((answered.status, seen), (429, ['a', 'a']))
+                self.assertNotIn(message, answered.error['message'])
+                self.assertEqual(answered.headers['retry-after'], '20')
+                self.setUp()
+                answered, seen = self.openai_one(
+                    {'a': RATE_LIMITED, 'oa': openai_refusal(status, type, message)})
+                self.assertEqual((answered.status, len(seen)), (429, 2))
+
+    def test_another_server_of_the_fallback_may_take_what_one_refuses(self):
+        config = make_document('a', 'b', 'c', queueWaitMs=0)
+        config['keys']['c']['baseUrl'] = 'https://other.example'
+
+        def play(body):
+            return RATE_LIMITED if body['model'] == OPUS else refusal(400, 'x', 'prompt is too long')
+        upstream = FakeUpstream(a=play, b=play, c=[RATE_LIMITED, Play()])
+        answered = self.serve(self.failover(upstream, cf.parse_config(config)))
+        self.assertEqual(answered.status, 200)
+        self.assertEqual(''.join(key for key, _ in upstream.seen), 'abcac')
+
+    def test_a_fallback_is_sent_without_fast_mode(self):
+        def play(body):
+            return RATE_LIMITED if body['model'] == OPUS else Play()
+        upstream = FakeUpstream(a=play)
+        self.serve(self.failover(upstream, make_config('a', queueWaitMs=0)),
+                   messages_body(speed='fast'), fields=[('anthropic-beta', 'fast-mode-2026-02-01,x-1')])
+        first, second = upstream.sent
+        self.assertEqual((b'"speed"' in first.body, b'"speed"' in second.body), (True, False))
+        self.assertIn(b'anthropic-beta: x-1\r\n', second.head)
+
+    def test_a_limit_of_fast_mode_or_long_context_leaves_the_plain_model(self):
+        fast = messages_body(speed='fast')
+        for body, fields in ((fast, ()), (None, [('anthropic-beta', 'context-1m-2025-08-07')])):
+            self.setUp()
+            failover = self.failover(FakeUpstream(a=[RATE_LIMITED, Play()], b=[RATE_LIMITED, Play()]),
+                                     make_config('a', 'b', modelFallback={}, queueWaitMs=0))
+            self.assertEqual(self.serve(failover, body, fields=fields).status, 429)
+            self.assertEqual(self.again(body, fields=fields), (429, ''))
+            self.assertEqual(self.again(), (200, 'a'))
+
+    # -- gateways
+
+    def at_relays(self, *plays, ids='abc', **changes):
+        """Keys at these servers: those of one letter share one."""
+        config = make_document(*ids, queueWaitMs=0, modelFallback={}, **changes)
+        for id in ids:
+            config['keys'][id]['baseUrl'] = f'https://{id}.example'
+        upstream = FakeUpstream(**dict(zip(ids, plays)))
+        answered = self.serve(self.failover(upstream, cf.parse_config(config)))
+        return answered, ''.join(key for key, _ in upstream.seen)
+
+    def test_each_server_is_asked_whatever_others_answer(self):
+        for play in (refusal(502, 'api_error', 'bad gateway'), SERVER_TROUBLE, OVERLOADED,
+                     Play(503, {'content-type': 'text/html'}, b'<html>no'),
+                     refusal(429, 'rate_limit_error', 'x', x_should_retry='true'), REFUSED, RESET):
+            with self.subTest(play=getattr(play, '__dict__', play)):
+                self.setUp()
+                answered, tried = self.at_relays(play, play, play, Play(), ids='abcd')
+                self.assertEqual((answered.status, tried[-1]), (200, 'd'), tried)
+
+    def test_a_relays_unknown_model_is_no_answer(self):
+        for status, message in (
+                (400, 'invalid model'), (404, 'No endpoints found for claude-opus-5-5.'),
+                (400, f'The model `{OPUS}` does not exist'), (404, 'model_not_found'),
+                (400, f'Unknown model: {OPUS}'), (400, f'model {OPUS} is not supported'),
+                (403, f'This key does not have access to model {OPUS}')):
+            with self.subTest(message=message):
+                self.setUp()
+                answered, tried = self.at_relays(refusal(status, 'invalid_request_error', message), Play())
+                self.assertEqual((answered.status, tried), (200, 'ab'))
+                self.assertEqual(self.cooling(), {('a', OPUS): 3600})
+                self.setUp()
+                answered, tried = self.at_relays(*[refusal(status, 'x', message)] * 3)
+                self.assertEqual((answered.status, tried), (status, 'abc'))
+
+    def test_an_overload_is_waited_for_however_many_keys_there_are(self):
+        for keys in ('a', 'ab', 'abc', 'abcdef'):
+            with self.subTest(keys=keys):
+                self.setUp()
+                back_at = self.clock.now + 5
+                upstream = FakeUpstream(**dict.fromkeys(
+                    keys, lambda body: Play() if self.clock.now >= back_at else OVERLOADED))
+                answered = self.serve(self.failover(upstream, make_config(*keys, modelFallback={})))
+                self.assertEqual(answered.status, 200)
+
+    # -- clocks
+
+    def test_resets_are_read_against_the_upstreams_clock(self):
+        """A machine two hours behind: the upstream's limit ends in three seconds all the same."""
+        there = START + 7200
+        date = email.utils.formatdate(there, usegmt=True)
+        for fields in ({'anthropic-ratelimit-requests-remaining': '0',
+                        'anthropic-ratelimit-requests-reset': cf.utc_text(there + 3)},
+                       {'anthropic-ratelimit-unified-5h-status': 'rejected',
+                        'anthropic-ratelimit-unified-5h-reset': str(int(there) + 3)},
+                       {'retry-after': email.utils.formatdate(there + 3, usegmt=True)}):
+            self.setUp()
+            self.one({'a': Play(429, {'date': date, **fields}, api_error('rate_limit_error', 'x'))}, 'a')
+            self.assertEqual(list(self.cooling().values()), [3], fields)
+
+    def test_what_is_told_is_when_the_limit_ends_and_not_when_it_is_tried_again(self):
+        spent = refusal(429, 'rate_limit_error', 'x', anthropic_ratelimit_unified_5h_status='rejected',
+                        anthropic_ratelimit_unified_5h_reset=str(int(START) + 4 * 3600))
+        answered, _ = self.one({'a': spent}, 'a')
+        self.assertEqual(answered.headers['retry-after'], '14400')
+        self.assertIn('a with claude-opus-5-5 (back in 4 h, tried again in 60 min)',
+                      answered.error['message'])
+        answered = self.serve(self.failover_)                 # from memory like from the source
+        self.assertEqual(answered.headers['anthropic-ratelimit-unified-5h-reset'],
+                         str(int(START) + 4 * 3600))
+        self.assertEqual(answered.headers['retry-after'], '14400')
+
+    def test_the_earlier_of_a_reset_and_retry_after_is_when_it_is_asked(self):
+        spent = refusal(429, 'rate_limit_error', 'x', retry_after='60', anthropic_ratelimit_unified_5h_status='rejected',
+                        anthropic_ratelimit_unified_5h_reset=str(int(START) + 1800))
+        answered, _ = self.one({'a': spent}, 'a')
+        self.assertEqual((self.cooling(), answered.headers['retry-after']), ({('a', None): 60}, '1800'))
+
+    def test_retry_after_in_milliseconds_counts_and_what_came_twice_counts_once(self):
+        for fields, seconds in (({'retry-after-ms': '1500'}, 1.5), ({'retry-after': '20, 20'}, 20),
+                                ({'retry-after-ms': '2500, 2500', 'retry-after': '9'}, 2.5)):
+            self.setUp()
+            self.one({'a': Play(429, fields, api_error('rate_limit_error', 'x'))}, 'a')
+            self.assertEqual(self.cooling(), {('a', OPUS): seconds})
+
     # -- other paths
 
     def test_reads_rotate_and_writes_without_a_model_do_not(self):
@@ -5226,9 +5638,9 @@ class ServingTest(unittest.TestCase):
         failover = self.failover(upstream, make_config('a', 'b'))
         spent = cf.Outcome(rule('window_spent'), 429, 'x', 100)
         keys = list(self.store.current.keys.values())
-        self.cooldowns.cool(keys[0], None, spent, 3600)
+        self.cooldowns.cool(keys[0], cf.Slot(keys[0].ref), spent, 3600)
         self.serve(failover, method='GET', target='/v1/models')
-        self.cooldowns.cool(keys[1], None, spent, 3600)
+        self.cooldowns.cool(keys[1], cf.Slot(keys[1].ref), spent, 3600)
         self.assertEqual(self.serve(failover, method='GET', target='/v1/models').status, 200)
         self.assertEqual([key for key, _ in upstream.seen], ['b', 'a'])
 
@@ -5361,7 +5773,8 @@ class ServingTest(unittest.TestCase):
         failover = self.failover(Gate(a=Play()), make_config('a', modelFallback={}))
         failover.wait = threading.Event.wait
         key = self.store.current.keys['anthropic:a']
-        self.cooldowns.cool(key, OPUS, cf.Outcome(rule('rate_limited'), 429, 'x', 50), 3600)
+        slot = cf.Slot(key.ref, OPUS)
+        self.cooldowns.cool(key, slot, cf.Outcome(rule('rate_limited'), 429, 'x', 50), 3600)
         threads = [threading.Thread(target=self.serve, args=(failover,), daemon=True) for _ in range(10)]
         joined = threading.Semaphore(0)
         await_slots = self.cooldowns.await_slots
@@ -5650,7 +6063,8 @@ class ServingTest(unittest.TestCase):
                 (openai_refusal(422, 'x'), ['oa'], {}, 400), (openai_refusal(429, 'rate_limit_exceeded', retry_after='20'), both, {pair: 20}, 200),
                 (openai_refusal(429, 'rate_limit_exceeded', 'try again in 42s'), both, {pair: 42}, 200),
                 (openai_refusal(429, 'insufficient_quota'), both, {key: 3600}, 200), (openai_refusal(401, 'invalid_api_key'), both, {key: 300}, 200),
-                (openai_refusal(403, 'unsupported_country_region_territory'), both, {key: 300}, 200),
+                (openai_refusal(403, 'unsupported_country_region_territory'), both, {}, 200),
+                (openai_refusal(403, 'insufficient_permissions'), both, {key: 300}, 200),
                 (openai_refusal(404, 'model_not_found'), both, {pair: 3600}, 200), (openai_refusal(500, 'server_error'), ['oa', *both], {}, 200),
                 (openai_refusal(503, 'server_is_overloaded'), both, {pair: 10}, 200), (Play(200, body=b'<html>'), ['oa', *both], {}, 200),
                 (Play(302, {'location': 'https://x'}), both, {}, 200), (cf.UpstreamUnreachable('x: refused', False), ['oa'], {}, 502),
