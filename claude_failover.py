@@ -46,6 +46,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Configuration store     the file: atomic, private, reloaded when it changes
     Secrets                 what stands behind file:PATH and env:NAME
     Exchanges               both ends of a request, and the watcher that sees either end leave
+    HTTP messages           heads and chunked bodies as both sides read them
     Client connections      request heads and bodies read strictly, answers written once
     Upstream                connections that are reused, answers that are read strictly
     Carrying streams        one thread that passes on the events of all streams
@@ -5260,19 +5261,14 @@ class Watcher:
 
 
 # ==============================================================================
-# Client connections
+# HTTP messages
 # ==============================================================================
-# Requests are read by RFC 9112 and nothing looser: what this proxy and a server behind it
-# could read differently is refused (request smuggling), with a 4xx and a closed connection.
+# Heads and chunked bodies as both sides read them.  Knows bytes and no socket.
 
-METHODS = ('GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'HEAD', 'OPTIONS')
-REQUEST_LINE = re.compile(r'([A-Z]{1,16}) ([!-~]+) HTTP/1\.([01])')
 #: A field line as RFC 9110 section 5 has it: no folding, no space before the colon.
 FIELD_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?')
-BARE_LF = re.compile(rb'(?<!\r)\n')
 LENGTH = re.compile(r'[0-9]{1,18}')
-DOT_SEGMENT = re.compile(r'(?i)(?:^|/|%2f|%5c)(?:\.|%2e){1,2}(?=/|%2f|%5c|$)')
 
 
 class Field(NamedTuple):
@@ -5284,20 +5280,7 @@ class Field(NamedTuple):
     line: str                 # as it goes on to the other side; '' for one that ends here
 
 
-class RequestHead(NamedTuple):
-    method: str
-    target: str               # path and query, as sent
-    minor_version: int        # 1 for HTTP/1.1
-    fields: list              # [Field, ...] as sent
-    headers: dict             # lower-case name -> value; repeated ones joined by ', '
-    is_chunked: bool = False
-    length: int = 0           # of the body, where it is not chunked
-
-    @property
-    def keeps_alive(self):
-        options = connection_options(self.headers)
-        return 'close' not in options and (self.minor_version == 1 or 'keep-alive' in options)
-
+ENTRY, LINE = (operator.itemgetter(Field._fields.index(name)) for name in ('entry', 'line'))
 
 #: Options that change what becomes of the connection, and of no field.
 CONNECTION_OPTIONS = frozenset({'close', 'keep-alive'})
@@ -5315,7 +5298,7 @@ def name_list(value):
 
 def split_head(data, read):
     """(first line, [Field, ...], whether every field line is well-formed); lines that are not
-    are left out.  `read` is one of the cached readers below."""
+    are left out.  `read` is a side's cached read_field."""
     first, *lines = data.decode('latin-1').split('\r\n')
     if len(data) > MAX_KNOWN_HEAD_BYTES:
         read = read.__wrapped__       # what is kept must not grow large
@@ -5335,15 +5318,6 @@ def read_field(line, goes_on):
     return Field(name, value, (name.lower(), value), forwarded)
 
 
-def goes_upstream(name):
-    return name not in OWN_REQUEST_FIELDS and not name.startswith('x-proxy-')
-
-
-read_request_field = functools.lru_cache(maxsize=512)(
-    functools.partial(read_field, goes_on=goes_upstream))
-ENTRY, LINE = (operator.itemgetter(Field._fields.index(name)) for name in ('entry', 'line'))
-
-
 def join_fields(entries):
     """{lower-case name: value} of such pairs.  Repeated fields are joined, so that a second Host
     or Content-Length makes a value that no strict pattern accepts."""
@@ -5361,6 +5335,41 @@ def forwarded_lines(fields, headers):
     if named_by_connection <= CONNECTION_OPTIONS:     # nearly always
         return ''.join(map(LINE, fields))
     return ''.join([field.line for field in fields if field.entry[0] not in named_by_connection])
+
+
+# ==============================================================================
+# Client connections
+# ==============================================================================
+# Requests are read by RFC 9112 and nothing looser: what this proxy and a server behind it
+# could read differently is refused (request smuggling), with a 4xx and a closed connection.
+
+METHODS = ('GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'HEAD', 'OPTIONS')
+REQUEST_LINE = re.compile(r'([A-Z]{1,16}) ([!-~]+) HTTP/1\.([01])')
+BARE_LF = re.compile(rb'(?<!\r)\n')
+DOT_SEGMENT = re.compile(r'(?i)(?:^|/|%2f|%5c)(?:\.|%2e){1,2}(?=/|%2f|%5c|$)')
+
+
+class RequestHead(NamedTuple):
+    method: str
+    target: str               # path and query, as sent
+    minor_version: int        # 1 for HTTP/1.1
+    fields: list              # [Field, ...] as sent
+    headers: dict             # lower-case name -> value; repeated ones joined by ', '
+    is_chunked: bool = False
+    length: int = 0           # of the body, where it is not chunked
+
+    @property
+    def keeps_alive(self):
+        options = connection_options(self.headers)
+        return 'close' not in options and (self.minor_version == 1 or 'keep-alive' in options)
+
+
+def goes_upstream(name):
+    return name not in OWN_REQUEST_FIELDS and not name.startswith('x-proxy-')
+
+
+read_request_field = functools.lru_cache(maxsize=512)(
+    functools.partial(read_field, goes_on=goes_upstream))
 
 
 def parse_head(data):
