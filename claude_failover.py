@@ -5337,6 +5337,73 @@ def forwarded_lines(fields, headers):
     return ''.join([field.line for field in fields if field.entry[0] not in named_by_connection])
 
 
+class BadChunks(Exception):
+    """A chunked body is malformed, or over a limit; `is_too_large` when over that of its size."""
+    def __init__(self, reason, is_too_large=False):
+        super().__init__(reason)
+        self.is_too_large = is_too_large
+
+
+class ChunkReader:
+    """Takes a body out of its chunks (RFC 9112 section 7.1), in whatever pieces they come."""
+
+    def __init__(self, max_bytes=sys.maxsize, max_chunks=sys.maxsize):
+        self.ended = False
+        self.rest = b''               # fed, not yet used; at the end what stands behind the body
+        self._left = 0                # bytes to come of the current chunk
+        self._is_at_chunk_end = self._in_trailers = False
+        self._bytes_allowed, self._max_chunks = max_bytes, max_chunks
+        self._chunks = self._trailers = 0     # so far, the empty ones at their end too
+
+    def feed(self, data):
+        """The body's bytes in all that has come, joined.  Raises BadChunks."""
+        data, position, pieces = self.rest + data if self.rest else data, 0, []
+        while not self.ended:
+            if self._left:
+                piece = data[position:position + self._left]
+                pieces.append(piece)
+                position += len(piece)
+                self._left -= len(piece)
+                if self._left:
+                    break
+                self._is_at_chunk_end = True
+            if self._is_at_chunk_end:
+                if not data.startswith(b'\r\n', position):
+                    if len(data) < position + 2:
+                        break
+                    raise BadChunks('a chunk of the body does not end where its size says')
+                position, self._is_at_chunk_end = position + 2, False
+            end = data.find(b'\r\n', position)
+            if end < 0:
+                if len(data) - position > MAX_LINE_BYTES:
+                    raise BadChunks('a line of a chunked body is too long')
+                break
+            self._note_line(data[position:end])
+            position = end + 2
+        self.rest = data[position:]
+        return pieces[0] if len(pieces) == 1 else b''.join(pieces)
+
+    def _note_line(self, line):
+        """A line before a chunk: its size; or behind the last: a trailer, which is not used."""
+        if self._in_trailers:
+            self.ended = not line
+            self._trailers += 1
+            if self._trailers >= MAX_FIELDS and line:
+                raise BadChunks('the body has too many trailers')
+            return
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadChunks('the size of a chunk must be a hexadecimal number')
+        self._left = int(match[1], 16)
+        self._in_trailers = not self._left
+        self._bytes_allowed -= self._left
+        if self._bytes_allowed < 0:
+            raise BadChunks('the body is too large', is_too_large=True)
+        self._chunks += 1
+        if self._left and self._chunks >= self._max_chunks:
+            raise BadChunks(f'the body has more than {self._max_chunks} chunks')
+
+
 # ==============================================================================
 # Client connections
 # ==============================================================================
@@ -5513,37 +5580,18 @@ class ClientConnection:
         return body
 
     def _read_chunks(self, deadline):
-        body = bytearray()
-        for _ in range(MAX_CHUNKS):
-            size = self._read_chunk_size(deadline)
-            if len(body) + size > MAX_BODY_BYTES:
-                raise too_large()
-            if not size:
-                break
-            while len(self._buffer) < size + 2:
-                self._buffer += self._receive(deadline)
-            if self._buffer[size:size + 2] != b'\r\n':
-                raise BadRequest('A chunk of the body does not end where its size says.')
-            body += self._take(size, 2)
-        else:
-            raise BadRequest(f'The body has more than {MAX_CHUNKS} chunks.')
-        for _ in range(MAX_FIELDS):               # trailers: read, and not used
-            if not self._read_line(deadline):
-                return bytes(body)
-        raise BadRequest('The body has too many trailers.')
-
-    def _read_chunk_size(self, deadline):
-        match = CHUNK_LINE.fullmatch(self._read_line(deadline))
-        if not match:
-            raise BadRequest('The size of a chunk must be a hexadecimal number.')
-        return int(match.group(1), 16)
-
-    def _read_line(self, deadline):
-        while b'\r\n' not in self._buffer:
-            if len(self._buffer) > MAX_LINE_BYTES:
-                raise BadRequest('A line of a chunked body is too long.')
-            self._buffer += self._receive(deadline)
-        return self._take(self._buffer.find(b'\r\n'), 2)
+        chunks, body = ChunkReader(MAX_BODY_BYTES, MAX_CHUNKS), bytearray()
+        try:
+            body += chunks.feed(self._take(len(self._buffer)))
+            while not chunks.ended:
+                body += chunks.feed(self._receive(deadline))
+        except BadChunks as error:
+            if error.is_too_large:
+                raise too_large() from error
+            reason = str(error)
+            raise BadRequest(f'{reason[0].upper()}{reason[1:]}.') from error
+        self._buffer += chunks.rest
+        return bytes(body)
 
     def send(self, data):
         try:
@@ -5769,7 +5817,7 @@ class UpstreamResponse:
         self._sock, self._exchange = sock, exchange
         self._is_tls = hasattr(sock, 'pending')
         self._buffer = b''            # received, not yet used
-        self._left = 0                # bytes to come of the body or of the current chunk
+        self._left = 0                # bytes to come of a body whose length is known
         self._take = None             # how the body is cut out of what is received
         self.ended = False
         self.keep_alive = False
@@ -5835,8 +5883,7 @@ class UpstreamResponse:
         elif coding is not None:
             if coding.lower() != 'chunked':
                 raise UpstreamCut('its transfer coding is unknown')
-            self._take, self._at_chunk_end = self._take_chunks, False
-            self._in_trailers, self._trailers = False, 0
+            self._take, self._chunks = self._take_chunks, ChunkReader()
         elif length is not None:
             if not LENGTH.fullmatch(length):
                 raise UpstreamCut('its length is no number')
@@ -5901,44 +5948,14 @@ class UpstreamResponse:
         return piece
 
     def _take_chunks(self):
-        """The body bytes of all chunks received so far, joined."""
-        data, position, pieces = self._buffer, 0, []
-        while not self.ended:
-            if self._left:
-                piece = data[position:position + self._left]
-                pieces.append(piece)
-                position += len(piece)
-                self._left -= len(piece)
-                self._at_chunk_end = not self._left
-                if self._left:
-                    break
-            end = data.find(b'\r\n', position)
-            if end < 0:
-                if len(data) - position > MAX_LINE_BYTES:
-                    raise UpstreamCut('a chunk is malformed')
-                break
-            line, position = data[position:end], end + 2
-            self._note_chunk_line(line)
-        self._buffer = data[position:]
-        return pieces[0] if len(pieces) == 1 else b''.join(pieces)
-
-    def _note_chunk_line(self, line):
-        """A line between chunks: the end of one, the size of the next, or a trailer."""
-        if self._at_chunk_end:
-            if line:
-                raise UpstreamCut('a chunk is longer than its size')
-            self._at_chunk_end = False
-        elif self._in_trailers:
-            self.ended = not line
-            self._trailers += 1
-            if self._trailers > MAX_FIELDS:
-                raise UpstreamCut('its trailers have no end')
-        else:
-            match = CHUNK_LINE.fullmatch(line)
-            if not match:
-                raise UpstreamCut('a chunk has no size')
-            self._left = int(match.group(1), 16)
-            self._in_trailers = not self._left
+        data, self._buffer = self._buffer, b''
+        try:
+            piece = self._chunks.feed(data)
+        except BadChunks as error:
+            raise UpstreamCut(str(error)) from error
+        if self._chunks.ended:
+            self.ended, self._buffer = True, self._chunks.rest
+        return piece
 
     def wait(self, seconds):
         """Waits for more of the answer; False when none came in that time."""

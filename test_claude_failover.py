@@ -4126,6 +4126,49 @@ class ExchangesTest(unittest.TestCase):
 
 
 # ==============================================================================
+# HTTP messages
+# ==============================================================================
+
+class HttpMessagesTest(unittest.TestCase):
+    def read_chunks(self, data, size, **limits):
+        """(body, what stands behind it, whether it ended, why not) of a body that comes in pieces."""
+        reader, body, fed = cf.ChunkReader(**limits), b'', pieces(data, size)
+        try:
+            while fed and not reader.ended:
+                body += reader.feed(fed.pop(0))
+        except cf.BadChunks as error:
+            return None, b'', False, str(error)
+        return body, (reader.rest if reader.ended else b'') + b''.join(fed), reader.ended, None
+
+    def test_a_body_comes_out_of_its_chunks_wherever_pieces_end(self):
+        for data, wanted in (
+                (b'0\r\n\r\n', (b'', b'', True, None)),
+                (b'3\r\nhel\r\n02 ;x="y"\r\nlo\r\n0\r\nT: x\r\n\r\nGET /', (b'hello', b'GET /', True, None)),
+                (b'4\r\n\r\n\r\n\r\n00;x\r\n' + b'T: x\r\n' * (cf.MAX_FIELDS - 1) + b'\r\n', (b'\r\n\r\n', b'', True, None)),
+                (b'5\r\nhello\r\n0\r\n', (b'hello', b'', False, None)), (b'9\r\nhello', (b'hello', b'', False, None))):
+            for size in (*range(1, 30), len(data)):
+                with self.subTest(data=data[:40], size=size):
+                    self.assertEqual(self.read_chunks(data, size), wanted)
+
+    def test_what_is_no_chunk_is_found_wherever_pieces_end(self):
+        for data, reason in (
+                (b'\r\n', 'hexadecimal'), (b'x\r\n', 'hexadecimal'), (b'-1\r\n', 'hexadecimal'), (b'0x1\r\n', 'hexadecimal'),
+                (b' 1\r\n', 'hexadecimal'), (b'100000000\r\n', 'hexadecimal'), (b'1\nx\r\n', 'hexadecimal'), (b'1;\0\r\n', 'hexadecimal'),
+                (b'2\r\nabc\r\n', 'where its size says'), (b'2\r\nab\n\r\n', 'where its size says'), (b'2\r\nab\rx', 'where its size says'),
+                (b'1' * (cf.MAX_LINE_BYTES + 1), 'too long'), (b'0\r\n' + b'T: x\r\n' * cf.MAX_FIELDS, 'trailers')):
+            for size in (1, 2, 3, 7, len(data)):
+                with self.subTest(data=data[:20], size=size):
+                    self.assertRegex(self.read_chunks(data, size)[3], reason)
+
+    def test_limits_are_met_exactly(self):
+        data = b'3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n'
+        for limits, reason in (({'max_bytes': 5, 'max_chunks': 3}, None), ({'max_bytes': 4}, 'too large'), ({'max_chunks': 2}, 'more than 2')):
+            body, _, ended, told = self.read_chunks(data, 4, **limits)
+            self.assertEqual((body, ended), (None, False) if reason else (b'hello', True))
+            self.assertIn(reason or '', told or '')
+
+
+# ==============================================================================
 # Client connections
 # ==============================================================================
 
@@ -4599,6 +4642,17 @@ class UpstreamTest(SocketTest):
             self.assertEqual(response.read(), b'a')
             far.sendall(b'b')
             self.assertEqual((response.read(), response.wait(0)), (b'b', True))
+
+    def test_half_a_line_between_chunks_does_not_end_the_wait_for_more(self):
+        near, far = socket.socketpair()
+        self.addCleanup(near.close)
+        with far:
+            far.sendall(b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r')
+            response = cf.UpstreamResponse(near, self.exchange)
+            response.read_head('POST')
+            self.assertEqual((response.read(), response.wait(0)), (b'a', False))
+            far.sendall(b'\n\r\n')
+            self.assertEqual((response.wait(PATIENCE_S), response.read(), response.ended), (True, b'', True))
 
     def test_answers_may_arrive_in_any_pieces(self):
         for data, body in (
