@@ -350,6 +350,35 @@ def read_events(data):
     return events
 
 
+Done = namedtuple('Done', 'returncode stdout stderr')
+
+
+def run_process(*arguments, stdin='', **environ):
+    """What a command says and returns, run as a user runs it."""
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], input=stdin, capture_output=True,
+                          text=True, env={**os.environ, **environ}, timeout=60)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run_command(*arguments, stdin='', **environ):
+    """The same by main() in this process; but `start` and `restart` get one of their own, since
+    they take it over."""
+    if {'start', 'restart'} & {*arguments}:
+        return run_process(*arguments, stdin=stdin, **environ)
+    output, errors = streams = [io.TextIOWrapper(io.BytesIO(), 'utf-8') for _ in range(2)]
+    cf.complain_once.cache_clear()
+    with mock.patch.dict(os.environ, environ), mock.patch('signal.signal'), \
+            mock.patch.multiple(cf, RUN=f'python3 {SCRIPT}', hide_values_of_crashes=mock.DEFAULT), \
+            mock.patch.multiple(sys, stdin=io.StringIO(stdin), stdout=output, stderr=errors):
+        try:
+            status = cf.main(arguments)
+        except SystemExit as end:     # argparse
+            status = end.code or 0
+        for stream in streams:
+            stream.flush()
+    return Done(status, *(stream.buffer.getvalue().decode() for stream in streams))
+
+
 def free_port():
     with socket.create_server(('127.0.0.1', 0)) as sock:
         return sock.getsockname()[1]
@@ -8487,14 +8516,11 @@ class DoctorTest(ProgramTest):
 # ==============================================================================
 
 class DemoTest(ScratchTest):
-    def run_demo(self, *arguments, **environ):
-        return subprocess.run([sys.executable, SCRIPT, 'demo', '--fast', *arguments], capture_output=True, text=True, timeout=60,
-                              env={**os.environ, **environ}, stdin=subprocess.DEVNULL)
-
     def test_it_shows_everything_and_leaves_nothing_behind(self):
         temporary = os.path.join(self.folder, 'tmp')
         os.mkdir(temporary)
-        done = self.run_demo(TMPDIR=temporary, ANTHROPIC_API_KEY=token_of('real'), HTTPS_PROXY='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
+        done = run_process('demo', '--fast', TMPDIR=temporary, ANTHROPIC_API_KEY=token_of('real'),
+                           HTTPS_PROXY='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
         self.assertEqual((done.returncode, done.stderr), (0, ''))
         for words in ('claude-opus-5-5: personal 200', 'personal 429 -> work 200', 'personal 529 -> work 200',
                       'work 529 -> work 529 -> claude-sonnet-5-5 on personal 200', 'personal 429 -> work 429 -> personal 200, held 2.0 s',
@@ -8506,12 +8532,12 @@ class DemoTest(ScratchTest):
         self.assertEqual(os.listdir(temporary), [])
 
     def test_a_narrow_window_is_no_mess(self):
-        done = self.run_demo(COLUMNS='60')
+        done = run_command('demo', '--fast', COLUMNS='60')
         self.assertEqual([line for line in done.stdout.splitlines() if len(line) > 60 and SCRIPT not in line], [])
 
     def test_a_port_that_is_taken_is_one_clear_sentence(self):
         taken = RawServer(self, lambda sock, number: None)
-        done = self.run_demo('--port', str(taken.port))
+        done = run_command('demo', '--fast', '--port', str(taken.port))
         self.assertEqual((done.returncode, done.stdout), (1, ''))
         self.assertEqual(done.stderr, f'claude-failover: Port {taken.port} of profile default cannot be opened (Address already in use). '
                                       'Choose another with --port, or leave it out.\n')
@@ -8593,15 +8619,13 @@ print(json.dumps([
 # ==============================================================================
 
 class CommandLineTest(ScratchTest):
-    """The program as a user runs it: a process of its own in a scratch HOME."""
+    """The program as a user runs it in a scratch HOME; what starts a proxy, as a process."""
+
+    run_command = staticmethod(run_command)
 
     def setUp(self):
         super().setUp()
         self.path = os.path.join(self.folder, '.config', 'claude-failover', 'config.json')
-
-    def run_command(self, *arguments, stdin='', **environ):
-        return subprocess.run([sys.executable, SCRIPT, *arguments], input=stdin, capture_output=True, text=True,
-                              env={**os.environ, **environ}, timeout=60)
 
     def start(self, *arguments, executable=(sys.executable,), **environ):
         """Starts the proxy; (process, port, what it printed)."""
@@ -9190,7 +9214,7 @@ class CommandLineTest(ScratchTest):
                                   text=True, env=dict(os.environ), timeout=60)
             self.assertEqual((done.returncode, 'Traceback' in done.stderr), (status, False), done.stderr)
         self.run_command('add-key', 'env:X', 'B\u00fcro')
-        self.assertEqual(self.run_command('list-keys', PYTHONIOENCODING='ascii').returncode, 0)
+        self.assertEqual(run_process('list-keys', PYTHONIOENCODING='ascii').returncode, 0)
 
     def test_the_end_of_input_at_the_prompt_adds_nothing(self):
         options = mock.Mock(token=None)
@@ -9210,7 +9234,7 @@ class CommandLineTest(ScratchTest):
             file.write(json.dumps(request) + '\nnot json \x1b[2J\n')
         for arguments in (('logs',), ('logs', '--json')):
             self.assertNotIn('\x1b', self.run_command(*arguments).stdout)
-        printed = self.run_command('logs', TZ='UTC-3').stdout
+        printed = run_process('logs', TZ='UTC-3').stdout
         self.assertIn('2026-03-01 15:00:00 info  request POST /v1/messages', printed)
         self.assertIn('200 in 5 ms: a 429 -> b 200', printed)
         self.assertEqual(self.run_command('logs', '-n', '1').stdout.count('\n'), 1)
@@ -10014,8 +10038,7 @@ class RealClientsTest(ProgramTest):
     @needs(CLAUDE)
     def test_claude_code_works_after_add_key_setup_and_start_and_gets_its_files_back(self):
         def run(*command, **environ):
-            done = subprocess.run([sys.executable, SCRIPT, *command], capture_output=True, text=True, timeout=60,
-                                  input=token_of('b'), env={**os.environ, **environ})
+            done = run_process(*command, stdin=token_of('b'), **environ)
             self.assertEqual(done.returncode, 0, done.stderr)
             return done.stdout
         self.path = os.path.join(self.folder, '.config', 'claude-failover', 'config.json')
