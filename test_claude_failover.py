@@ -35,6 +35,7 @@ import threading
 import time
 import tracemalloc
 import unittest
+import warnings
 from collections import namedtuple
 from unittest import mock
 
@@ -356,7 +357,7 @@ Done = namedtuple('Done', 'returncode stdout stderr')
 def run_process(*arguments, stdin='', **environ):
     """What a command says and returns, run as a user runs it."""
     done = subprocess.run([sys.executable, SCRIPT, *arguments], input=stdin, capture_output=True,
-                          text=True, env={**os.environ, **environ}, timeout=60)
+                          encoding='utf-8', env={**os.environ, **environ}, timeout=60)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -367,9 +368,10 @@ def run_command(*arguments, stdin='', **environ):
         return run_process(*arguments, stdin=stdin, **environ)
     output, errors = streams = [io.TextIOWrapper(io.BytesIO(), 'utf-8') for _ in range(2)]
     cf.complain_once.cache_clear()
-    with mock.patch.dict(os.environ, environ), mock.patch('signal.signal'), \
+    with mock.patch.dict(os.environ, environ), mock.patch('signal.signal'), warnings.catch_warnings(), \
             mock.patch.multiple(cf, RUN=f'python3 {SCRIPT}', hide_values_of_crashes=mock.DEFAULT), \
             mock.patch.multiple(sys, stdin=io.StringIO(stdin), stdout=output, stderr=errors):
+        warnings.simplefilter('ignore')           # as outside of tests
         try:
             status = cf.main(arguments)
         except SystemExit as end:     # argparse
@@ -403,12 +405,12 @@ class ScratchTest(unittest.TestCase):
     def write_config(self, document):
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         text = document if isinstance(document, str) else json.dumps(document)
-        with open(self.path, 'w') as file:
+        with open(self.path, 'w', encoding='utf-8') as file:
             file.write(text)
         os.chmod(self.path, 0o600)
 
     def read_config(self):
-        with open(self.path) as file:
+        with open(self.path, encoding='utf-8') as file:
             return json.load(file)
 
 
@@ -3955,7 +3957,7 @@ class ConfigStoreTest(ScratchTest):
             self.touch(broken)
             with self.subTest(broken=broken), self.assertRaises(cf.ConfigError):
                 store.update(self.add)
-            with open(self.path) as file:
+            with open(self.path, encoding='utf-8') as file:
                 self.assertEqual(file.read(), broken)
 
     def test_a_full_disk_loses_nothing(self):
@@ -3991,11 +3993,11 @@ class ConfigStoreTest(ScratchTest):
         others = ['config.json', 'config.json.1.tmp', 'config.json.1.2.tmp.old', 'config.json.1.x.tmp', 'config.json.\u0661.2.tmp', 'config.json~',
                   'configXjson.1.2.tmp', 'my.json.1.2.tmp', 'old-config.json.1.2.tmp', 'running.json.1.2.tmp']
         for name in [*others[1:], 'config.json.1.2.tmp', 'config.json.4711.139776.tmp']:
-            with open(os.path.join(folder, name), 'w'):
+            with open(os.path.join(folder, name).encode(), 'w'):
                 pass
         os.mkdir(os.path.join(folder, 'config.json.3.4.tmp'))
         cf.remove_leftovers(link)
-        self.assertEqual(sorted(os.listdir(folder)), sorted([*others, 'config.json.3.4.tmp']))
+        self.assertEqual(sorted(map(os.fsencode, os.listdir(folder))), sorted(name.encode() for name in [*others, 'config.json.3.4.tmp']))
 
     def test_a_changed_file_is_taken_up_once(self):
         store = self.store(make_document('a'))
@@ -6453,6 +6455,7 @@ class AutostartTest(ScratchTest):
             unit = os.path.join(self.folder, f'claude-failover-{number}.service')
             with open(unit, 'wb') as file:
                 file.write(cf.systemd_unit([os.path.join(folder, 'python3'), *cf.BOOT, f'{folder}/claude_failover.py', 'start'], {'SSL_CERT_FILE': path}))
+            os.chmod(unit, 0o644)
             done = subprocess.run(['/usr/bin/systemd-analyze', 'verify', '--user', '--man=no', unit], capture_output=True, text=True,
                                   env={**os.environ, 'XDG_RUNTIME_DIR': self.folder}, timeout=60)
             self.assertEqual((done.returncode, done.stderr.replace(self.folder, '')), (0, ''), path)
@@ -6803,7 +6806,7 @@ class PretendAnthropic(PretendServer):
 def next_write(told, results):
     """(path to write or None, text) that a pretend model answers: one Write call for each `write
     PATH` of the prompt, then a last word."""
-    wanted = list(dict.fromkeys(re.findall(r'write (/[\w./-]+)', told)))
+    wanted = list(dict.fromkeys(re.findall(r'write (/[\w ./-]+?\.txt)', told)))
     if results < len(wanted):
         return wanted[results], 'Writing.'
     return None, 'Done: file written.' if wanted else 'hello'
@@ -8122,7 +8125,8 @@ class ApiTest(ProgramTest):
         self.call('POST', '/api/setup/zsh', {'undo': True})
         with open(zshrc) as file:
             self.assertEqual(file.read(), 'mine\n')
-        self.assertEqual(self.call('POST', '/api/setup/auto', {})['actions'][0]['target'], 'zsh')
+        with mock.patch('shutil.which', return_value=None):       # no Claude Code
+            self.assertEqual(self.call('POST', '/api/setup/auto', {})['actions'][0]['target'], 'zsh')
         os.makedirs(os.path.join(self.folder, '.claude'))
         with open(os.path.join(self.folder, '.claude', 'settings.json'), 'w') as file:
             file.write('{,')
@@ -8630,7 +8634,7 @@ class CommandLineTest(ScratchTest):
     def start(self, *arguments, executable=(sys.executable,), **environ):
         """Starts the proxy; (process, port, what it printed)."""
         process = subprocess.Popen([*executable, SCRIPT, *arguments, 'start'], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, env={**os.environ, **environ})
+                                   stderr=subprocess.PIPE, encoding='utf-8', env={**os.environ, **environ})
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait, PATIENCE_S)
@@ -8968,7 +8972,7 @@ class CommandLineTest(ScratchTest):
         folder, notes = os.path.join(self.folder, 'bin'), os.path.join(self.folder, 'notes')
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, 'systemctl'), 'w') as file:
-            file.write(f'#!/bin/sh\necho "$@" >> {notes}\n{script}\n')
+            file.write(f'#!/bin/sh\necho "$@" >> "{notes}"\n{script}\n')
         os.chmod(os.path.join(folder, 'systemctl'), 0o755)
         os.environ['PATH'] = f'{folder}:{os.environ["PATH"]}'
         return notes
@@ -9121,6 +9125,7 @@ class CommandLineTest(ScratchTest):
             with mock.patch('os.uname', return_value=mock.Mock(release='5.15-microsoft-standard')), mock.patch('subprocess.call') as call:
                 self.assertTrue(cf.open_browser('http://x'))
             self.assertEqual((opened.call_count, call.call_args.args[0]), (1, ['explorer.exe', 'http://x']))
+        self.write_config(self.free_port_document())
         self.assertIn('not running', self.run_command('config').stderr)
 
     def test_without_a_key_start_says_how_to_add_one(self):
@@ -9254,7 +9259,7 @@ class CommandLineTest(ScratchTest):
         self.assertEqual(self.ask(port, 'POST', cf.MESSAGES_PATH, messages_body(model=f'claude{steer}')).status, 429)
         told = []
         for command in (('status',), ('list-keys',), ('doctor',)):
-            done = self.run_command(*command)
+            done = run_process(*command)
             told += [done.stdout, done.stderr]
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_S)
