@@ -45,7 +45,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, 'claude_failover.py')
 START = 1_700_000_000.0       # a unix time for wall clocks
 PATIENCE_S = 10               # for threads to meet; never slept through
-OPUS, SONNET = 'claude-opus-5-5', 'claude-sonnet-5-5'
+OPUS, SONNET, HAIKU = 'claude-opus-5-5', 'claude-sonnet-5-5', 'claude-haiku-5-5'
 #: Where .ci/run installs them; any folder of the same shape will do.
 CLIENTS = os.environ.get('CLAUDE_FAILOVER_CLIENTS') or os.path.expanduser('~/.cache/claude-failover-test-clients')
 CLAUDE = os.path.join(CLIENTS, 'npm', 'node_modules', '.bin', 'claude')
@@ -751,8 +751,8 @@ class PlanningTest(unittest.TestCase):
         self.assertEqual(cf.model_chain(cf.parse_config({}).model_fallback, OPUS), [OPUS, SONNET])
 
     def test_all_keys_for_a_model_come_before_the_next_model(self):
-        self.assertEqual(self.plan(make_config('a', 'b'), (OPUS, SONNET)),
-                         [('a', OPUS), ('b', OPUS), ('a', SONNET), ('b', SONNET)])
+        self.assertEqual(self.plan(make_config('a', 'b'), (OPUS, SONNET, HAIKU)),
+                         [(key, model) for model in (OPUS, SONNET, HAIKU) for key in 'ab'])
 
     def test_the_clients_own_credential_stands_where_the_order_puts_it(self):
         client = cf.Key('client:1', 'client', cf.ANTHROPIC, '', 'client')
@@ -1022,6 +1022,7 @@ POLICY = (
     ('unknown_model', answer(404, f'model: {OPUS}', 'not_found_error'), None),
     ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'allowed', 90000)), 7200),
     ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'rejected', 90000)), 90000),
+    ('window_spent', answer(429, anthropic_ratelimit_unified_7d_status='rejected'), None),
     ('window_spent', answer(429, anthropic_ratelimit_unified_status='rejected',
                             anthropic_ratelimit_unified_reset=int(START + 60)), 60),
     ('window_spent', answer(429, retry_after=50, anthropic_ratelimit_unified_5h_status='rejected'), 50),
@@ -5201,6 +5202,12 @@ class ServingTest(unittest.TestCase):
                           answered.headers['x-proxy-attempts'], answered.headers['x-proxy-provider']),
                          ('a', SONNET, 'a=429,b=429,a=200', 'anthropic'))
         self.assertEqual(self.record()['fallback'], f'{OPUS} -> {SONNET}')
+
+    def test_every_key_is_tried_for_each_model_of_a_chain_in_turn(self):
+        upstream = FakeUpstream(a=RATE_LIMITED, b=RATE_LIMITED)
+        config = make_config('a', 'b', queueWaitMs=0, modelFallback={OPUS: SONNET, SONNET: HAIKU})
+        self.serve(self.failover(upstream, config))
+        self.assertEqual(upstream.seen, [(key, model) for model in (OPUS, SONNET, HAIKU) for key in 'ab'])
 
     def test_answers_about_the_request_itself_stop_before_the_next_model(self):
         for play in (refusal(429, 'rate_limit_error', 'x', x_should_retry='true'), refusal(400, 'x', 'y')):
