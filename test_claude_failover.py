@@ -339,6 +339,27 @@ def make_head(method, target, fields=()):
     return cf.parse_head('\r\n'.join(lines).encode())
 
 
+def request_bytes(method='POST', target=cf.MESSAGES_PATH, body=None, **fields):
+    """A request as a client sends it.  A body brings its type and length along, and goes as JSON
+    unless it is bytes; a field that is None stays out."""
+    lines = {'host': 'localhost'}
+    if body is not None:
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        lines.update({'content-type': 'application/json', 'content-length': len(body)})
+    lines.update({name.replace('_', '-'): value for name, value in fields.items()})
+    head = ''.join(f'{name}: {value}\r\n' for name, value in lines.items() if value is not None)
+    return f'{method} {target} HTTP/1.1\r\n{head}\r\n'.encode() + (body or b'')
+
+
+def read_all(sock):
+    """What comes until the other side closes."""
+    return b''.join(iter(lambda: sock.recv(65536), b''))
+
+
+def connect(port):
+    return socket.create_connection(('127.0.0.1', port), timeout=PATIENCE_S)
+
+
 def read_events(data):
     """[{'type': ...}, ...]; fails on an event that is not whole or whose name differs."""
     events = []
@@ -6901,20 +6922,18 @@ class ProgramTest(ScratchTest):
 
     def raw(self, data, port=None):
         """Sends bytes and reads until the server closes."""
-        with socket.create_connection(('127.0.0.1', port or self.port), timeout=PATIENCE_S) as sock:
+        with connect(port or self.port) as sock:
             sock.sendall(data)
-            return b''.join(iter(lambda: sock.recv(65536), b''))
+            return read_all(sock)
 
     def send(self, method='POST', path=cf.MESSAGES_PATH, body=None, port=None, **fields):
         """One request on a connection of its own."""
-        fields = {'host': f'localhost:{self.port}', 'connection': 'close', 'x-api-key': 'mine',
-                  **{name.replace('_', '-'): value for name, value in fields.items()}}
-        data = b''
-        if method in ('POST', 'PUT'):
-            data = body if isinstance(body, bytes) else json.dumps(messages_body() if body is None else body).encode()
-            fields = {'content-type': 'application/json', 'content-length': len(data), **fields}
-        lines = ''.join(f'{name}: {value}\r\n' for name, value in fields.items() if value is not None)
-        return Answered(self.raw(f'{method} {path} HTTP/1.1\r\n{lines}\r\n'.encode() + data, port))
+        if method not in ('POST', 'PUT'):
+            body = None
+        elif body is None:
+            body = messages_body()
+        fields = {'host': f'localhost:{self.port}', 'connection': 'close', 'x_api_key': 'mine', **fields}
+        return Answered(self.raw(request_bytes(method, path, body, **fields), port))
 
     def log_lines(self, event):
         with open(self.app.log.path) as file:
@@ -7031,25 +7050,22 @@ class HttpServerTest(ProgramTest):
 
     def test_bodies_may_come_chunked_and_after_100_continue(self):
         body = json.dumps(messages_body()).encode()
-        head = (f'POST /v1/messages HTTP/1.1\r\nHost: localhost:{self.port}\r\nContent-Type: application/json\r\n'
-                'Connection: close\r\n').encode()
-        data = head + b'Transfer-Encoding: chunked\r\n\r\n' + b''.join(
-            b'%x\r\n%b\r\n' % (len(p), p) for p in pieces(body, 7)) + b'0\r\n\r\n'
-        self.assertEqual(Answered(self.raw(data)).status, 200)
+        fields = {'content_type': 'application/json', 'connection': 'close'}
+        head = request_bytes(transfer_encoding='chunked', **fields)
+        self.assertEqual(Answered(self.raw(head + chunked(*pieces(body, 7)) + b'0\r\n\r\n')).status, 200)
         self.assertEqual(self.anthropic.seen[-1][3], messages_body())
-        with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
-            sock.sendall(head + b'Expect: 100-continue\r\nContent-Length: %d\r\n\r\n' % len(body))
+        fields.update(expect='100-continue', content_length=len(body))
+        with connect(self.port) as sock:
+            sock.sendall(request_bytes(**fields))
             self.assertEqual(sock.recv(1000), b'HTTP/1.1 100 Continue\r\n\r\n')
             sock.sendall(body)
-            self.assertEqual(Answered(b''.join(iter(lambda: sock.recv(65536), b''))).status, 200)
-        refused = self.raw(head.replace(b'localhost', b'evil.example') + b'Expect: 100-continue\r\nContent-Length: 9\r\n\r\n')
+            self.assertEqual(Answered(read_all(sock)).status, 200)
+        refused = self.raw(request_bytes(host='evil.example', **fields))
         self.assertEqual(Answered(refused).status, 403)       # and no 100 before it
 
     def test_one_connection_serves_many_requests_also_when_they_come_at_once(self):
-        body = json.dumps(messages_body()).encode()
-        request = (f'POST /v1/messages HTTP/1.1\r\nHost: localhost:{self.port}\r\nContent-Type: application/json\r\n'
-                   f'Content-Length: {len(body)}\r\n').encode()
-        data = self.raw((request + b'\r\n' + body) * 4 + request + b'Connection: close\r\n\r\n' + body)
+        body = messages_body()
+        data = self.raw(request_bytes(body=body) * 4 + request_bytes(body=body, connection='close'))
         self.assertEqual(data.count(b'HTTP/1.1 200 OK'), 5)
         self.assertEqual(self.anthropic.connections, 1)
 
@@ -7191,7 +7207,7 @@ class HttpServerTest(ProgramTest):
     def test_a_program_of_another_user_is_refused_on_every_path(self):
         paths = (('POST', cf.MESSAGES_PATH), ('GET', '/v1/models'), ('GET', '/health'), ('GET', '/'), ('GET', '/nothing'), ('GET', '/dashboard'),
                  ('OPTIONS', '/v1/messages'), ('POST', '/api/login'), ('PUT', '/api/config'))
-        requests = [f'{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n'.encode() for method, path in paths]
+        requests = [request_bytes(method, path, connection='close') for method, path in paths]
         for address in ('127.0.0.1', '::ffff:127.0.0.1'):
             for path, answered in zip(paths, self.ask_as_stranger(*requests, address=address)):
                 with self.subTest(address=address, path=path):
@@ -7206,25 +7222,25 @@ class HttpServerTest(ProgramTest):
         self.assertEqual(answered.status, 403)
 
     def test_a_stranger_who_waits_is_refused_once_no_access_token_is_asked_for(self):
-        request = b'GET /health HTTP/1.1\r\nHost: localhost\r\nx-api-key: open-sesame\r\n\r\n'
+        request = request_bytes('GET', '/health', x_api_key='open-sesame')
         self.reload(make_document('a', accessToken='open-sesame'))
         waits, read_head = threading.Semaphore(0), cf.ClientConnection.read_head
         with mock.patch.object(cf, 'peer_owner', return_value=os.geteuid() + 1), \
                 mock.patch.object(cf.ClientConnection, 'read_head', lambda connection: waits.release() or read_head(connection)), \
-                socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
+                connect(self.port) as sock:
             sock.sendall(request)
             self.assertEqual(sock.recv(15), b'HTTP/1.1 200 OK')
             self.assertTrue(waits.acquire(timeout=PATIENCE_S) and waits.acquire(timeout=PATIENCE_S))      # for the next request, too
             self.reload(make_document('a'))
             sock.sendall(request)
-            rest = b''.join(iter(lambda: sock.recv(65536), b''))
+            rest = read_all(sock)
         self.assertEqual(re.findall(rb'HTTP/1\.1 \d+', rest), [b'HTTP/1.1 403'])
 
     @needs('/proc/net/tcp')
     def test_with_an_access_token_other_users_are_asked_for_it(self):
         self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame'))
-        request = b'GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
-        answers = self.ask_as_stranger(request + b'\r\n', request + b'x-api-key: open-sesame\r\n\r\n')
+        answers = self.ask_as_stranger(*(request_bytes('GET', '/v1/models', connection='close', x_api_key=token)
+                                         for token in (None, 'open-sesame')))
         self.assertEqual([answered.status for answered in answers], [401, 200])
 
     @needs('/proc/net/tcp')
@@ -7309,10 +7325,8 @@ class HttpServerTest(ProgramTest):
 
     def test_a_client_that_leaves_ends_its_upstream_request(self):
         self.anthropic.hold = threading.Event()
-        body = json.dumps(messages_body()).encode()
-        with socket.create_connection(('127.0.0.1', self.port)) as sock:
-            sock.sendall(f'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
-                         f'Content-Length: {len(body)}\r\n\r\n'.encode() + body)
+        with connect(self.port) as sock:
+            sock.sendall(request_bytes(body=messages_body()))
             self.assertTrue(self.anthropic.asked_for.acquire(timeout=PATIENCE_S))
         self.assertTrue(self.anthropic.gone.wait(PATIENCE_S))
         self.stop()
@@ -7320,8 +7334,8 @@ class HttpServerTest(ProgramTest):
 
     def test_connections_above_the_limit_get_a_clear_503(self):
         self.app.slots = threading.BoundedSemaphore(1)
-        with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as first:
-            first.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n')
+        with connect(self.port) as first:
+            first.sendall(request_bytes('GET', '/health'))
             first.recv(100)
             answered = Answered(self.raw(b''))
             self.assertEqual((answered.status, answered.error['type']), (503, 'overloaded_error'))
@@ -7457,16 +7471,14 @@ class CarryingTest(ProgramTest):
             sent.set()
             sock.sendall(chunked(*pieces(big[5000:], 60_000)) + b'0\r\n\r\n')
         self.serve_streams(play)
-        body = json.dumps(messages_body(stream=True)).encode()
         with socket.socket() as late:
             late.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             late.settimeout(PATIENCE_S)
             late.connect(('127.0.0.1', self.port))
-            late.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n'
-                         b'Content-Length: %d\r\n\r\n' % len(body) + body)
+            late.sendall(request_bytes(body=messages_body(stream=True), connection='close'))
             self.assertTrue(sent.wait(PATIENCE_S))
             self.assertEqual(self.stream().body, big)         # another one, meanwhile
-            answered = Answered(b''.join(iter(lambda: late.recv(65536), b'')))
+            answered = Answered(read_all(late))
         self.assertEqual((answered.body, answered.is_complete), (big, True))
 
     def test_a_stream_that_breaks_off_ends_in_an_error_and_is_not_complete(self):
@@ -7492,10 +7504,8 @@ class CarryingTest(ProgramTest):
             if not sock.recv(1):
                 gone.set()
         self.serve_streams(play)
-        body = json.dumps(messages_body(stream=True)).encode()
-        with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
-            sock.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
-                         b'Content-Length: %d\r\n\r\n' % len(body) + body)
+        with connect(self.port) as sock:
+            sock.sendall(request_bytes(body=messages_body(stream=True)))
             self.assertIn(b'message_start', sock.recv(65536))
         self.assertTrue(gone.wait(PATIENCE_S))
         self.assertEqual(self.send('GET', '/health').status, 200)
@@ -7687,12 +7697,7 @@ class FaultsTest(ProgramTest):
 
     def ask(self, asked, stream):
         body = messages_body(stream=stream, messages=[{'role': 'user', 'content': asked}])
-        return describe_answer(self.send_raw(body), asked)
-
-    def send_raw(self, body):
-        data = json.dumps(body).encode()
-        return self.raw(f'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n'
-                        f'Content-Length: {len(data)}\r\n\r\n'.encode() + data)
+        return describe_answer(self.raw(request_bytes(body=body, connection='close')), asked)
 
     def test_each_fault_alone_has_its_clear_outcome(self):
         upstream = FaultyUpstream(self, None)
@@ -7755,10 +7760,10 @@ class FaultsTest(ProgramTest):
     def test_many_connections_in_a_row_leave_nothing(self):
         upstream = FaultyUpstream(self, lambda: 'none')
         self.use(upstream, 'a')
-        request = b'GET /health HTTP/1.1\r\nHost: localhost\r\n'
+        request = request_bytes('GET', '/health')
 
-        def connect(data=b'', answer_bytes=0, is_reset=False):
-            with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
+        def visit(data=b'', answer_bytes=0, is_reset=False):
+            with connect(self.port) as sock:
                 sock.sendall(data)
                 self.assertEqual(len(sock.recv(answer_bytes)), answer_bytes)
                 if is_reset:
@@ -7766,11 +7771,11 @@ class FaultsTest(ProgramTest):
         self.ask('once. ', True)
         before = self.open_files()
         for _ in range(60):
-            connect()                 # and leave
-            connect(request)          # within the head
-            connect(request + b'\r\n', 9)            # within the answer
-            connect(request + b'\r\n', 9, is_reset=True)
-            connect(b'nonsense\r\n\r\n', 9)
+            visit()                   # and leave
+            visit(request[:-2])       # within the head
+            visit(request, 9)         # within the answer
+            visit(request, 9, is_reset=True)
+            visit(b'nonsense\r\n\r\n', 9)
         self.assertEqual(self.ask('again. ', True), 'whole')
         self.check_nothing_is_left(upstream, before)
 
@@ -8026,9 +8031,8 @@ class ApiTest(ProgramTest):
 
     def read_event_stream(self, wanted, act=lambda: None, **fields):
         """[(event, data), ...] of /api/events up to one whose name and data `wanted` takes."""
-        lines = ''.join(f'{name}: {value}\r\n' for name, value in fields.items())
-        with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
-            sock.sendall(f'GET /api/events HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n'.encode())
+        with connect(self.port) as sock:
+            sock.sendall(request_bytes('GET', '/api/events', **fields))
             with sock.makefile('rb') as file:
                 self.assertIn(b'200', file.readline())
                 events, name, has_acted = [], None, False
@@ -8962,10 +8966,8 @@ class CommandLineTest(ScratchTest):
         self.write_config(self.free_port_document('a', anthropicBaseUrl=RawServer(self, never_answer).url))
         _, done = self.daemon()
         port = int(re.search(r'localhost:(\d+)', done.stdout).group(1))
-        body = json.dumps(messages_body()).encode()
-        with socket.create_connection(('127.0.0.1', port), timeout=PATIENCE_S) as sock:
-            sock.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
-                         b'Content-Length: %d\r\n\r\n' % len(body) + body)
+        with connect(port) as sock:
+            sock.sendall(request_bytes(body=messages_body()))
             self.assertTrue(asked.wait(PATIENCE_S))
             process = subprocess.Popen([sys.executable, SCRIPT, 'stop'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                        text=True, env=dict(os.environ))
@@ -9152,10 +9154,8 @@ class CommandLineTest(ScratchTest):
         upstream = RawServer(self, never_answer)
         self.write_config(self.free_port_document('a', anthropicBaseUrl=upstream.url))
         process, port, _ = self.start()
-        body = json.dumps(messages_body()).encode()
-        with socket.create_connection(('127.0.0.1', port), timeout=PATIENCE_S) as sock:
-            sock.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
-                         b'Content-Length: %d\r\n\r\n' % len(body) + body)
+        with connect(port) as sock:
+            sock.sendall(request_bytes(body=messages_body()))
             self.assertTrue(asked.wait(PATIENCE_S))
             process.send_signal(signal.SIGINT)
             while self.accepts(port):
@@ -9341,11 +9341,9 @@ cf.main(['status'])
 
     def ask(self, port, method, path, body=None):
         """One request to a running proxy, on a connection of its own."""
-        data = b'' if body is None else json.dumps(body).encode()
-        with socket.create_connection(('127.0.0.1', port), timeout=PATIENCE_S) as sock:
-            sock.sendall(f'{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n'
-                         f'Content-Length: {len(data)}\r\n\r\n'.encode() + data)
-            return Answered(b''.join(iter(lambda: sock.recv(65536), b'')))
+        with connect(port) as sock:
+            sock.sendall(request_bytes(method, path, body, connection='close'))
+            return Answered(read_all(sock))
 
     @needs('/bin/sh')
     def test_a_disk_without_room_costs_lines_of_the_log_and_no_answers(self):
