@@ -2183,8 +2183,8 @@ Written = namedtuple('Written', 'data closing is_exact is_ordered')
 
 
 def in_turns(rng, lanes):
-    """What several lanes hold, each in its order, told at random in between; a lane begins only after the
-    one ahead of it did."""
+    """What several lanes hold, each in its order, told at random in between; a lane begins only
+    after the one ahead of it did."""
     waiting, running, found = [list(lane) for lane in lanes if lane], [], []
     while waiting or running:
         if waiting and (not running or rng.random() < 0.3):
@@ -2491,7 +2491,8 @@ def folded(events):
 
 
 class TranslationPropertiesTest(unittest.TestCase):
-    """What must hold of every translated answer.  A case is told by its seed, which makes it again."""
+    """What must hold of every translated answer.  A case is told by its seed, which makes it
+    again."""
 
     def check_grammar(self, events, pattern):
         self.assertRegex(''.join(EVENT_CODES[event['type']] for event in events), pattern)
@@ -3093,7 +3094,8 @@ def rich_request():
 # ==============================================================================
 
 def run_worker(script, given):
-    """What a script makes of some JSON, in the Python that has the SDKs; skips where they are not there."""
+    """What a script makes of some JSON, in the Python that has the SDKs; skips where they are
+    not there."""
     if not os.path.exists(SDK_PYTHON):
         raise unittest.SkipTest(f'{SDK_PYTHON} is not installed')
     done = subprocess.run([SDK_PYTHON, '-c', script], input=json.dumps(given), capture_output=True, text=True,
@@ -3121,7 +3123,8 @@ def answer(request):
     return httpx.Response(200, headers={'content-type': type}, content=text.encode())
 
 client = anthropic.Anthropic(
-    api_key='sk-ant-api03-mine', base_url='http://localhost', max_retries=0, _strict_response_validation=True,
+    api_key='sk-ant-api03-mine', base_url='http://localhost', max_retries=0,
+    _strict_response_validation=True,
     http_client=anthropic.DefaultHttpxClient(transport=httpx.MockTransport(answer)))
 
 def ask(number, type):
@@ -3367,7 +3370,8 @@ def complaints(wire, body):
     try:
         adapters[wire].validate_json(json.dumps(body))
     except pydantic.ValidationError as error:
-        found = [['.'.join(map(str, row['loc'])), row['msg']] for row in error.errors(include_url=False)]
+        found = [['.'.join(map(str, row['loc'])), row['msg']]
+                 for row in error.errors(include_url=False)]
         return sorted(found, key=lambda row: -row[0].count('.'))[:3]
     return []
 
@@ -3376,7 +3380,8 @@ print(json.dumps([complaints(wire, body) for wire, body in json.load(sys.stdin)]
 
 
 class OpenAiSdkTest(unittest.TestCase):
-    """Every translated request is of the official SDK's types, which know no other field at any level."""
+    """Every translated request is of the official SDK's types, which know no other field at any
+    level."""
 
     @classmethod
     def setUpClass(cls):
@@ -3422,8 +3427,8 @@ class OpenAiSdkTest(unittest.TestCase):
 
 
 def as_it_was_returned(body):
-    """A body with the fields that the types want of the model's earlier output, as the API once returned
-    it; OpenAI's own Codex leaves them out, as we do: what is not stored has no id."""
+    """A body with the fields that the types want of the model's earlier output, as the API once
+    returned it; OpenAI's own Codex leaves them out, as we do: what is not stored has no id."""
     def filled(item):
         if item['type'] == 'reasoning':
             return {'id': 'rs_1', **item}
@@ -4587,7 +4592,8 @@ def plain_answer(body=b'{}', status='200 OK', fields=''):
 
 
 def tls_files(test):
-    """(the path of a certificate and of its key behind it, a server's context), made by openssl."""
+    """(the path of a certificate and of its key behind it, a server's context), made by
+    openssl."""
     if not shutil.which('openssl'):
         test.skipTest('openssl is not installed')
     folder = tempfile.mkdtemp()
@@ -6082,7 +6088,8 @@ class ServingTest(unittest.TestCase):
         self.assertEqual([event['type'] for event in answered.events][:3], ['ping', 'ping', 'message_start'])
         answered, _ = self.openai_one({'oa': Play(stream=[SILENCE, chat_stream({'content': 'a'})])}, keys='')
         self.assertEqual(answered.json['content'][0]['text'], 'a')        # a plain request just waits
-        stream = [SILENCE, f'data: {json.dumps({"error": {"code": "server_error", "message": "no"}})}\n\n'.encode()]
+        error = {'code': 'server_error', 'message': 'no'}
+        stream = [SILENCE, f'data: {json.dumps({"error": error})}\n\n'.encode()]
         answered, _ = self.openai_one({'oa': Play(stream=stream)}, keys='', body=messages_body(stream=True))
         self.assertEqual((answered.status, answered.events[-1]['error']['type']), (200, 'api_error'))
 
@@ -7578,7 +7585,8 @@ def stall(sock):
 
 
 def drip(sock, data):
-    """Sends a byte each time that the other side has said nothing for a moment, until it hangs up."""
+    """Sends a byte each time that the other side has said nothing for a moment, until it hangs
+    up."""
     sock.settimeout(0.01)
     for byte in pieces(data, 1):
         sock.sendall(byte)
@@ -8400,7 +8408,8 @@ class DoctorTest(ProgramTest):
         config = cf.parse_config({'accessToken': 'open-sesame', 'profiles': {'default': {'port': server.port}}})
 
         def sent_token(pid, port):
-            """Whether a look for the proxy shows the token, where a note tells of this pid and port."""
+            """Whether a look for the proxy shows the token, where a note tells of this pid and
+            port."""
             cf.write_atomically(cf.running_path(path), json.dumps({'pid': pid, 'ports': {'default': port}}).encode())
             self.assertEqual(cf.fetch_health(path, config), {'program': cf.PROGRAM, 'pid': 4711})
             return 'open-sesame' in seen[-1]
@@ -8607,18 +8616,22 @@ class DemoTest(ScratchTest):
         demo = self.demo()
         program = '''
 import sys, json, anthropic, openai
-question = dict(model='claude-sonnet-5-5', max_tokens=50, messages=[{'role': 'user', 'content': 'hi'}])
+messages = [{'role': 'user', 'content': 'hi'}]
+question = dict(model='claude-sonnet-5-5', max_tokens=50, messages=messages)
 claude = anthropic.Anthropic(base_url=sys.argv[1], api_key='any', max_retries=0)
 with claude.messages.stream(**question) as stream:
     streamed = stream.get_final_message()
 gpt = openai.OpenAI(base_url=sys.argv[2], api_key='any', max_retries=0)
-chat = dict(model='gpt-5.4', messages=question['messages'])
+chat = dict(model='gpt-5.4', messages=messages)
 chunks = list(gpt.chat.completions.create(stream=True, **chat))
 print(json.dumps([
-    claude.messages.create(**question).content[0].text, streamed.content[0].text, streamed.usage.output_tokens > 5,
-    claude.messages.count_tokens(model=question['model'], messages=question['messages']).input_tokens > 0,
-    [model.id for model in claude.models.list()][0], gpt.chat.completions.create(**chat).choices[0].message.content,
-    ''.join(chunk.choices[0].delta.content or '' for chunk in chunks if chunk.choices), chunks[-1].usage.completion_tokens > 5,
+    claude.messages.create(**question).content[0].text,
+    streamed.content[0].text, streamed.usage.output_tokens > 5,
+    claude.messages.count_tokens(model=question['model'], messages=messages).input_tokens > 0,
+    [model.id for model in claude.models.list()][0],
+    gpt.chat.completions.create(**chat).choices[0].message.content,
+    ''.join(chunk.choices[0].delta.content or '' for chunk in chunks if chunk.choices),
+    chunks[-1].usage.completion_tokens > 5,
     [model.id for model in gpt.models.list()]]))
 '''
         done = subprocess.run([SDK_PYTHON, '-c', program, f'http://127.0.0.1:{demo.port}', f'{demo.upstream.url}/openai/v1'], capture_output=True,
@@ -9509,8 +9522,8 @@ class Browser:
         return self._ask('POST', '/execute/sync', {'script': script, 'args': list(arguments)})
 
     def until(self, condition, *arguments):
-        """Waits until a JavaScript expression of `a` (the arguments) is true; its value.  It is looked at whenever the
-        page draws, by the page itself."""
+        """Waits until a JavaScript expression of `a` (the arguments) is true; its value.  It is
+        looked at whenever the page draws, by the page itself."""
         script = f'''
             const [done, a] = [arguments[arguments.length - 1], arguments];
             const end = performance.now() + {PATIENCE_S * 1000};
@@ -9571,7 +9584,8 @@ class Browser:
         return base64.b64decode(self._ask('GET', '/screenshot'))
 
     def logged(self, kind):
-        """What the browser logged since it was last asked: 'browser' (the console) or 'performance'."""
+        """What the browser logged since it was last asked: 'browser' (the console) or
+        'performance'."""
         return self._ask('POST', '/se/log', {'type': kind})
 
 
@@ -9580,11 +9594,18 @@ KEY_CODES = {'Tab': '\ue004', 'Enter': '\ue007', 'Escape': '\ue00c', 'Space': ' 
 
 CHROMIUM_FOUND = os.path.exists(CHROMIUM) and os.path.exists(CHROMEDRIVER)
 PAGES = ('status', 'keys', 'profiles', 'fallback', 'setup', 'logs')
-#: The least contrast of text and its background (WCAG 2.2, 1.4.3), measured of every text that is shown.
+#: The least contrast of text and its background (WCAG 2.2, 1.4.3), measured of every text that is
+#: shown.
 CONTRAST_SCRIPT = '''
     const channel = (value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
-    const parse = (color) => { const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number); return { rgb: [r, g, b], a }; };
-    const luminance = (rgb) => { const [r, g, b] = rgb.map((value) => channel(value / 255)); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+    const parse = (color) => {
+        const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number);
+        return { rgb: [r, g, b], a };
+    };
+    const luminance = (rgb) => {
+        const [r, g, b] = rgb.map((value) => channel(value / 255));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
     const over = (top, under) => top.rgb.map((value, i) => value * top.a + under[i] * (1 - top.a));
     const backgroundOf = (element) => {
         const layers = [];
@@ -9599,9 +9620,11 @@ CONTRAST_SCRIPT = '''
     const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     for (let node = walker.nextNode(); node; node = walker.nextNode()) {
         const element = node.parentElement;
-        if (!node.data.trim() || !element.getClientRects().length || element.closest('script, template, .tip, [aria-disabled="true"]')) continue;
+        if (!node.data.trim() || !element.getClientRects().length) continue;
+        if (element.closest('script, template, .tip, [aria-disabled="true"]')) continue;
         const under = backgroundOf(element);
-        const [light, dark] = [luminance(over(parse(getComputedStyle(element).color), under)), luminance(under)].sort((a, b) => b - a);
+        const color = over(parse(getComputedStyle(element).color), under);
+        const [light, dark] = [luminance(color), luminance(under)].sort((a, b) => b - a);
         const ratio = (light + 0.05) / (dark + 0.05);
         if (ratio < 4.5) low.push([ratio.toFixed(2), node.data.trim().slice(0, 30)]);
     }
@@ -9629,7 +9652,8 @@ class DashboardTest(ProgramTest):
         self.expected_errors = 0              # lines that the browser itself writes of a 4xx or a lost proxy
 
     def tearDown(self):
-        """No test leaves an error on the console, a violation of the policy or a request to another host."""
+        """No test leaves an error on the console, a violation of the policy or a request to
+        another host."""
         self.browser.go('about:blank')        # before the program goes: nobody is to miss it
         lines = [line['message'] for line in self.browser.logged('browser') if line['level'] != 'INFO' and '[DOM]' not in line['message']]
         self.assertEqual([line for line in lines if 'Failed to load resource' not in line and 'net::ERR' not in line], [])
@@ -9900,11 +9924,14 @@ class DashboardTest(ProgramTest):
             self.open(page)
             self.browser.until('document.querySelector("main section:not([hidden]) button, main section:not([hidden]) [tabindex]")')
             nameless = self.browser.run('''
-                return [...document.querySelectorAll('button, a, input, select')].filter((e) => e.getClientRects().length).filter((e) =>
-                    !(e.innerText || e.getAttribute('aria-label') || e.labels?.length)).map((e) => e.outerHTML)''')
+                return [...document.querySelectorAll('button, a, input, select')]
+                    .filter((e) => e.getClientRects().length && !e.innerText)
+                    .filter((e) => !(e.getAttribute('aria-label') || e.labels?.length))
+                    .map((e) => e.outerHTML)''')
             self.assertEqual(nameless, [])
             wanted = self.browser.run('''
-                return [...document.querySelectorAll('button, a[href], input, select')].filter((e) => e.getClientRects().length && !e.disabled).length''')
+                return [...document.querySelectorAll('button, a[href], input, select')]
+                    .filter((e) => e.getClientRects().length && !e.disabled).length''')
             self.browser.run('document.body.focus(); document.activeElement.blur(); window.reached = new Set();'
                              'document.addEventListener("focusin", (event) => window.reached.add(event.target))')
             self.browser.press(*['Tab'] * (wanted + 5))
@@ -9946,23 +9973,27 @@ class DashboardTest(ProgramTest):
 
 PYTHON_CLIENT = '''
 import json, os, anthropic
-client = anthropic.Anthropic(base_url=os.environ['BASE_URL'], api_key='sk-ant-api03-mine', max_retries=0)
+client = anthropic.Anthropic(
+    base_url=os.environ['BASE_URL'], api_key='sk-ant-api03-mine', max_retries=0)
 question = dict(model='%s', max_tokens=50, messages=[{'role': 'user', 'content': 'hi'}])
 plain = client.messages.create(**question)
 with client.messages.stream(**question) as stream:
     streamed = stream.get_final_message()
 count = client.messages.count_tokens(model=question['model'], messages=question['messages'])
-print(json.dumps([plain.content[0].text, plain._request_id, streamed.content[0].text, streamed.usage.output_tokens,
-                  count.input_tokens, [model.id for model in client.models.list()]]))
+print(json.dumps([plain.content[0].text, plain._request_id, streamed.content[0].text,
+                  streamed.usage.output_tokens, count.input_tokens,
+                  [model.id for model in client.models.list()]]))
 ''' % OPUS
 
 NODE_CLIENT = '''
 import Anthropic from '%s/index.mjs';
-const client = new Anthropic({ baseURL: process.env.BASE_URL, apiKey: 'sk-ant-api03-mine', maxRetries: 0 });
-const question = { model: '%s', max_tokens: 50, messages: [{ role: 'user', content: 'hi' }] };
+const client = new Anthropic({
+    baseURL: process.env.BASE_URL, apiKey: 'sk-ant-api03-mine', maxRetries: 0 });
+const messages = [{ role: 'user', content: 'hi' }];
+const question = { model: '%s', max_tokens: 50, messages };
 const plain = await client.messages.create(question);
 const streamed = await client.messages.stream(question).finalMessage();
-const count = await client.messages.countTokens({ model: question.model, messages: question.messages });
+const count = await client.messages.countTokens({ model: question.model, messages });
 const models = [];
 for await (const model of client.models.list()) models.push(model.id);
 console.log(JSON.stringify([plain.content[0].text, plain._request_id, streamed.content[0].text,
