@@ -8978,8 +8978,8 @@ class CommandLineTest(ScratchTest):
             sock.recv(1)
         self.write_config(self.free_port_document('a', anthropicBaseUrl=RawServer(self, never_answer).url))
         _, done = self.daemon()
-        port = int(re.search(r'localhost:(\d+)', done.stdout).group(1))
-        with connect(port) as sock:
+        self.assertEqual(done.stderr, '')
+        with connect(self.read_config()['profiles']['default']['port']) as sock:
             sock.sendall(request_bytes(body=messages_body()))
             self.assertTrue(asked.wait(PATIENCE_S))
             process = subprocess.Popen([sys.executable, SCRIPT, 'stop'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
