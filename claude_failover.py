@@ -4490,6 +4490,44 @@ class Cooldowns:
             return len(self._queue)
 
 
+class Prospect(NamedTuple):
+    """Who would answer a request that came now."""
+    state: str                # 'ready'; 'cooling': `attempt` is back first; 'unusable': nobody
+    attempt: Attempt | None = None
+    back_s: float | None = None       # until a cooling attempt may be made
+    passed: tuple = ()        # the attempts before a ready one, in the plan's order
+    next: Attempt | None = None       # the ready one behind it
+
+
+CLIENTS_OWN = Key(CLIENT_REF, CLIENT_REF, ANTHROPIC, '', CLIENT_REF)
+
+
+def who_serves(config, profile, model, cooling, unusable=(), was_seen=False):
+    """The Prospect of a model (None: of any), by the plan and by what cools.
+
+    `cooling` is a snapshot of Cooldowns, `unusable` the refs of keys without a token.  The
+    client's own login counts where one `was_seen`, and where nothing else is planned; one
+    that cools stands for all.
+    """
+    models = model_chain(config.model_fallback, model) or [None]
+    own = next((c.key for c, _ in cooling if c.key.id == CLIENT_REF), CLIENTS_OWN)
+    own = own if uses_clients_own(config, profile) else None
+    plan = plan_attempts(config, profile, models, own if was_seen else None)
+    attempts = sum(plan if any(plan) else plan_attempts(config, profile, models, own), [])
+    left = {(c.key.ref, c.model): (left_s, c.outcome.rule.waits) for c, left_s in cooling}
+    ends = [max(left.get((a.key.ref, a.model), (0, True)), left.get((a.key.ref, None), (0, True)))
+            for a in attempts]        # [(seconds left, whether it is back by itself), ...]
+    usable = [place for place, a in enumerate(attempts) if a.key.ref not in unusable]
+    if not usable:
+        return Prospect('unusable')
+    ready = [place for place in usable if not ends[place][0]]
+    if ready:
+        passed, following = attempts[:ready[0]], [attempts[place] for place in ready[1:2]]
+        return Prospect('ready', attempts[ready[0]], None, passed, *following)
+    first = min(usable, key=lambda place: (not ends[place][1], ends[place][0]))
+    return Prospect('cooling', attempts[first], ends[first][0])
+
+
 # ==============================================================================
 # Journal
 # ==============================================================================
@@ -8257,11 +8295,17 @@ class StatusTeller:
         return sse_event('status', json.dumps(status)) if is_news else b': \n\n'
 
 
-def without_clocks(status):
-    """A status without what changes by itself."""
-    cooldowns = [{name: value for name, value in cooldown.items()
-                  if name not in ('remaining_ms', 'until')} for cooldown in status['cooldowns']]
-    return {**status, 'uptime_s': None, 'cooldowns': cooldowns, 'recent': None}
+#: What changes by itself, and the requests, which are told one by one.
+CLOCKS = frozenset(('uptime_s', 'remaining_ms', 'until', 'back_in_ms', 'recent'))
+
+
+def without_clocks(told):
+    """A status without CLOCKS."""
+    if isinstance(told, list):
+        return [without_clocks(entry) for entry in told]
+    if isinstance(told, dict):
+        return {name: without_clocks(value) for name, value in told.items() if name not in CLOCKS}
+    return told
 
 
 def sse_event(name, text):
@@ -9299,13 +9343,17 @@ class App:
         log_problem = f'The log {self.log.path} cannot be written.' if self.log.failed else None
         problems = [problem for problem in (self.store.problem, log_problem,
                                             *self.port_problems.values()) if problem]
+        unusable = {key['ref'] for key in keys if key['problem']}
+        profiles = [{**self._profile_health(profile),
+                     'serving': profile_serving(config, profile, recent, cooling, unusable)}
+                    for profile in config.profiles.values()]
         return {
-            'status': health_status(keys, problems), 'program': PROGRAM, 'version': VERSION,
-            'pid': os.getpid(), 'uptime_s': round(time.monotonic() - self._started),
+            'status': health_status(profiles, keys, problems), 'program': PROGRAM,
+            'version': VERSION, 'pid': os.getpid(),
+            'uptime_s': round(time.monotonic() - self._started),
             'started_by': os.environ.get(STARTED_BY) or 'hand',
             'config': self.store.path, 'log': self.log.path, 'problems': problems,
-            'profiles': [self._profile_health(profile) for profile in config.profiles.values()],
-            'keys': keys,
+            'profiles': profiles, 'keys': keys,
             'cooldowns': [cooldown_health(c, left_s) for c, left_s in cooling],
             'active': len(self.watcher), 'waiting': self.cooldowns.queue_length(),
             'metrics': metrics, 'recent': recent}
@@ -9358,15 +9406,45 @@ def key_state(config, key, problem, coolings):
     return 'limited' if coolings else 'ready'
 
 
-def health_status(keys, problems):
-    """'ok', 'problem' (configuration, port, log), 'exhausted' (no key can be used), 'no_keys'
-    (the clients' own credentials are)."""
+#: Models of which it is told who serves them, and the last requests in which they are looked for.
+MODELS_IN_USE, REQUESTS_IN_USE = 5, 30
+
+
+def profile_serving(config, profile, recent, cooling, unusable):
+    """Who serves each model in use, what was asked for most first: background calls of others
+    would make the first one jump.  A profile without requests has the models of the others."""
+    messages = [record for record in recent if record['path'] == MESSAGES_PATH and record['model']]
+    mine = [record for record in messages if record['profile'] == profile.name]
+    asked = collections.Counter(record['model'] for record in (mine or messages)[:REQUESTS_IN_USE])
+    tried = {attempt['key'] for record in mine for attempt in record['attempts']}
+    now = cooling, unusable, CLIENT_REF in tried
+    return [serving_health(model, who_serves(config, profile, model, *now))
+            for model, _ in asked.most_common(MODELS_IN_USE) or [(None, 0)]]
+
+
+def serving_health(model, prospect):
+    back_s = prospect.back_s
+    return {'model': model, 'state': prospect.state, **attempt_health(prospect.attempt),
+            'back_in_ms': None if back_s is None else round(back_s * 1000),
+            'passed': [attempt_health(attempt) for attempt in prospect.passed],
+            'next': prospect.next and attempt_health(prospect.next)}
+
+
+def attempt_health(attempt):
+    key = attempt.key if attempt else Key(None, None, None, '', '')
+    return {'key': key.id, 'ref': CLIENT_REF if key.id == CLIENT_REF else key.ref,
+            'provider': key.provider, 'upstream_model': attempt and attempt.model}
+
+
+def health_status(profiles, keys, problems):
+    """'ok', 'problem' (configuration, port, log), 'exhausted' (nobody serves any model in use),
+    'no_keys' (the clients' own credentials are used)."""
     if problems:
         return 'problem'
     if not keys:
         return 'no_keys'
-    is_resting = all(key['state'] in ('cooling', 'no token', 'unused') for key in keys)
-    return 'exhausted' if is_resting else 'ok'
+    states = {row['state'] for profile in profiles for row in profile['serving']}
+    return 'ok' if 'ready' in states else 'exhausted'
 
 
 def limit_health(limit, noted):

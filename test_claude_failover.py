@@ -3548,6 +3548,55 @@ class CooldownsTest(unittest.TestCase):
         self.cool('rate_limited', 50, self.b)
         self.assertEqual([(c.key.id, left) for c, left in self.cooldowns.snapshot()], [('b', 50), ('a', 100)])
 
+    def prospect(self, cooling, model=OPUS, order=('anthropic:a', 'anthropic:b', 'openai:o'), unusable=(), was_seen=False, **changes):
+        """What is told of who serves: (state, key, model, seconds, the keys passed over, the next key)."""
+        document = make_document('a', 'b', **with_openai('o', **changes))
+        document['profiles']['default'] = {'port': 0, 'priorityOrder': list(order)}
+        config = cf.parse_config(document)
+        known = {**config.keys, 'client': cf.Key('client:1', 'client', cf.ANTHROPIC, '', 'client')}
+        snapshot = [(cf.Cooling(known[ref], model, 0, cf.Outcome(rule(name), 429, '', None)), left) for ref, model, name, left in cooling]
+        told = cf.who_serves(config, config.profiles['default'], model, snapshot, unusable, was_seen)
+        key_of = lambda attempt: attempt and attempt.key.id
+        return (told.state, key_of(told.attempt), told.attempt and told.attempt.model, told.back_s, ''.join(map(key_of, told.passed)), key_of(told.next))
+
+    def test_who_serves_is_told_from_the_plan_and_what_cools(self):
+        def cool(ref, left, model=None, name='rate_limited'):
+            return ref, model, name, left
+        a, b, o = (cool(ref, left) for ref, left in (('anthropic:a', 30), ('anthropic:b', 20), ('openai:o', 40)))
+        a_opus, b_opus = cool('anthropic:a', 30, OPUS), cool('anthropic:b', 20, OPUS)
+        gone = cool('anthropic:b', 5, None, 'auth_failed')
+        no_fallback = {'modelFallback': {}}
+        for cooling, changes, expected in (
+                ([], {}, ('ready', 'a', OPUS, None, '', 'b')),
+                ([a], {}, ('ready', 'b', OPUS, None, 'a', 'b')),
+                ([a_opus], {}, ('ready', 'b', OPUS, None, 'a', 'a')),
+                ([a_opus], {'model': SONNET}, ('ready', 'a', SONNET, None, '', 'b')),
+                ([a_opus, b_opus], {}, ('ready', 'a', SONNET, None, 'ab', 'b')),
+                ([a_opus, b_opus], no_fallback, ('ready', 'o', 'gpt-5.4', None, 'ab', None)),
+                ([a, b], {}, ('ready', 'o', 'gpt-5.4', None, 'abab', None)),
+                ([a, b], {'openaiModelFallback': False}, ('cooling', 'b', OPUS, 20, '', None)),
+                ([a, b], {'unusable': ['openai:o']}, ('cooling', 'b', OPUS, 20, '', None)),
+                ([a, b, o], {}, ('cooling', 'b', OPUS, 20, '', None)),
+                ([a, b, cool('openai:o', 9, 'gpt-5.4')], {}, ('cooling', 'o', 'gpt-5.4', 9, '', None)),
+                ([a, b, cool('openai:o', 9, 'gpt-5.4-mini')], {}, ('ready', 'o', 'gpt-5.4', None, 'abab', None)),
+                ([a, a_opus, cool('anthropic:b', 35), o], no_fallback, ('cooling', 'a', OPUS, 30, '', None)),
+                ([a, gone, o], {}, ('cooling', 'a', OPUS, 30, '', None)),       # a person must see to b
+                ([gone], {'unusable': ['anthropic:a', 'openai:o']}, ('cooling', 'b', OPUS, 5, '', None)),
+                ([], {'unusable': ['anthropic:a']}, ('ready', 'b', OPUS, None, 'a', 'b')),
+                ([], {'unusable': ['anthropic:a', 'anthropic:b', 'openai:o']}, ('unusable', None, None, None, '', None)),
+                ([], {'order': ['openai:o', 'anthropic:a']}, ('ready', 'o', 'gpt-5.4', None, '', 'a')),
+                ([], {'model': None}, ('ready', 'a', None, None, '', 'b')),
+                ([a, b, o], {'model': None}, ('cooling', 'b', None, 20, '', None)),
+                ([], {'order': ['client', 'anthropic:a']}, ('ready', 'a', OPUS, None, '', 'b')),
+                ([], {'order': ['client', 'anthropic:a'], 'was_seen': True}, ('ready', 'client', OPUS, None, '', 'a')),
+                ([cool('client', 9, OPUS)], {'order': ['client', 'anthropic:a'], 'was_seen': True}, ('ready', 'a', OPUS, None, 'client', 'b'))):
+            with self.subTest(cooling=cooling, **changes):
+                self.assertEqual(self.prospect(cooling, **changes), expected)
+
+    def test_where_no_key_is_served_the_clients_own_login_is(self):
+        for config in (make_config(), make_config(**with_openai('o', openaiModelFallback=False))):
+            self.assertEqual(cf.who_serves(config, config.profiles['default'], OPUS, []).attempt.key.id, 'client')
+
     def test_only_the_first_in_the_queue_tries_a_key_that_comes_back(self):
         self.cool('rate_limited', 20)
         first, second = self.wait_for(), self.wait_for()
@@ -8037,6 +8086,41 @@ class ApiTest(ProgramTest):
         self.assertEqual((status['metrics']['by_provider'], status['metrics']['total'], status['metrics']['retries']), ({'anthropic': 1}, 1, 1))
         self.assertRegex(status['recent'][0]['time'], r'^20\d\d-')
 
+    def test_the_status_tells_who_serves_each_model_in_use(self):
+        serving = self.call('GET', '/api/status')['profiles'][0]['serving']
+        self.assertEqual([(row['model'], row['state'], row['ref'], row['next']['ref']) for row in serving], [(None, 'ready', 'anthropic:a', 'anthropic:b')])
+        self.anthropic.limited.add('a')
+        for model in (SONNET, OPUS, OPUS):
+            self.send(body=messages_body(model=model))
+        self.send(path='/v1/messages/count_tokens', body=messages_body(model='claude-counted'))
+        for path in ('/health', '/api/status'):
+            opus, sonnet = self.call('GET', path)['profiles'][0]['serving']
+            self.assertEqual((opus['model'], opus['state'], opus['key'], opus['upstream_model'], opus['back_in_ms']), (OPUS, 'ready', 'b', OPUS, None))
+            self.assertEqual(([passed['ref'] for passed in opus['passed']], opus['next']['upstream_model']), (['anthropic:a'], SONNET))
+            self.assertEqual((sonnet['model'], sonnet['ref']), (SONNET, 'anthropic:b'))
+
+    def test_it_is_exhausted_when_no_key_of_either_provider_may_be_used(self):
+        openai = PretendOpenAI(self)
+        document = {**make_document('a', anthropicBaseUrl=self.anthropic.url), **with_openai('o', openaiBaseUrl=openai.url, queueWaitMs=0)}
+        self.reload(document)
+        self.anthropic.limited.add('a')
+        self.send()
+        self.assertEqual(self.call('GET', '/health')['status'], 'ok')         # OpenAI answers for Claude
+        key = self.app.store.current.keys['openai:o']
+        self.app.cooldowns.cool(key, 'gpt-5.4', cf.Outcome(rule('rate_limited'), 429, 'slow down', 50), 3600)
+        status = self.call('GET', '/api/status')
+        row = status['profiles'][0]['serving'][0]
+        self.assertEqual((status['status'], row['state'], row['ref']), ('exhausted', 'cooling', 'openai:o'))
+        self.assertTrue(0 < row['back_in_ms'] <= 50_000)
+        self.app.update(lambda config: cf.change_settings(config, {'openaiModelFallback': False}))
+        self.assertEqual([key['state'] for key in self.call('GET', '/health')['keys']], ['limited', 'unused'])
+        document['keys'], document['openaiModelFallback'] = {}, True
+        document['openaiKeys']['o']['token'] = 'env:IT_IS_NOT_SET'
+        document['profiles']['default'].pop('keyOrder')
+        self.reload(document)
+        health = self.call('GET', '/health')
+        self.assertEqual((health['status'], health['profiles'][0]['serving'][0]['state']), ('exhausted', 'unusable'))
+
     def read_event_stream(self, wanted, act=lambda: None, **fields):
         """[(event, data), ...] of /api/events up to one whose name and data `wanted` takes."""
         with connect(self.port) as sock:
@@ -9686,7 +9770,7 @@ class DashboardTest(ProgramTest):
         self.anthropic.limited.add('a')
         self.send()
         self.shown('Serving from b', '#state-sentence')
-        self.assertRegex(self.browser.text('#state-sentence'), r'a rests for claude-opus-5-5 until (\d+ \w+, )?\d\d:\d\d: rate limit')
+        self.assertRegex(self.browser.text('#state-sentence'), r'a cools for claude-opus-5-5 until (\d+ \w+, )?\d\d:\d\d: rate limit')
         self.browser.until('document.querySelector("#requests .chain").textContent === "a 429b 200"')
         self.assertIn('Serving from b', self.browser.run('return document.title'))
         self.assertEqual(self.browser.text('[data-number="rotations"] dd')[0], '1')
@@ -9702,10 +9786,24 @@ class DashboardTest(ProgramTest):
         self.anthropic.limited.update('ab')
         self.send()
         self.open()
-        self.shown('Every key rests', '#state-sentence')
+        self.shown('Every key is cooling; ', '#state-sentence')
         self.browser.click(f'.cooldown[data-id="anthropic:b {SONNET}"] button')
         self.browser.until('document.querySelectorAll(".cooldown").length === 3')
         self.assertNotIn(('anthropic:b', SONNET), [(c.key.ref, c.model) for c, _ in self.app.cooldowns.snapshot()])
+
+    def test_it_does_not_say_serving_while_no_key_of_either_provider_is_ready(self):
+        openai = PretendOpenAI(self)
+        self.reload({**make_document('a', anthropicBaseUrl=self.anthropic.url), **with_openai('o', openaiBaseUrl=openai.url, queueWaitMs=0)})
+        self.anthropic.limited.add('a')
+        key = self.app.store.current.keys['openai:o']
+        self.app.cooldowns.cool(key, 'gpt-5.4', cf.Outcome(rule('rate_limited'), 429, 'slow down', 50), 3600)
+        self.send()
+        self.open()
+        self.shown('Every key is cooling; o with gpt-5.4 is back first, at ', '#state-sentence')
+        self.shown('No answer yet · the last request failed at ', '.facts')
+        self.assertNotIn('Serving', self.browser.run('return document.title + document.querySelector(".hero").innerText'))
+        self.app.cooldowns.clear(key.ref)
+        self.shown('Serving from o with gpt-5.4 at OpenAI; a cools for claude-opus-5-5 until ', '#state-sentence')
 
     def test_a_key_is_added_tested_renamed_replaced_and_removed(self):
         self.open('keys')
