@@ -1850,6 +1850,7 @@ class Rule(NamedTuple):
     other_providers: bool = True
     waits: bool = True        # whether a request may queue for the end of such a cooldown
     attention: bool = False   # a person has to do something about this key
+    words: str = ''           # why a key cools, as a person says it
 
 
 class Outcome(NamedTuple):
@@ -2098,57 +2099,68 @@ def find_fallback_repair(answer):
 ANSWERED = Rule('answered', range(200, 400), Step.RELAY)
 #: Of a proxy, a company's gateway or a border: not the key's server speaks, or not of the key.
 NETWORK_REFUSED = Rule('network_refused', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.SERVER,
-                       cooldown_s=15, strikes=3, asks_again=ANY_TIME)
+                       cooldown_s=15, strikes=3, asks_again=ANY_TIME,
+                       words='refused on the way there')
+#: What only a person can mend: nobody waits for it, and it is asked again in passing.
+BY_A_PERSON = {'waits': False, 'asks_again': IN_PASSING, 'attention': True}
+NO_MODEL = Rule('unknown_model', (404,), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
+                other_providers=False, waits=False, asks_again=IN_PASSING, words='no such model')
+AUTH_FAILED = Rule('auth_failed', (401,), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
+                   cooldown_s=300, doubles_to_s=3600, words='key is not accepted', **BY_A_PERSON)
+BILLING = Rule('billing', (402,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
+               words='payment is required', **BY_A_PERSON)
+RATE_LIMITED = Rule('rate_limited', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR,
+                    cooldown_s=30, words='rate limit reached')
+OVERLOADED = Rule('overloaded', (529,), Step.NEXT_KEY, Final.OVERLOADED, scope=Scope.PAIR,
+                  cooldown_s=10, again=Again.ALONE, tries=2, words='model is overloaded')
+SERVER_ERROR = Rule('server_error', (408, 500, 502, 503, 504, *range(520, 528)), Step.NEXT_KEY,
+                    Final.SERVER, scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3,
+                    strikes=3, asks_again=ANY_TIME, words='server errors')
+RELAYED = Rule('relayed', (), Step.RELAY)
 RULES = (
     ANSWERED,
     Rule('no_credit', (400, 402, 403), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
-         when=says('credit balance is too low'), waits=False, attention=True,
-         asks_again=IN_PASSING),
+         when=says('credit balance is too low'), words='credit balance is too low',
+         **BY_A_PERSON),
     Rule('usage_limit', (400, 403), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
          when=says('reached your specified .{0,20}usage limits'), hint=seconds_to_regained_access,
-         waits=False, attention=True, asks_again=IN_PASSING),
+         words='usage limit reached', **BY_A_PERSON),
     Rule('extra_usage', (400, 403, 429), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=300,
-         when=lacks_extra_usage, waits=False, asks_again=IN_PASSING),
+         when=lacks_extra_usage, waits=False, asks_again=IN_PASSING,
+         words='extra usage is used up'),
     Rule('disabled', (400, 403), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.KEY, cooldown_s=3600,
          when=says('organization (has been|is) disabled|oauth .{0,80}not (allowed|supported)'
                    '.{0,80}organization|organization .{0,80}not .{0,80}oauth'),
-         waits=False, attention=True, asks_again=IN_PASSING),
+         words='not allowed by its organization', **BY_A_PERSON),
     Rule('bad_thinking', (400,), Step.REPAIR, when=find_conversation_repair),
     Rule('unsupported_field', (400,), Step.REPAIR, when=find_fallback_repair),
-    Rule('auth_failed', (401,), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
-         cooldown_s=300, doubles_to_s=3600, waits=False, attention=True, asks_again=IN_PASSING),
-    Rule('billing', (402,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600, waits=False,
-         attention=True, asks_again=IN_PASSING),
-    Rule('unknown_model', (400, 403, 404), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
-         when=is_relays_lack, other_providers=False, waits=False, asks_again=IN_PASSING),
+    AUTH_FAILED,
+    BILLING,
+    NO_MODEL._replace(statuses=(400, 403, 404), when=is_relays_lack),
     Rule('forbidden', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.PAIR, cooldown_s=600,
-         when=says('permission_error'), waits=False, attention=True, asks_again=IN_PASSING),
+         when=says('permission_error'), words='access is not allowed', **BY_A_PERSON),
     NETWORK_REFUSED,
-    Rule('unknown_model', (404,), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
-         when=names_model, other_providers=False, waits=False, asks_again=IN_PASSING),
+    NO_MODEL._replace(when=names_model),
     Rule('other_limit', (429,), Step.NEXT_KEY, other_models=False,
          when=lambda answer: answer.path != MESSAGES_PATH),
     Rule('window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
-         when=whole_key_rejected, hint=seconds_to_window_reset, asks_again=LATER),
+         when=whole_key_rejected, hint=seconds_to_window_reset, asks_again=LATER,
+         words='5-hour or 7-day limit reached'),
     Rule('family_window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR,
          cooldown_s=300, when=lambda answer: bool(rejected_windows(answer.headers)),
-         hint=seconds_to_window_reset, asks_again=LATER),
+         hint=seconds_to_window_reset, asks_again=LATER,
+         words='limit of this model family reached'),
     Rule('spend_limit', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=3600,
-         when=says('enforced_spend_limit_reached'), waits=False, attention=True,
-         asks_again=IN_PASSING),
-    Rule('rate_limited', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR, cooldown_s=30,
-         hint=seconds_to_limit_reset, needs_hint=True),
+         when=says('enforced_spend_limit_reached'), words='spending limit reached',
+         **BY_A_PERSON),
+    RATE_LIMITED._replace(hint=seconds_to_limit_reset, needs_hint=True),
     Rule('request_limited', (429,), Step.NEXT_KEY, tries=2, other_models=False,
          when=lambda answer: lacks_rate_limit_fields(answer)
          and answer.headers.get('x-should-retry', '').lower() == 'true'),
-    Rule('throttled', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR, cooldown_s=30,
-         doubles_to_s=300),
-    Rule('overloaded', (529,), Step.NEXT_KEY, Final.OVERLOADED, scope=Scope.PAIR, cooldown_s=10,
-         again=Again.ALONE, tries=2),
-    Rule('server_error', (408, 500, 502, 503, 504, *range(520, 528)), Step.NEXT_KEY, Final.SERVER,
-         scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3, strikes=3,
-         asks_again=ANY_TIME),
-    Rule('relayed', (), Step.RELAY),
+    RATE_LIMITED._replace(name='throttled', doubles_to_s=300),
+    OVERLOADED,
+    SERVER_ERROR,
+    RELAYED,
 )
 
 DURATION = re.compile(r'(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?')
@@ -2200,42 +2212,36 @@ TOO_LONG = (r'context_length_exceeded|maximum context length|context window|prom
 #: The policy for OpenAI and compatible servers, first match first.
 OPENAI_RULES = (
     ANSWERED._replace(statuses=range(200, 300)),
-    Rule('model_refused', (400, 403, 404), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
-         when=lambda answer: answer.status == 404 or says(NO_SUCH_MODEL)(answer), waits=False,
-         asks_again=IN_PASSING),
+    NO_MODEL._replace(name='model_refused', statuses=(400, 403, 404), other_providers=True,
+                      when=lambda answer: answer.status == 404 or says(NO_SUCH_MODEL)(answer)),
     Rule('unsupported_parameter', (400, 422), Step.REPAIR,
          when=lambda answer: find_openai_repair(answer.message)),
     Rule('context_too_long', (400, 413, 422), Step.RELAY, when=says(TOO_LONG)),
     NETWORK_REFUSED._replace(when=lambda answer: not answer.details or says(
         'request_forbidden|unsupported_country|request not allowed')(answer)),
-    Rule('auth_failed', (401, 403), Step.NEXT_KEY, Final.UNAUTHORIZED, scope=Scope.KEY,
-         cooldown_s=300, doubles_to_s=3600, waits=False, attention=True, asks_again=IN_PASSING),
-    Rule('billing', (402,), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600, waits=False,
-         attention=True, asks_again=IN_PASSING),
+    AUTH_FAILED._replace(statuses=(401, 403)),
+    BILLING,
     Rule('out_of_quota', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=3600,
          when=says(r'insufficient_quota|billing_hard_limit_reached|spend_limit_exceeded'),
-         waits=False, attention=True, asks_again=IN_PASSING),
+         words='quota is used up', **BY_A_PERSON),
     Rule('plan_limit', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
          when=says('usage_limit_reached|usage_not_included'), hint=seconds_to_plan_reset,
-         asks_again=LATER),
-    Rule('rate_limited', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR, cooldown_s=30,
-         hint=seconds_to_openai_reset),
-    Rule('overloaded', (503, 529), Step.NEXT_KEY, Final.OVERLOADED, scope=Scope.PAIR,
-         cooldown_s=10, doubles_to_s=30, again=Again.ALONE, tries=2,
-         when=says('server_is_overloaded|slow_down|at capacity')),
+         asks_again=LATER, words='plan limit reached'),
+    RATE_LIMITED._replace(hint=seconds_to_openai_reset),
+    OVERLOADED._replace(statuses=(503, 529), doubles_to_s=30,
+                        when=says('server_is_overloaded|slow_down|at capacity')),
     # llama-cpp-python's way to say 400.
     Rule('rejected', (500,), Step.RELAY, when=says(r'\d validation errors?:')),
-    Rule('server_error', (408, *range(500, 600)), Step.NEXT_KEY, Final.SERVER,
-         scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3, strikes=3,
-         asks_again=ANY_TIME),
+    SERVER_ERROR._replace(statuses=(408, *range(500, 600))),
     Rule('unreadable', range(300, 400), Step.NEXT_KEY, Final.SERVER),
-    Rule('relayed', (), Step.RELAY),
+    RELAYED,
 )
 
 #: What an attempt without an answer came to.
 UNREACHABLE = Rule('unreachable', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.SERVER,
-                   cooldown_s=1, doubles_to_s=300, strikes=3, asks_again=ANY_TIME)
-RESET = UNREACHABLE._replace(name='reset')
+                   cooldown_s=1, doubles_to_s=300, strikes=3, asks_again=ANY_TIME,
+                   words='server is not reachable')
+RESET = UNREACHABLE._replace(name='reset', words='connection was lost')
 TIMED_OUT = Rule('timed_out', (), Step.STOP, Final.TIMEOUT)
 NO_TOKEN = Rule('no_token', (), Step.NEXT_KEY, Final.UNAUTHORIZED, waits=False, attention=True)
 #: llama-cpp-python tells its errors only to those who want no stream.
@@ -4514,9 +4520,11 @@ def who_serves(config, profile, model, cooling, unusable=(), was_seen=False):
     own = own if uses_clients_own(config, profile) else None
     plan = plan_attempts(config, profile, models, own if was_seen else None)
     attempts = sum(plan if any(plan) else plan_attempts(config, profile, models, own), [])
-    left = {(c.key.ref, c.model): (left_s, c.outcome.rule.waits) for c, left_s in cooling}
-    ends = [max(left.get((a.key.ref, a.model), (0, True)), left.get((a.key.ref, None), (0, True)))
-            for a in attempts]        # [(seconds left, whether it is back by itself), ...]
+    left = {c.place: (left_s, c.outcome.rule.waits) for c, left_s in cooling}
+    slots = [Slot(a.key.ref, a.model, server=find_target(config, a.key, '', None).base_url)
+             for a in attempts]
+    ends = [max(left.get(place, (0, True)) for place in slot.places)
+            for slot in slots]        # [(seconds left, whether it is back by itself), ...]
     usable = [place for place, a in enumerate(attempts) if a.key.ref not in unusable]
     if not usable:
         return Prospect('unusable')
@@ -9458,7 +9466,7 @@ def limit_health(limit, noted):
 
 def cooldown_health(cooling, left_s):
     return {'key': cooling.key.id, 'ref': cooling.key.ref, 'model': cooling.model,
-            'reason': cooling.outcome.rule.name,
+            'reason': cooling.outcome.rule.name, 'words': cooling.outcome.rule.words,
             'status': cooling.outcome.status, 'message': cooling.outcome.message[:300],
             'remaining_ms': round(left_s * 1000), 'total_ms': round(cooling.length_s * 1000),
             'until': utc_text(time.time() + left_s),
@@ -10916,9 +10924,9 @@ def say_keys(health, style):
             say(style.bad(f'  {key["id"]} cannot be used: {printable(key["problem"])}'))
     for cooling in health['cooldowns']:
         model = f' with {printable(cooling["model"])}' if cooling['model'] else ''
-        rest = format_duration(cooling['remaining_ms'] / 1000)
-        why = f'{cooling["status"] or ""} {cooling["reason"]}'.strip()
-        text = f'  {cooling["key"]}{model} rests for {rest}: {why}'
+        left = format_duration(cooling['remaining_ms'] / 1000)
+        why = f'{cooling["status"] or ""} {cooling.get("words", cooling["reason"])}'.strip()
+        text = f'  {cooling["key"]}{model} cools for {left}: {why}'
         if cooling['message']:
             text += f', "{printable(cooling["message"])[:100]}"'
         say(style.bad(text) if cooling['needs_attention'] else style.warn(text))

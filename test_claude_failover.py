@@ -1124,6 +1124,11 @@ class ClassificationTest(unittest.TestCase):
         self.assertEqual({rule.name for rule in cf.RULES}, {name for name, _, _ in POLICY})
         self.assertEqual({rule.name for rule in cf.OPENAI_RULES}, {name for name, _, _ in OPENAI_POLICY})
 
+    def test_a_rule_that_cools_says_why_in_words(self):
+        for rule in (*cf.RULES, *cf.OPENAI_RULES, cf.UNREACHABLE, cf.RESET):
+            with self.subTest(rule=rule.name):
+                self.assertRegex(rule.words, r'^[a-z0-9][a-z0-9 -]{5,40}$' if rule.scope else '^$')
+
     def test_durations_are_read_as_openai_writes_them(self):
         for text, seconds in (('6m0s', 360), ('350ms', 0.35), ('1h2m3.5s', 3723.5), ('2d', 172_800), ('20', 20), ('1.5', 1.5),
                               ('', None), (None, None), ('soon', None), ('1.2.3', None), ('-5s', None)):
@@ -3554,7 +3559,11 @@ class CooldownsTest(unittest.TestCase):
         document['profiles']['default'] = {'port': 0, 'priorityOrder': list(order)}
         config = cf.parse_config(document)
         known = {**config.keys, 'client': cf.Key('client:1', 'client', cf.ANTHROPIC, '', 'client')}
-        snapshot = [(cf.Cooling(known[ref], model, 0, cf.Outcome(rule(name), 429, '', None)), left) for ref, model, name, left in cooling]
+        snapshot = []
+        for ref, cooled, name, left in cooling:
+            place = cf.Slot(known[ref].ref, cooled)
+            outcome = cf.Outcome(rule(name), 429, '')
+            snapshot.append((cf.Cooling(known[ref], place, outcome, 0, 0, 0, 0, 0, None), left))
         told = cf.who_serves(config, config.profiles['default'], model, snapshot, unusable, was_seen)
         key_of = lambda attempt: attempt and attempt.key.id
         return (told.state, key_of(told.attempt), told.attempt and told.attempt.model, told.back_s, ''.join(map(key_of, told.passed)), key_of(told.next))
@@ -8081,7 +8090,7 @@ class ApiTest(ProgramTest):
         self.assertEqual([(w['name'], w['used'], w['status']) for w in status['keys'][1]['windows']], [('5h', 0.42, 'allowed'), ('requests', 0.8, None)])
         self.assertIsNone(status['keys'][1]['windows'][0]['resets_at'])      # too far away to be true
         self.assertEqual(status['keys'][0]['ref'], 'anthropic:a')
-        self.assertEqual((status['cooldowns'][0]['ref'], status['cooldowns'][0]['total_ms']), ('anthropic:a', 3_000_000))
+        self.assertEqual(tuple(status['cooldowns'][0][name] for name in ('ref', 'words', 'total_ms')), ('anthropic:a', 'rate limit reached', 3_000_000))
         self.assertEqual([(m['answered'], m['rescued'], m['ttfb_p50_ms'] >= 0) for m in status['history']], [(1, 1, True)])
         self.assertEqual((status['metrics']['by_provider'], status['metrics']['total'], status['metrics']['retries']), ({'anthropic': 1}, 1, 1))
         self.assertRegex(status['recent'][0]['time'], r'^20\d\d-')
