@@ -9787,7 +9787,7 @@ class DashboardTest(ProgramTest):
         self.assertIn('rate limited', self.browser.text('#request-details'))
         self.browser.press('Escape')
         self.browser.click('#clear-all')
-        self.shown('No key rests', '#cooldowns')
+        self.shown('No key is cooling', '#cooldowns')
         self.shown('Serving from a', '#state-sentence')
         self.assertEqual(self.app.cooldowns.snapshot(), [])
 
@@ -9813,6 +9813,31 @@ class DashboardTest(ProgramTest):
         self.assertNotIn('Serving', self.browser.run('return document.title + document.querySelector(".hero").innerText'))
         self.app.cooldowns.clear(key.ref)
         self.shown('Serving from o with gpt-5.4 at OpenAI; a cools for claude-opus-5-5 until ', '#state-sentence')
+
+    def test_durations_read_as_on_the_command_line(self):
+        self.open()
+        seconds = [-5, 0, 0.5, 1.5, 2.5, 45.4, 99.4, 99.5, *range(100, 260, 10), 3599, 5969, 5970, 5999.6, 6030, *range(7_000, 400_000, 4321), 10**7]
+        self.assertEqual(self.browser.run('return arguments[0].map(formatDuration)', seconds), [cf.format_duration(s) for s in seconds])
+
+    def test_a_cooldown_counts_down_without_a_word_of_the_proxy(self):
+        self.anthropic.limited.add('a')
+        self.send()
+        self.open()
+        self.browser.until('document.querySelector(".cooldown > .small").innerText.includes("50 min")')
+        self.browser.run('state.status.cooldowns[0].ends = Date.now() + 45_900; tick()')
+        self.assertRegex(self.browser.text('.cooldown > .small'), ', 4[56] s$')
+
+    def test_events_draw_four_times_a_second_at_the_most(self):
+        self.open()
+        waits = self.browser.run('''
+            const [waits, after, now] = [[], window.setTimeout, performance.now];
+            [window.setTimeout, performance.now] = [(_, ms) => waits.push(ms), () => 5000];
+            [drawTimer, drawnAt] = [null, 4900];
+            for (let news = 0; news < 50; news++) set();
+            [window.setTimeout, performance.now] = [after, now];
+            draw();
+            return waits''')
+        self.assertEqual(waits, [150])
 
     def test_a_key_is_added_tested_renamed_replaced_and_removed(self):
         self.open('keys')
@@ -9854,7 +9879,7 @@ class DashboardTest(ProgramTest):
         self.reload(make_document('a', 'b', 'c', anthropicBaseUrl=self.anthropic.url))
         self.open('keys')
         self.browser.until('document.querySelectorAll("#keys-anthropic tbody tr").length === 3')
-        self.browser.run('document.querySelector("tr[data-id=\\"anthropic:a\\"] [data-direction=down]").focus()')
+        self.browser.run('document.querySelector("[aria-label=\\"Move a down\\"]").focus()')
         self.browser.press('Enter')
         self.browser.until('document.querySelector("#keys-anthropic tbody tr").dataset.id === "anthropic:b"')
         self.assertEqual(self.browser.run('return document.activeElement.closest("tr").dataset.id'), 'anthropic:a')
@@ -9873,11 +9898,11 @@ class DashboardTest(ProgramTest):
         self.dialog('#add-profile', ('#field-name', 'second'), ('#field-port', str(port)))
         self.shown(f'http://localhost:{port}')
         self.assertEqual(self.send(port=port, host='localhost').headers['x-proxy-key'], 'a')
-        self.browser.click('section[data-profile="second"] li[data-id="anthropic:b"] [data-direction="up"]')
-        self.browser.until('document.querySelector("section[data-profile=second] li").dataset.id === "anthropic:b" && !state.orders.size')
+        self.browser.click('section[data-id="second"] [aria-label="Move b up"]')
+        self.browser.until('document.querySelector("section[data-id=second] li").dataset.id === "anthropic:b" && !state.orders.size')
         self.assertEqual(self.send(port=port, host='localhost').headers['x-proxy-key'], 'b')
-        self.dialog('section[data-profile="second"] [data-action="profile-remove"]')
-        self.browser.until('!document.querySelector("section[data-profile=second]")')
+        self.dialog('section[data-id="second"] [data-action="profile-remove"]')
+        self.browser.until('!document.querySelector("section[data-id=second]")')
         self.assertEqual(list(self.app.ports()), ['default'])
 
     def test_a_chain_is_edited_and_an_impossible_one_is_not_saved(self):
@@ -9896,7 +9921,7 @@ class DashboardTest(ProgramTest):
 
     def test_the_model_mapping_is_edited_row_by_row(self):
         self.open('fallback')
-        self.browser.click('[data-setting="openaiModelMapping"] [data-action="row-remove"][data-row="0"]')
+        self.browser.click('[data-setting="openaiModelMapping"] [aria-label="Remove row 1"]')
         self.browser.click('[data-setting="openaiModelMapping"] [data-action="row-add"]')
         self.assertEqual(self.browser.run('return document.activeElement.getAttribute("aria-label")'), 'Claude model, row 4')
         self.browser.fill('li[data-row="3"] input:first-of-type', 'claude-opus-4*')
@@ -9935,7 +9960,7 @@ class DashboardTest(ProgramTest):
         self.open('setup')
         self.browser.click('li[data-id="zsh"] button')
         self.shown(f'now uses http://localhost:{self.port}', 'li[data-id="zsh"]')
-        self.browser.click('li[data-id="zsh"] [data-undo]')
+        self.browser.click('li[data-id="zsh"] [aria-label^="Undo"]')
         self.shown('does not use the proxy now', 'li[data-id="zsh"]')
         with open(zshrc) as file:
             self.assertEqual(file.read(), 'mine\n')
