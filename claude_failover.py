@@ -9420,8 +9420,10 @@ MODELS_IN_USE, REQUESTS_IN_USE = 5, 30
 
 def profile_serving(config, profile, recent, cooling, unusable):
     """Who serves each model in use, what was asked for most first: background calls of others
-    would make the first one jump.  A profile without requests has the models of the others."""
-    messages = [record for record in recent if record['path'] == MESSAGES_PATH and record['model']]
+    would make the first one jump.  A profile without requests has the models of the others; a
+    model that nobody knows is not in use."""
+    messages = [record for record in recent if record['path'] == MESSAGES_PATH
+                and record['model'] and record['status'] != 404]
     mine = [record for record in messages if record['profile'] == profile.name]
     asked = collections.Counter(record['model'] for record in (mine or messages)[:REQUESTS_IN_USE])
     tried = {attempt['key'] for record in mine for attempt in record['attempts']}
@@ -9439,9 +9441,11 @@ def serving_health(model, prospect):
 
 
 def attempt_health(attempt):
-    key = attempt.key if attempt else Key(None, None, None, '', '')
+    if attempt is None:
+        return dict.fromkeys(('key', 'ref', 'provider', 'upstream_model'))
+    key = attempt.key
     return {'key': key.id, 'ref': CLIENT_REF if key.id == CLIENT_REF else key.ref,
-            'provider': key.provider, 'upstream_model': attempt and attempt.model}
+            'provider': key.provider, 'upstream_model': attempt.model}
 
 
 def health_status(profiles, keys, problems):

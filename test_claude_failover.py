@@ -8108,6 +8108,21 @@ class ApiTest(ProgramTest):
             self.assertEqual(([passed['ref'] for passed in opus['passed']], opus['next']['upstream_model']), (['anthropic:a'], SONNET))
             self.assertEqual((sonnet['model'], sonnet['ref']), (SONNET, 'anthropic:b'))
 
+    def test_models_in_use_are_those_of_the_last_requests(self):
+        document = make_document('a')
+        document['profiles']['second'] = {'port': 1}
+        config = cf.parse_config(document)
+
+        def in_use(name, *requests):
+            recent = [{'profile': profile, 'model': model, 'path': path, 'status': status, 'attempts': []} for profile, model, path, status in requests]
+            return [row['model'] for row in cf.profile_serving(config, config.profiles[name], recent, [], set())]
+        opus, sonnet, typo = (('default', model, cf.MESSAGES_PATH, status) for model, status in ((OPUS, 200), (SONNET, 429), ('claude-typo', 404)))
+        counted, bare = ('default', 'claude-counted', cf.COUNT_TOKENS_PATH, 200), ('default', None, cf.MESSAGES_PATH, 400)
+        self.assertEqual(in_use('default', sonnet, opus, typo, counted, opus, bare), [OPUS, SONNET])
+        self.assertEqual(in_use('second', opus), [OPUS])
+        self.assertEqual(in_use('default', typo), [None])
+        self.assertEqual(len(in_use('default', *(('default', f'model-{n}', cf.MESSAGES_PATH, 200) for n in range(9)))), cf.MODELS_IN_USE)
+
     def test_it_is_exhausted_when_no_key_of_either_provider_may_be_used(self):
         openai = PretendOpenAI(self)
         document = {**make_document('a', anthropicBaseUrl=self.anthropic.url), **with_openai('o', openaiBaseUrl=openai.url, queueWaitMs=0)}
