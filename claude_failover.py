@@ -75,6 +75,7 @@ import contextlib
 import copy
 import email.utils
 import enum
+import errno
 import functools
 import hashlib
 import hmac
@@ -163,6 +164,10 @@ CLIENT_WRITE_S = 300
 #: Waiting for an upstream: the connection, the whole head of a plain answer and of a stream,
 #: whose first byte is what takes long (thinking is silent), and between two events.
 CONNECT_S = 10
+#: The same where the last connection was not made in time: a black hole mostly stays one.
+CONNECT_AGAIN_S = 4
+#: How long an address may be silent until the next is tried beside it (RFC 8305 section 5).
+NEXT_ADDRESS_S = 0.25
 FIRST_BYTE_S = 600
 STREAM_FIRST_BYTE_S = 300
 STREAM_IDLE_S = 300
@@ -6055,6 +6060,7 @@ class Upstream:
         self._now = now               # wall clock: the monotonic one stops while a Mac sleeps
         self._lock = threading.Lock()
         self._idle = {}               # (scheme, host, port) -> [(socket, since), ...] newest last
+        self._dialed = {}             # (host, port) -> its last Dialed, only ever replaced whole
         self._context = None
         self._context_lock = threading.Lock()
 
@@ -6129,23 +6135,34 @@ class Upstream:
 
     def _connect(self, base):
         proxy = outbound_proxy(base)
-        host, port = proxy[:2] if proxy else (base.host, base.port)
-        if base.scheme == 'https':
-            connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_S,
-                                                     context=self.tls_context())
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_S)
-        if proxy:
-            connection.set_tunnel(base.host, base.port, proxy[2])
+        server = proxy[:2] if proxy else (base.host, base.port)
+        last = self._dialed.get(server, Dialed())
+        deadline = time.monotonic() + (CONNECT_AGAIN_S if last.timeouts % 4 else CONNECT_S)
+        sock = address = None
         try:
-            connection.connect()
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
-            connection.close()
-            via = f' by way of the proxy {host}:{port}' if proxy else ''
+            sock, address = dial(in_turn(resolve(*server), last), deadline)
+            sock = self._prepare(sock, base, proxy, deadline)
+        except (OSError, UnicodeError) as error:
+            if sock:
+                sock.close()
+            timeouts = last.timeouts + 1 if isinstance(error, socket.timeout) else 0
+            self._dialed[server] = Dialed(address, False, timeouts)
+            via = f' by way of the proxy {server[0]}:{server[1]}' if proxy else ''
             raise UpstreamUnreachable(f'{base.host}{via}: {error_reason(error)}', False) from error
-        sock = connection.sock
-        sock.settimeout(None)         # the watcher keeps the time
+        self._dialed[server] = Dialed(address, True)
+        return sock
+
+    def _prepare(self, sock, base, proxy, deadline):
+        """The socket, or one around it, when requests can be sent on it."""
+        sock.settimeout(seconds_until(deadline))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if proxy:
+            open_tunnel(sock, proxy, base, deadline)
+        if base.scheme == 'https':
+            sock.settimeout(seconds_until(deadline))
+            sock = self.tls_context().wrap_socket(sock, server_hostname=base.host)
+        sock.settimeout(None)         # the watcher keeps the time
         return sock
 
     def tls_context(self):
@@ -6159,6 +6176,94 @@ class Upstream:
                     context.load_verify_locations(SYSTEM_CA_FILE)
                 self._context = context
             return self._context
+
+
+class Dialed(NamedTuple):
+    """What came of connecting to a server."""
+    address: tuple | None = None      # the entry of getaddrinfo that connected
+    worked: bool = False              # TLS, too, and the proxy
+    timeouts: int = 0                 # in a row
+
+
+def resolve(host, port):
+    return dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+
+
+def in_turn(addresses, last):
+    """[address, ...]: families by turns (RFC 8305 section 4), so that a broken one costs little;
+    the one that worked last first, the one that did not last."""
+    families = {}
+    for address in addresses:
+        families.setdefault(address[0], []).append(address)
+    turns = itertools.chain(*itertools.zip_longest(*families.values()))
+    rank = {last.address: -1 if last.worked else 1}
+    return sorted(filter(None, turns), key=lambda address: rank.get(address, 0))
+
+
+def dial(addresses, deadline):
+    """(socket, its address) of the first that connects.  The next is tried beside those that
+    are silent for NEXT_ADDRESS_S, and at once when one fails.  Raises OSError."""
+    waiting, errors = collections.deque(addresses), []
+    with selectors.DefaultSelector() as selector:
+        try:
+            while waiting or selector.get_map():
+                until = deadline
+                if waiting:
+                    if not begin_connection(selector, waiting.popleft(), errors):
+                        continue
+                    until = min(until, time.monotonic() + NEXT_ADDRESS_S) if waiting else until
+                connected = await_connection(selector, until, errors)
+                if connected:
+                    return connected
+                seconds_until(deadline)
+        finally:
+            for key in list(selector.get_map().values()):
+                key.fileobj.close()
+    # That one refused tells more than that there is no IPv6 here.
+    raise next((error for error in errors if isinstance(error, ConnectionError)), errors[-1])
+
+
+def begin_connection(selector, address, errors):
+    """Adds a socket that connects; whether there is one."""
+    family, kind, protocol, _, place = address
+    try:
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:          # a family that this system lacks
+        errors.append(error)
+        return False
+    sock.setblocking(False)
+    code = sock.connect_ex(place)
+    if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR):
+        selector.register(sock, selectors.EVENT_WRITE, address)
+        return True
+    sock.close()
+    errors.append(connection_error(code))
+    return False
+
+
+def await_connection(selector, until, errors):
+    """(socket, its address) of the first that connects; None when one failed or time is up."""
+    for key, _ in selector.select(max(0, until - time.monotonic())):
+        sock = selector.unregister(key.fileobj).fileobj
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code:
+            return sock, key.data
+        sock.close()
+        errors.append(connection_error(code))
+    return None
+
+
+def connection_error(code):
+    """The OSError of a number; Windows has its own words for those of sockets."""
+    return OSError(code, getattr(socket, 'errorTab', {}).get(code) or os.strerror(code))
+
+
+def seconds_until(deadline):
+    """What is left of a time; raises socket.timeout when nothing is."""
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise socket.timeout('timed out')
+    return left_s
 
 
 def send_request(sock, wanted):
@@ -6199,8 +6304,15 @@ def wait_to_send(sock):
     return all(not event & ~select.POLLOUT for _, event in poll.poll())
 
 
+class Proxy(NamedTuple):
+    """What HTTPS_PROXY names."""
+    host: str
+    port: int
+    login: str | None         # user:password
+
+
 def outbound_proxy(base):
-    """(host, port, tunnel headers) from HTTPS_PROXY for an https upstream, or None.
+    """The Proxy from HTTPS_PROXY for an https upstream, or None.
 
     NO_PROXY is honoured; this machine is never reached by way of a proxy.
     """
@@ -6218,11 +6330,46 @@ def outbound_proxy(base):
         host = None
     if not host or parts.scheme != 'http':
         raise UpstreamUnreachable('HTTPS_PROXY must be a URL like http://host:port', False)
-    headers = {}
+    login = None
     if parts.username is not None:
-        user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
-        headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(user.encode()).decode()
-    return host, port, headers
+        login = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
+    return Proxy(host, port, login)
+
+
+class ProxyFailed(OSError):
+    """A proxy that does not connect us; `strerror` says why."""
+    def __init__(self, reason):
+        super().__init__(errno.ECONNREFUSED, reason)
+
+
+def open_tunnel(sock, proxy, base, deadline):
+    """Has a proxy connect us (RFC 9110 section 9.3.6).  Raises OSError."""
+    place = f'[{base.host}]:{base.port}' if ':' in base.host else f'{base.host}:{base.port}'
+    fields = [('Host', place)]
+    if proxy.login is not None:
+        login = base64.b64encode(proxy.login.encode()).decode()
+        fields.append(('Proxy-Authorization', f'Basic {login}'))
+    sock.sendall(request_head(f'CONNECT {place} HTTP/1.1', fields))
+    head = b''
+    while not head.endswith(b'\r\n\r\n'):        # not a byte more: what follows is the upstream's
+        if len(head) > MAX_LINE_BYTES:
+            raise ProxyFailed('its answer is too long')
+        head += receive_exactly(sock, 1, deadline)
+    match = STATUS_LINE.fullmatch(head.partition(b'\r\n')[0].decode('latin-1'))
+    if not match or match.group(2)[0] != '2':
+        raise ProxyFailed(f'it answered {match.group(2)}' if match else 'it is no HTTP proxy')
+
+
+def receive_exactly(sock, size, deadline):
+    """So many bytes; raises OSError when they do not come in time."""
+    data = b''
+    while len(data) < size:
+        sock.settimeout(seconds_until(deadline))
+        piece = sock.recv(size - len(data))
+        if not piece:
+            raise ProxyFailed('it closed the connection')
+        data += piece
+    return data
 
 
 def is_loopback(host):

@@ -22,6 +22,7 @@ import queue
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -4923,11 +4924,110 @@ class UpstreamTest(SocketTest):
             self.get(server.url)
         self.assertEqual(server.connections, 1)
 
+    def black_hole(self):
+        """The port of a server that takes no connection and refuses none."""
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(0)
+        for _ in range(3):            # its queue is full then
+            sock = socket.socket()
+            self.addCleanup(sock.close)
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        return listener.getsockname()[1]
+
+    def resolve(self, *ports):
+        """Gives every host these ports of this machine as its addresses; the list of those that were dialed."""
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, '', ('127.0.0.1', port)) for port in ports]
+        dialed, begin = [], cf.begin_connection
+        for patch in (mock.patch('socket.getaddrinfo', return_value=found), mock.patch.object(
+                cf, 'begin_connection', lambda selector, address, errors: dialed.append(address[4][1]) or begin(selector, address, errors))):
+            patch.start()
+            self.addCleanup(patch.stop)
+        return dialed
+
+    def answering(self):
+        def play(sock, number):
+            while read_request(sock):
+                sock.sendall(plain_answer(b'%d' % number))
+        return RawServer(self, play)
+
+    @unittest.skipIf(os.name == 'nt', 'a full queue refuses there')
+    def test_a_silent_address_costs_a_moment_and_only_once(self):
+        server, hole = self.answering(), self.black_hole()
+        dialed = self.resolve(hole, server.port)
+        with mock.patch.object(cf, 'NEXT_ADDRESS_S', 0.01):
+            self.assertEqual(self.get('http://two.example')[1], b'1')
+        self.assertEqual(dialed, [hole, server.port])
+        self.upstream.close_idle()
+        with mock.patch.object(cf, 'NEXT_ADDRESS_S', PATIENCE_S * 9):
+            self.assertEqual(self.get('http://two.example')[1], b'2')
+        self.assertEqual(dialed, [hole, server.port, server.port])
+
+    def test_an_address_that_refuses_costs_nothing_and_the_others_are_closed(self):
+        with socket.create_server(('127.0.0.1', 0)) as closed:
+            gone = closed.getsockname()[1]
+        server, hole = self.answering(), self.black_hole()
+        dialed, sockets = self.resolve(hole, gone, server.port), []
+        register = selectors.DefaultSelector.register
+        with mock.patch.object(cf, 'NEXT_ADDRESS_S', 0.01), mock.patch.object(
+                selectors.DefaultSelector, 'register', lambda selector, sock, *rest: sockets.append(sock) or register(selector, sock, *rest)):
+            self.assertEqual(self.get('http://three.example')[1], b'1')
+        self.assertEqual(dialed, [hole, gone, server.port])
+        self.assertEqual([sock.fileno() > 0 for sock in sockets], [False, False, True])
+
+    def test_families_take_turns_and_what_worked_comes_first(self):
+        six = [(socket.AF_INET6, socket.SOCK_STREAM, 6, '', (f'fd00::{n}', 443, 0, 0)) for n in range(3)]
+        four = [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (f'10.0.0.{n}', 443)) for n in range(2)]
+        for last, order in ((cf.Dialed(), [six[0], four[0], six[1], four[1], six[2]]),
+                            (cf.Dialed(four[1], True), [four[1], six[0], four[0], six[1], six[2]]),
+                            (cf.Dialed(six[0], False), [four[0], six[1], four[1], six[2], six[0]]),
+                            (cf.Dialed(('elsewhere',), True), [six[0], four[0], six[1], four[1], six[2]])):
+            self.assertEqual(cf.in_turn([*six, *four], last), order)
+        self.assertEqual(cf.in_turn(four, cf.Dialed()), four)
+
+    def test_a_family_that_the_system_lacks_is_passed_over(self):
+        server = self.answering()
+        self.resolve(1, server.port)
+        found = [(socket.AF_INET6, socket.SOCK_STREAM, 6, '', ('2001:db8::1', 1, 0, 0)), *socket.getaddrinfo('x', 1)[1:]]
+        real = socket.socket
+
+        def four_only(family=socket.AF_INET, *rest, **options):
+            if family == socket.AF_INET6:
+                raise OSError(97, 'Address family not supported by protocol')
+            return real(family, *rest, **options)
+        with mock.patch('socket.getaddrinfo', return_value=found), mock.patch('socket.socket', four_only):
+            self.assertEqual(self.get('http://two.example')[1], b'1')
+            self.upstream.close_idle()
+            server.end()
+            with self.assertRaisesRegex(cf.UpstreamUnreachable, 'refused'):     # that tells more
+                self.get('http://two.example')
+
+    @unittest.skipIf(os.name == 'nt', 'a full queue refuses there')
     def test_a_connection_that_is_not_made_in_time_is_given_up(self):
-        with mock.patch('socket.create_connection', side_effect=TimeoutError('timed out')) as connect:
-            with self.assertRaisesRegex(cf.UpstreamUnreachable, 'timed out') as caught:
-                self.get('http://127.0.0.1:1')
-        self.assertEqual((connect.call_args[0][1], caught.exception.connected), (cf.CONNECT_S, False))
+        self.resolve(self.black_hole())
+        with mock.patch.object(cf, 'CONNECT_S', 0.05), self.assertRaisesRegex(cf.UpstreamUnreachable, 'timed out') as caught:
+            self.get('http://one.example')
+        self.assertFalse(caught.exception.connected)
+
+    def test_a_black_hole_gets_less_time_but_now_and_then_all_of_it(self):
+        given_s, outcomes = [], iter([socket.timeout()] * 5 + [ConnectionRefusedError(111, 'refused'), socket.timeout()])
+
+        def dial(addresses, deadline):
+            given_s.append(round(deadline - time.monotonic()))
+            raise next(outcomes)
+        with mock.patch.object(cf, 'dial', dial), mock.patch.object(cf, 'resolve', return_value=[]):
+            for _ in range(7):
+                self.assertRaises(cf.UpstreamUnreachable, self.get, 'http://one.example')
+        self.assertEqual(given_s, [10, 4, 4, 4, 10, 4, 10])
+
+    def test_an_address_that_fails_behind_tcp_is_the_last_next_time(self):
+        server = RawServer(self, lambda sock, number: None)      # it speaks no TLS
+        dialed = self.resolve(server.port, server.port + 1)
+        self.assertRaises(cf.UpstreamUnreachable, self.get, 'https://two.example')
+        self.assertRaises(cf.UpstreamUnreachable, self.get, 'https://two.example')
+        self.assertEqual(dialed, [server.port, server.port + 1, server.port])
 
     def test_a_fresh_connection_that_dies_is_an_error(self):
         server = RawServer(self, lambda sock, number: read_request(sock))
@@ -5099,6 +5199,39 @@ class UpstreamTest(SocketTest):
             os.environ['HTTPS_PROXY'] = wrong
             with self.assertRaisesRegex(cf.UpstreamUnreachable, 'must be a URL like http://host:port'):
                 cf.outbound_proxy(cf.parse_base_url('https://other.org'))
+
+    def proxied(self, *answers):
+        """What comes of a request by way of a proxy that sends these bytes, one after each receive: (error, [bytes, ...] received)."""
+        received = []
+
+        def play(sock, number):
+            for answer in answers:
+                received.append(sock.recv(65536))
+                sock.sendall(answer)
+            sock.recv(1)
+        proxy = RawServer(self, play)
+        os.environ['HTTPS_PROXY'] = f'http://127.0.0.1:{proxy.port}'
+        with self.assertRaises(cf.UpstreamUnreachable) as caught:
+            self.get('https://api.example.com')
+        self.assertFalse(caught.exception.connected)
+        return caught.exception.reason, received
+
+    def test_a_proxy_says_why_it_does_not_connect(self):
+        for answer, words in ((b'HTTP/1.1 407 Proxy sk-ant-secret\r\na: b\r\n\r\n', 'it answered 407'), (b'HTTP/1.0 502\r\n\r\n', 'it answered 502'),
+                              (b'SSH-2.0\r\n\r\n', 'it is no HTTP proxy'), (b'HTTP/1.1 200 OK\r\n' + b'x' * 20_000, 'its answer is too long')):
+            with self.subTest(words=words):
+                self.assertRegex(self.proxied(answer)[0], f'^api.example.com by way of the proxy 127.0.0.1:[0-9]+: {words}$')
+
+    def test_a_proxy_that_drips_has_no_longer_than_others(self):
+        clock = [100.0]
+
+        def receive(size):
+            clock[0] += 3
+            return b'x' * size
+        sock = mock.Mock(recv=receive)
+        with mock.patch('time.monotonic', lambda: clock[0]), self.assertRaises(socket.timeout):
+            cf.open_tunnel(sock, cf.Proxy('h', 1, None), cf.parse_base_url('https://x.example'), 110)
+        self.assertEqual(clock[0], 112)
 
     def test_base_urls_keep_their_path_less_a_closing_v1(self):
         for url, host_field, path in (
