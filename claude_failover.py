@@ -168,6 +168,9 @@ CONNECT_S = 10
 CONNECT_AGAIN_S = 4
 #: How long an address may be silent until the next is tried beside it (RFC 8305 section 5).
 NEXT_ADDRESS_S = 0.25
+#: Silence after which, and so often, TCP asks whether the other side is there; as the SDKs do.
+TCP_ALIVE_S = 60
+TCP_ALIVE_PROBES = 5
 FIRST_BYTE_S = 600
 STREAM_FIRST_BYTE_S = 300
 STREAM_IDLE_S = 300
@@ -6156,7 +6159,7 @@ class Upstream:
         """The socket, or one around it, when requests can be sent on it."""
         sock.settimeout(seconds_until(deadline))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keep_alive(sock)
         if proxy:
             open_tunnel(sock, proxy, base, deadline)
         if base.scheme == 'https':
@@ -6176,6 +6179,21 @@ class Upstream:
                     context.load_verify_locations(SYSTEM_CA_FILE)
                 self._context = context
             return self._context
+
+
+def keep_alive(sock):
+    """Has TCP ask a silent peer whether it is there: a NAT forgets a connection long before the
+    system's two hours, and a model may think for minutes."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if os.name == 'nt':               # on, the milliseconds of silence before, and between
+        sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, TCP_ALIVE_S * 1000, TCP_ALIVE_S * 1000))
+        return
+    mac_idle = 0x10 if sys.platform == 'darwin' else None     # not named before Python 3.10
+    for option, value in ((getattr(socket, 'TCP_KEEPIDLE', mac_idle), TCP_ALIVE_S),
+                          (getattr(socket, 'TCP_KEEPINTVL', None), TCP_ALIVE_S),
+                          (getattr(socket, 'TCP_KEEPCNT', None), TCP_ALIVE_PROBES)):
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Dialed(NamedTuple):

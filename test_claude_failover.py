@@ -4924,6 +4924,30 @@ class UpstreamTest(SocketTest):
             self.get(server.url)
         self.assertEqual(server.connections, 1)
 
+    def test_a_silent_connection_is_kept_alive_as_each_system_does_it(self):
+        with socket.socket() as sock:
+            cf.keep_alive(sock)
+            self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            if sys.platform == 'linux':
+                self.assertEqual([sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
+                    socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)], [60, 60, 5])
+        sock = mock.Mock()
+        with mock.patch('os.name', 'nt'), mock.patch('socket.SIO_KEEPALIVE_VALS', 7, create=True):
+            cf.keep_alive(sock)
+        sock.ioctl.assert_called_once_with(7, (1, 60_000, 60_000))
+        with mock.patch.object(sys, 'platform', 'darwin'), mock.patch.object(cf, 'socket', mock.Mock(
+                spec=['SOL_SOCKET', 'SO_KEEPALIVE', 'IPPROTO_TCP'], IPPROTO_TCP=6)):
+            cf.keep_alive(sock)
+        sock.setsockopt.assert_called_with(6, 0x10, 60)
+
+    def test_every_connection_is_kept_alive_and_sends_at_once(self):
+        server = self.answering()
+        self.get(server.url)
+        (sock, _), = self.upstream._idle['http', '127.0.0.1', server.port]
+        self.assertTrue(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        if hasattr(socket, 'TCP_KEEPIDLE'):
+            self.assertEqual(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60)
+
     def black_hole(self):
         """The port of a server that takes no connection and refuses none."""
         listener = socket.socket()
