@@ -6161,7 +6161,7 @@ class Upstream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
         if proxy:
-            open_tunnel(sock, proxy, base, deadline)
+            proxy.open_tunnel(sock, proxy, base, deadline)
         if base.scheme == 'https':
             sock.settimeout(seconds_until(deadline))
             sock = self.tls_context().wrap_socket(sock, server_hostname=base.host)
@@ -6323,35 +6323,41 @@ def wait_to_send(sock):
 
 
 class Proxy(NamedTuple):
-    """What HTTPS_PROXY names."""
+    """What HTTPS_PROXY or ALL_PROXY names."""
     host: str
     port: int
-    login: str | None         # user:password
+    user: str | None
+    password: str
+    open_tunnel: Callable     # (socket, Proxy, BaseUrl, deadline); raises OSError
 
 
 def outbound_proxy(base):
-    """The Proxy from HTTPS_PROXY for an https upstream, or None.
+    """The Proxy from the environment for an https upstream, or None.  Raises UpstreamUnreachable.
 
     NO_PROXY is honoured; this machine is never reached by way of a proxy.
     """
-    names = ('https_proxy', 'HTTPS_PROXY')
-    if base.scheme != 'https' or not any(os.environ.get(name) for name in names):
+    names = ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY')
+    if base.scheme != 'https' or not any(map(os.environ.get, names)) or is_loopback(base.host):
         return None
     import urllib.request
-    url = urllib.request.getproxies_environment().get('https')
-    if not url or is_loopback(base.host) or urllib.request.proxy_bypass_environment(base.host):
+    urls = urllib.request.getproxies_environment()
+    variable = 'HTTPS_PROXY' if urls.get('https') else 'ALL_PROXY'
+    url = (urls.get('https') or urls.get('all') or '').strip()
+    is_exempt = urllib.request.proxy_bypass_environment
+    if not url or is_exempt(base.host) or is_exempt(f'{base.host}:{base.port}'):
         return None
     try:
         parts = urllib.parse.urlsplit(url if '://' in url else f'http://{url}')
-        host, port = parts.hostname, parts.port or 80
-    except ValueError:
+        default_port, open_tunnel = PROXY_SCHEMES[parts.scheme]
+        host, port = parts.hostname, parts.port or default_port
+    except (ValueError, KeyError):
         host = None
-    if not host or parts.scheme != 'http':
-        raise UpstreamUnreachable('HTTPS_PROXY must be a URL like http://host:port', False)
-    login = None
-    if parts.username is not None:
-        login = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
-    return Proxy(host, port, login)
+    if not host:
+        raise UpstreamUnreachable(
+            f'{variable} must be a URL like http://host:port or socks5://host:port (SOCKS4 and a '
+            'proxy behind TLS are not supported)', False)
+    user = parts.username and urllib.parse.unquote(parts.username)
+    return Proxy(host, port, user, urllib.parse.unquote(parts.password or ''), open_tunnel)
 
 
 class ProxyFailed(OSError):
@@ -6360,12 +6366,12 @@ class ProxyFailed(OSError):
         super().__init__(errno.ECONNREFUSED, reason)
 
 
-def open_tunnel(sock, proxy, base, deadline):
-    """Has a proxy connect us (RFC 9110 section 9.3.6).  Raises OSError."""
+def open_http_tunnel(sock, proxy, base, deadline):
+    """By CONNECT (RFC 9110 section 9.3.6)."""
     place = f'[{base.host}]:{base.port}' if ':' in base.host else f'{base.host}:{base.port}'
     fields = [('Host', place)]
-    if proxy.login is not None:
-        login = base64.b64encode(proxy.login.encode()).decode()
+    if proxy.user is not None:
+        login = base64.b64encode(f'{proxy.user}:{proxy.password}'.encode()).decode()
         fields.append(('Proxy-Authorization', f'Basic {login}'))
     sock.sendall(request_head(f'CONNECT {place} HTTP/1.1', fields))
     head = b''
@@ -6376,6 +6382,53 @@ def open_tunnel(sock, proxy, base, deadline):
     match = STATUS_LINE.fullmatch(head.partition(b'\r\n')[0].decode('latin-1'))
     if not match or match.group(2)[0] != '2':
         raise ProxyFailed(f'it answered {match.group(2)}' if match else 'it is no HTTP proxy')
+
+
+SOCKS_NO_LOGIN, SOCKS_LOGIN = 0, 2
+SOCKS_REFUSALS = {
+    1: 'it failed', 2: 'its rules forbid it', 3: 'network unreachable', 4: 'host unreachable',
+    5: 'connection refused', 6: 'timed out', 7: 'it does not connect', 8: 'no such addresses'}
+
+
+def open_socks_tunnel(sock, proxy, base, deadline):
+    """By SOCKS5 (RFC 1928).  The proxy looks the name up: ours may not know it."""
+    methods = bytes((SOCKS_NO_LOGIN,) if proxy.user is None else (SOCKS_NO_LOGIN, SOCKS_LOGIN))
+    sock.sendall(b'\x05' + with_length(methods))
+    version, method = receive_exactly(sock, 2, deadline)
+    if version != 5:
+        raise ProxyFailed('it is no SOCKS5 proxy')
+    if method == SOCKS_LOGIN and proxy.user is not None:      # RFC 1929
+        sock.sendall(b'\x01' + with_length(proxy.user.encode())
+                     + with_length(proxy.password.encode()))
+        if receive_exactly(sock, 2, deadline)[1]:
+            raise ProxyFailed('it does not accept this user name and password')
+    elif method != SOCKS_NO_LOGIN:
+        raise ProxyFailed('it asks for a user name and password, as in socks5://user:password@...')
+    sock.sendall(b'\x05\x01\x00' + socks_address(base.host) + struct.pack('!H', base.port))
+    version, code, _, kind = receive_exactly(sock, 4, deadline)
+    if version != 5 or code:
+        raise ProxyFailed(SOCKS_REFUSALS.get(code, 'it is no SOCKS5 proxy'))
+    # What it is bound to, an IPv4 address, name or IPv6 address, and the port: nobody asked.
+    size = {1: 4, 3: 1, 4: 16}.get(kind, 0)
+    bound = receive_exactly(sock, size, deadline)
+    receive_exactly(sock, (bound[0] if kind == 3 else 0) + 2, deadline)
+
+
+def socks_address(host):
+    for kind, family in ((b'\x01', socket.AF_INET), (b'\x04', socket.AF_INET6)):
+        with contextlib.suppress(OSError):        # a name, or an address of the other kind
+            return kind + socket.inet_pton(family, host)
+    return b'\x03' + with_length(host.encode('idna'))
+
+
+def with_length(data):
+    if len(data) > 255:
+        raise ProxyFailed('a name or password is longer than SOCKS5 can tell')
+    return bytes((len(data),)) + data
+
+
+SOCKS = (1080, open_socks_tunnel)
+PROXY_SCHEMES = {'http': (80, open_http_tunnel), 'socks5': SOCKS, 'socks5h': SOCKS}
 
 
 def receive_exactly(sock, size, deadline):
@@ -6391,7 +6444,16 @@ def receive_exactly(sock, size, deadline):
 
 
 def is_loopback(host):
-    return host == 'localhost' or host == '::1' or host.startswith('127.')
+    """Whether a host of a base URL is this machine, in any way of writing it."""
+    if re.fullmatch(r'(?:.+\.)?localhost\.?|127(?:\.[0-9]+){1,3}', host):
+        return True
+    import ipaddress
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    address = getattr(address, 'ipv4_mapped', None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 # ==============================================================================
@@ -7616,8 +7678,8 @@ class Serving:
 LAUNCHD_LABEL = 'com.github.claude-failover'
 SYSTEMD_UNIT = f'{PROGRAM}.service'
 #: What the proxy needs of the environment in which it was set up.
-CARRIED_VARIABLES = ('HTTPS_PROXY', 'https_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE',
-                     'SSL_CERT_DIR')
+CARRIED_VARIABLES = ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy', 'NO_PROXY',
+                     'no_proxy', 'SSL_CERT_FILE', 'SSL_CERT_DIR')
 #: Control characters but the tab, and what is left of a path that is no UTF-8.
 NOT_FOR_FILES = re.compile('[\0-\x08\n-\x1f\x7f\ud800-\udfff]')
 #: How long the manager waits before it starts a proxy again that failed.

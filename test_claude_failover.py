@@ -4674,7 +4674,7 @@ class UpstreamTest(SocketTest):
         patch = mock.patch.dict(os.environ)
         patch.start()
         self.addCleanup(patch.stop)
-        for name in ('HTTPS_PROXY', 'https_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE'):
+        for name in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy', 'NO_PROXY', 'no_proxy', 'SSL_CERT_FILE'):
             os.environ.pop(name, None)
 
     def wanted(self, url, method='POST', body=b'{}'):
@@ -5217,34 +5217,119 @@ class UpstreamTest(SocketTest):
         self.assertIn('Proxy-Authorization: Basic dXNlcjpwQHNz', head)
         os.environ['NO_PROXY'] = 'example.com'
         self.assertIsNone(cf.outbound_proxy(cf.parse_base_url('https://api.example.com')))
-        for url in ('https://localhost:1', 'https://127.0.0.1', 'http://gpu-box:8000'):
+        for url in ('https://localhost:1', 'https://LOCALHOST.', 'https://a.localhost', 'https://127.0.0.1', 'https://127.1', 'https://[::1]',
+                    'https://[::ffff:127.0.0.1]', 'https://0.0.0.0', 'http://gpu-box:8000'):
             self.assertIsNone(cf.outbound_proxy(cf.parse_base_url(url)))
-        for wrong in ('socks5://127.0.0.1:1', 'http://proxy:80x', 'http://[::1', 'http://'):
-            os.environ['HTTPS_PROXY'] = wrong
-            with self.assertRaisesRegex(cf.UpstreamUnreachable, 'must be a URL like http://host:port'):
-                cf.outbound_proxy(cf.parse_base_url('https://other.org'))
 
-    def proxied(self, *answers):
-        """What comes of a request by way of a proxy that sends these bytes, one after each receive: (error, [bytes, ...] received)."""
-        received = []
+    def find_proxy(self, url='https://other.org', **environ):
+        with mock.patch.dict(os.environ, environ):
+            proxy = cf.outbound_proxy(cf.parse_base_url(url))
+        return proxy and (proxy.open_tunnel.__name__.split('_')[1], *proxy[:4])
+
+    def test_each_variable_and_scheme_of_a_proxy(self):
+        socks = ('socks', 'box', 1080, None, '')
+        for environ, found in (
+                ({'ALL_PROXY': 'http://box'}, ('http', 'box', 80, None, '')), ({'all_proxy': 'box:3128'}, ('http', 'box', 3128, None, '')),
+                ({'HTTPS_PROXY': 'socks5://box'}, socks), ({'https_proxy': 'SOCKS5H://box/'}, socks), ({'all_proxy': ' socks5h://box '}, socks),
+                ({'ALL_PROXY': 'socks5://u%40:p%3a@[::1]:9'}, ('socks', '::1', 9, 'u@', 'p:')), ({'ALL_PROXY': 'socks5://u@box'}, ('socks', 'box', 1080, 'u', '')),
+                ({'HTTPS_PROXY': 'http://first:1', 'ALL_PROXY': 'socks5://box'}, ('http', 'first', 1, None, '')),
+                ({'HTTPS_PROXY': '', 'ALL_PROXY': 'socks5://box'}, socks), ({'ALL_PROXY': ''}, None), ({'HTTP_PROXY': 'http://box'}, None)):
+            with self.subTest(environ=environ):
+                self.assertEqual(self.find_proxy(**environ), found)
+        for no_proxy, is_used in (('*', False), ('other.org', False), ('.other.org', False), (' x, other.org:443 ', False), ('ther.org', True), ('other.org:1', True)):
+            with self.subTest(no_proxy=no_proxy):
+                self.assertEqual(bool(self.find_proxy(ALL_PROXY='socks5://box', no_proxy=no_proxy)), is_used)
+        for variable in ('HTTPS_PROXY', 'ALL_PROXY'):
+            for wrong in ('socks4://u:secret@box:1', 'socks4a://box', 'socks://box', 'https://box', 'http://proxy:80x', 'http://[::1', 'http://', 'socks5://'):
+                with self.subTest(wrong=wrong), self.assertRaisesRegex(
+                        cf.UpstreamUnreachable, f'^{variable} must be a URL like http://host:port or socks5://host:port') as caught:
+                    self.find_proxy(**{variable: wrong})
+                self.assertNotIn('secret', caught.exception.reason)
+
+    def socks_server(self, log, method=b'\x05\x00', login=b'\x01\x00', reply=b'\x05\x00\x00\x01' + bytes(6)):
+        """A SOCKS5 proxy that is itself the TLS server that it is asked for; `log` gets what it receives."""
+        path, context = tls_files(self)
+        os.environ['SSL_CERT_FILE'] = path
 
         def play(sock, number):
+            for answer in (method, *((login,) if method[1:] == b'\x02' else ()), reply):
+                log.append(sock.recv(65536))
+                for piece in pieces(answer, 1):
+                    sock.sendall(piece)
+            with context.wrap_socket(sock, server_side=True) as inside:
+                while read_request(inside):
+                    inside.sendall(plain_answer(b'by socks'))
+        return RawServer(self, play)
+
+    def test_a_socks5_proxy_looks_names_up_and_tls_is_verified_behind_it(self):
+        asked = b'\x05\x01\x00\x03\x09localhost\x01\xbb'
+        for scheme, login, options, seen in (
+                ('socks5', '', {}, [b'\x05\x01\x00', asked]), ('socks5h', '', {'reply': b'\x05\x00\x00\x03\x02ab\x00\x01'}, [b'\x05\x01\x00', asked]),
+                ('socks5', 'us:p%20w@', {}, [b'\x05\x02\x00\x02', asked]),
+                ('socks5', 'us:p%20w@', {'method': b'\x05\x02', 'reply': b'\x05\x00\x00\x04' + bytes(18)},
+                 [b'\x05\x02\x00\x02', b'\x01\x02us\x03p w', asked])):
+            with self.subTest(scheme=scheme, login=login), mock.patch.object(cf, 'is_loopback', return_value=False):
+                log = []
+                server = self.socks_server(log, **options)
+                os.environ['ALL_PROXY'] = f'{scheme}://{login}127.0.0.1:{server.port}'
+                self.upstream = cf.Upstream()
+                self.assertEqual([self.get('https://localhost') for _ in range(2)], [(200, b'by socks')] * 2)
+                self.assertEqual((log, server.connections), (seen, 1))
+                self.upstream.close_idle()
+
+    def test_a_socks5_proxy_is_asked_for_addresses_as_such(self):
+        for host, sent in (('10.1.2.3', b'\x01\x0a\x01\x02\x03'), ('2001:db8::1', b'\x04' + bytes.fromhex('20010db8' + '0' * 23 + '1')),
+                           ('a.example', b'\x03\x09a.example')):
+            self.assertEqual(cf.socks_address(host), sent)
+        self.assertRaises(OSError, cf.socks_address, '.'.join(['a' * 60] * 5))
+
+    def test_a_socks5_proxy_says_why_it_does_not_connect(self):
+        for scheme, answers, words in (
+                ('socks5://', (b'HTTP/1.1 400 Bad Request\r\n\r\n',), 'it is no SOCKS5 proxy'), ('socks5://', (b'\x05\xff',), 'asks for a user name and password'),
+                ('socks5://u:secret@', (b'\x05\xff',), 'asks for a user name'), ('socks5://u:secret@', (b'\x05\x02', b'\x01\x01'), 'does not accept this user name'),
+                ('socks5://', (b'\x05\x00', b'\x05\x05\x00\x01' + bytes(6)), 'connection refused'), ('socks5://', (b'\x05\x00', b'\x05\x63\x00\x01'), 'it is no SOCKS5'),
+                ('socks5://', (b'\x05\x00', b''), 'closed the connection|reset')):
+            with self.subTest(words=words):
+                reason = self.proxied(*answers, scheme=scheme, ends=True)
+                self.assertRegex(reason, f'^api.example.com by way of the proxy 127.0.0.1:[0-9]+: .*{words}')
+                self.assertNotIn('secret', reason)
+
+    def proxied(self, *answers, scheme='http://', ends=False):
+        """Why a request fails by way of a proxy that sends these bytes, one after each receive."""
+        def play(sock, number):
             for answer in answers:
-                received.append(sock.recv(65536))
+                sock.recv(65536)
                 sock.sendall(answer)
-            sock.recv(1)
+            if not ends:
+                sock.recv(1)
         proxy = RawServer(self, play)
-        os.environ['HTTPS_PROXY'] = f'http://127.0.0.1:{proxy.port}'
+        os.environ['HTTPS_PROXY'] = f'{scheme}127.0.0.1:{proxy.port}'
         with self.assertRaises(cf.UpstreamUnreachable) as caught:
             self.get('https://api.example.com')
         self.assertFalse(caught.exception.connected)
-        return caught.exception.reason, received
+        return caught.exception.reason
+
+    def test_tls_is_verified_behind_an_http_proxy(self):
+        os.environ['SSL_CERT_FILE'], context = tls_files(self)
+
+        def play(sock, number):
+            read_request(sock)
+            sock.sendall(b'HTTP/1.0 200 Connection established\r\nvia: x\r\n\r\n')
+            with context.wrap_socket(sock, server_side=True) as inside:
+                while read_request(inside):
+                    inside.sendall(plain_answer(b'by connect'))
+        proxy = RawServer(self, play)
+        os.environ['all_proxy'] = f'127.0.0.1:{proxy.port}'
+        with mock.patch.object(cf, 'is_loopback', return_value=False):
+            self.assertEqual([self.get('https://localhost') for _ in range(2)], [(200, b'by connect')] * 2)
+        with self.assertRaisesRegex(cf.UpstreamUnreachable, 'other.example by way of the proxy .*: certificate not accepted'):
+            self.get('https://other.example')
 
     def test_a_proxy_says_why_it_does_not_connect(self):
         for answer, words in ((b'HTTP/1.1 407 Proxy sk-ant-secret\r\na: b\r\n\r\n', 'it answered 407'), (b'HTTP/1.0 502\r\n\r\n', 'it answered 502'),
                               (b'SSH-2.0\r\n\r\n', 'it is no HTTP proxy'), (b'HTTP/1.1 200 OK\r\n' + b'x' * 20_000, 'its answer is too long')):
             with self.subTest(words=words):
-                self.assertRegex(self.proxied(answer)[0], f'^api.example.com by way of the proxy 127.0.0.1:[0-9]+: {words}$')
+                self.assertRegex(self.proxied(answer), f'^api.example.com by way of the proxy 127.0.0.1:[0-9]+: {words}$')
 
     def test_a_proxy_that_drips_has_no_longer_than_others(self):
         clock = [100.0]
@@ -5254,7 +5339,7 @@ class UpstreamTest(SocketTest):
             return b'x' * size
         sock = mock.Mock(recv=receive)
         with mock.patch('time.monotonic', lambda: clock[0]), self.assertRaises(socket.timeout):
-            cf.open_tunnel(sock, cf.Proxy('h', 1, None), cf.parse_base_url('https://x.example'), 110)
+            cf.open_http_tunnel(sock, cf.Proxy('h', 1, None, '', None), cf.parse_base_url('https://x.example'), 110)
         self.assertEqual(clock[0], 112)
 
     def test_base_urls_keep_their_path_less_a_closing_v1(self):
