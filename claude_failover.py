@@ -5467,12 +5467,14 @@ class ChunkReader:
 METHODS = ('GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'HEAD', 'OPTIONS')
 REQUEST_LINE = re.compile(r'([A-Z]{1,16}) ([!-~]+) HTTP/1\.([01])')
 BARE_LF = re.compile(rb'(?<!\r)\n')
+#: How an API path begins: clients put a base URL that ends in /v1, in / or in neither before it.
+API_PATH = re.compile(r'/+(?:(?:v1/+)+|(?=(?:messages|models|files|complete)(?:[/?]|$)))')
 DOT_SEGMENT = re.compile(r'(?i)(?:^|/|%2f|%5c)(?:\.|%2e){1,2}(?=/|%2f|%5c|$)')
 
 
 class RequestHead(NamedTuple):
     method: str
-    target: str               # path and query, as sent
+    target: str               # path and query; an API path begins with one /v1/
     minor_version: int        # 1 for HTTP/1.1
     fields: list              # [Field, ...] as sent
     headers: dict             # lower-case name -> value; repeated ones joined by ', '
@@ -5506,6 +5508,9 @@ def parse_head(data):
     if len(data) > MAX_LINE_BYTES and max(map(len, data.split(b'\r\n'))) > MAX_LINE_BYTES:
         raise BadRequest(f'A line of the request head is over {MAX_LINE_BYTES} bytes.', 431)
     method, target, minor_version = match.groups()
+    prefix = API_PATH.match(target)
+    if prefix:                        # here, so that the guard and the routes see what goes on
+        target = '/v1/' + target[prefix.end():]
     headers = join_fields(list(map(ENTRY, fields)))
     head = RequestHead(method, target, int(minor_version), fields, headers,
                        'transfer-encoding' in headers, body_length(headers))
@@ -5771,10 +5776,8 @@ class ClientRequest:
     """A request that is to be answered by an upstream."""
 
     def __init__(self, head, body, profile_name, access_token=None):
-        path, mark, query = head.target.partition('?')
-        if path.startswith('/v1/v1/'):            # a base URL that was set with /v1
-            path = path[3:]
-        self.method, self.path, self.target = head.method, path, path + mark + query
+        path = head.target.partition('?')[0]
+        self.method, self.path, self.target = head.method, path, head.target
         self.is_message = path == MESSAGES_PATH and head.method == 'POST'
         self.body = RequestBody(body)
         self.has_body = bool(body) or head.is_chunked or 'content-length' in head.headers

@@ -7314,12 +7314,49 @@ class HttpServerTest(ProgramTest):
                 ('GET', '/v1/models?limit=1000', '/v1/models?limit=1000'), ('GET', '/v1/v1/models', '/v1/models'),
                 ('HEAD', '/v1/models', '/v1/models'), ('DELETE', '/v1/files/file_1?beta=true', '/v1/files/file_1?beta=true'),
                 ('POST', '/v1/messages/batches', '/v1/messages/batches'),
+                *(('GET', f'{front}models/x?a=/v1/', '/v1/models/x?a=/v1/') for front in ('/', '//', '/v1//', '//v1/', '///v1///', '/v1//v1/v1/')),
+                ('GET', '/models?limit=1', '/v1/models?limit=1'), ('GET', '/models', '/v1/models'), ('POST', '/complete', '/v1/complete'), ('GET', '/files/f/content', '/v1/files/f/content'),
+                ('GET', '/messages/batches/b/results', '/v1/messages/batches/b/results'), ('POST', '/messages/count_tokens', '/v1/messages/count_tokens'),
                 ('POST', '/v1/messages/count_tokens?beta=true', '/v1/messages/count_tokens?beta=true')):
             with self.subTest(path=path):
                 answered = self.send(method, path)
                 self.assertEqual(answered.status, 200)
                 self.assertEqual(self.anthropic.seen[-1][1:3], (method, sent))
         self.assertEqual(answered.json, {'input_tokens': 42})
+
+    def test_messages_are_messages_with_v1_and_without(self):
+        for path in ('/messages', '//messages?beta=true', '/v1//messages', '//v1/messages', '/v1/v1/messages'):
+            with self.subTest(path=path):
+                self.anthropic.limited = {'a'}
+                answered = self.send('POST', path)
+                self.assertEqual((answered.status, answered.headers['x-proxy-key']), (200, 'b'))
+                self.assertEqual(self.anthropic.seen[-1][2], path.replace(path.partition('?')[0], '/v1/messages'))
+                self.app.cooldowns.clear()
+
+    def test_no_other_path_is_reached_by_more_slashes_or_a_missing_v1(self):
+        config = self.read_config()
+        for path, status in (('//api/keys', 400), ('///health', 400), ('//dashboard', 400), ('//evil.example/v1/messages', 400), ('/v1/../api/keys', 400),
+                             ('/v1//../api/keys', 400), ('//v1/%2e%2e/api/keys', 400), ('/messages/../api/keys', 400), ('/messages/%2e./health', 400),
+                             ('/messagesx', 404), ('/modelsandmore/x', 404), ('/%6dessages', 404), ('/v1', 404), ('//v1', 400), ('/v1//', 404), ('/api//keys', 404),
+                             ('/x/messages', 404), ('/V1/messages', 404), ('/v1%2fmessages', 404), ('/api/messages', 404), ('/dashboard//api/keys', 200)):
+            with self.subTest(path=path):
+                self.assertEqual(self.send('GET', path).status, status)
+        self.assertEqual((self.anthropic.seen, self.read_config()), ([], config))
+        self.send('GET', '/v1//api/keys')
+        self.assertEqual(self.anthropic.seen[-1][2], '/v1/api/keys')          # the upstream's, not ours
+
+    def test_a_path_without_v1_is_behind_the_same_checks(self):
+        for path in ('/messages', '/models', '/files', '/complete', '//v1/messages', '/v1//messages'):
+            for fields in ({'host': 'evil.example'}, {'origin': 'https://evil.example'}, {'sec_fetch_site': 'cross-site'}):
+                with self.subTest(path=path, fields=fields):
+                    self.assertEqual(self.send('POST', path, **fields).status, 403)
+            self.assertEqual(self.send('POST', path, content_type='text/plain').status, 415)
+        self.assertEqual(self.send('POST', '/files', {}, content_type='multipart/form-data; boundary=x').status, 200)
+        self.reload(make_document('a', anthropicBaseUrl=self.anthropic.url, accessToken='open-sesame'))
+        self.anthropic.seen.clear()
+        for path in ('/messages', '/models', '/files', '/complete', '//v1/messages'):
+            self.assertEqual(self.send('POST', path).status, 401)
+        self.assertEqual(self.anthropic.seen, [])
 
     def test_every_answer_has_one_date(self):
         for method, path, status in (('GET', '/', 200), ('GET', '/health', 200), ('GET', '/dashboard', 200), ('GET', '/api/status', 200),
