@@ -122,6 +122,7 @@ RUN = 'python3 ' + (sys.argv[0] if os.path.basename(sys.argv[0]) == SCRIPT_NAME 
 DEFAULT_CONFIG_PATH = '~/.config/claude-failover/config.json'
 DEFAULT_PORT = 4080
 LISTEN_HOST = '127.0.0.1'
+LISTEN_HOST_6 = '::1'
 
 #: Most request bytes we hold.  The Messages API itself refuses more than 32 MB.
 MAX_BODY_BYTES = 32 * 1024 * 1024
@@ -9011,11 +9012,12 @@ def guard(head, port, config):
 
 #: What linux/sock_diag.h and linux/inet_diag.h call by these names.
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST = 4, 20, 1
-#: Tables of sockets, and what precedes an IPv4 address there: a client's socket may be one of
-#: IPv6 that reached ours by ::ffff:127.0.0.1.
-SOCKET_TABLES = (
-    ('/proc/net/tcp', ''),
-    ('/proc/net/tcp6', '0' * 16 + ('FFFF0000' if sys.byteorder == 'little' else '0000FFFF')))
+#: Tables of sockets, and what precedes an address of a family there: a client's socket may be
+#: one of IPv6 that reached ours by ::ffff:127.0.0.1.
+MAPPED = '0' * 16 + ('FFFF0000' if sys.byteorder == 'little' else '0000FFFF')
+SOCKET_TABLES = {
+    socket.AF_INET: (('/proc/net/tcp', ''), ('/proc/net/tcp6', MAPPED)),
+    socket.AF_INET6: (('/proc/net/tcp6', ''),)}
 
 
 def peer_owner(sock):
@@ -9036,13 +9038,21 @@ def peer_owner(sock):
     return None                       # a sandbox without the tables
 
 
+def address_family(address):
+    return socket.AF_INET6 if ':' in address[0] else socket.AF_INET
+
+
+def address_bytes(address):
+    return socket.inet_pton(address_family(address), address[0])
+
+
 def ask_for_owner(far, near):
     """(user id, inode) of the socket at `far`; inode 0 when nobody holds it; None when it is
     not found, or netlink not to be had."""
     request = struct.pack('=IHHIIBBxxI', 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0,
-                          socket.AF_INET, socket.IPPROTO_TCP, 0xffffffff)
-    request += struct.pack('!HH4s12x4s12x', far[1], near[1], socket.inet_aton(far[0]),
-                           socket.inet_aton(near[0])) + struct.pack('=I8s', 0, b'\xff' * 8)
+                          address_family(far), socket.IPPROTO_TCP, 0xffffffff)
+    request += struct.pack('!HH16s16s', far[1], near[1], address_bytes(far), address_bytes(near))
+    request += struct.pack('=I8s', 0, b'\xff' * 8)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as netlink:
             netlink.send(request)
@@ -9060,7 +9070,7 @@ def read_diag_answer(data):
 
 def look_for_owner(far, near):
     """The same from the tables in /proc: some milliseconds where thousands are open."""
-    for path, prefix in SOCKET_TABLES:
+    for path, prefix in SOCKET_TABLES[address_family(far)]:
         with contextlib.suppress(OSError), open(path) as file:        # no /proc, or no IPv6
             found = find_in_table(file.read(), prefix + table_address(far),
                                   prefix + table_address(near))
@@ -9070,9 +9080,10 @@ def look_for_owner(far, near):
 
 
 def table_address(address):
-    """('127.0.0.1', 8080) as '0100007F:1F90': the first a number in the machine's byte order."""
-    number, = struct.unpack('=I', socket.inet_aton(address[0]))
-    return f'{number:08X}:{address[1]:04X}'
+    """('127.0.0.1', 8080) as '0100007F:1F90': each four bytes of the first are a number in the
+    machine's byte order."""
+    numbers = struct.iter_unpack('=I', address_bytes(address))
+    return f'{"".join(f"{number:08X}" for number, in numbers)}:{address[1]:04X}'
 
 
 def find_in_table(text, far, near):
@@ -9314,18 +9325,31 @@ class LocalServer(http.server.ThreadingHTTPServer):
 
 
 class Listener(LocalServer):
-    """The port of one profile: a thread for each connection."""
+    """The port of one profile, on 127.0.0.1 and ::1: a thread for each connection."""
 
     def __init__(self, profile, app):
         self.profile_name, self.wanted_port, self.app = profile.name, profile.port, app
         self._is_closing = False
         super().__init__((LISTEN_HOST, profile.port), Handler)
+        self._sockets = [self.socket]
+        try:
+            self._sockets.append(socket.create_server(
+                (LISTEN_HOST_6, self.server_port), family=socket.AF_INET6,
+                backlog=self.request_queue_size))
+        except OSError as error:      # no IPv6, or the port is another's there: IPv4 is enough
+            app.log.debug('no_ipv6', port=self.server_port, reason=error_reason(error))
 
     def serve_forever(self, poll_interval=None):
-        """Accepts until `shutdown`, blocked in accept: nothing wakes while nobody comes."""
+        """Accepts until `shutdown`."""
+        for sock in self._sockets[1:]:
+            threading.Thread(target=self._accept, args=(sock,), name='listen', daemon=True).start()
+        self._accept(self.socket)
+
+    def _accept(self, sock):
+        """Blocked in accept: nothing wakes while nobody comes."""
         while not self._is_closing:
             try:
-                request, client_address = self.get_request()
+                request, client_address = sock.accept()
             except OSError:
                 # The end, or no file descriptor left: others will close theirs.
                 time.sleep(0 if self._is_closing else 0.05)
@@ -9334,9 +9358,10 @@ class Listener(LocalServer):
 
     def shutdown(self):
         self._is_closing = True
-        with contextlib.suppress(OSError):        # macOS: "not connected"; closing wakes it
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.server_close()
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):    # macOS: "not connected"; closing wakes it
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
 
     def process_request(self, request, client_address):
         if self.app.slots.acquire(blocking=False):

@@ -408,6 +408,14 @@ def free_port():
         return sock.getsockname()[1]
 
 
+def has_ipv6():
+    try:
+        socket.create_server(('::1', 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def needs(path):
     return unittest.skipUnless(os.path.exists(path), f'{path} is not installed')
 
@@ -7552,13 +7560,69 @@ class HttpServerTest(ProgramTest):
         paths = (('POST', cf.MESSAGES_PATH), ('GET', '/v1/models'), ('GET', '/health'), ('GET', '/'), ('GET', '/nothing'), ('GET', '/dashboard'),
                  ('OPTIONS', '/v1/messages'), ('POST', '/api/login'), ('PUT', '/api/config'))
         requests = [request_bytes(method, path, connection='close') for method, path in paths]
-        for address in ('127.0.0.1', '::ffff:127.0.0.1'):
+        for address in ('127.0.0.1', '::ffff:127.0.0.1', *(('::1',) if has_ipv6() else ())):
             for path, answered in zip(paths, self.ask_as_stranger(*requests, address=address)):
                 with self.subTest(address=address, path=path):
                     self.assertEqual((answered.status, answered.error['type']), (403, 'permission_error'))
                     self.assertIn('accessToken', answered.error['message'])
         self.assertEqual(self.anthropic.seen, [])
         self.assertEqual(self.send('GET', '/v1/models').status, 200)
+
+    @needs('/proc/net/tcp')
+    @unittest.skipUnless(has_ipv6(), 'no IPv6 here')
+    def test_a_program_of_another_user_is_refused_by_ipv6_without_netlink_too(self):
+        request = b'GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n'
+        with mock.patch.object(cf, 'ask_for_owner', return_value=None):
+            answered, = self.ask_as_stranger(request, address='::1')
+            self.assertEqual(answered.status, 403)
+            self.assertEqual(self.ask_6(request).status, 200)
+
+    def ask_6(self, request):
+        with socket.create_connection(('::1', self.port), timeout=PATIENCE_S) as sock:
+            sock.sendall(request)
+            return Answered(b''.join(iter(lambda: sock.recv(65536), b'')))
+
+    @unittest.skipUnless(has_ipv6(), 'no IPv6 here')
+    def test_a_client_by_ipv6_is_served_and_guarded_alike(self):
+        body = json.dumps(messages_body()).encode()
+        for host, status in ((f'[::1]:{self.port}', 200), (f'localhost:{self.port}', 200), ('[::2]', 403), (f'[::1]:{self.port + 1}', 403)):
+            answered = self.ask_6(f'POST /v1/messages HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n'
+                                  f'Content-Length: {len(body)}\r\n\r\n'.encode() + body)
+            self.assertEqual(answered.status, status)
+
+    @unittest.skipUnless(has_ipv6(), 'no IPv6 here')
+    def test_every_port_is_opened_and_closed_on_both_loopback_addresses_and_no_other(self):
+        moved = free_port()
+        for document in (make_document('a', profiles={'default': {'port': moved}}), make_document('a', profiles={'default': {'port': free_port()}})):
+            before = self.port
+            self.reload(document)
+            self.port = self.app.ports()['default']
+            for listener in self.app.listeners.values():
+                self.assertEqual({sock.getsockname()[:2] for sock in listener._sockets}, {('127.0.0.1', self.port), ('::1', self.port)})
+            for address in ('127.0.0.1', '::1'):
+                socket.create_connection((address, self.port), timeout=PATIENCE_S).close()
+                self.assertRaises(ConnectionRefusedError, socket.create_connection, (address, before), PATIENCE_S)
+        self.stop()
+        for address in ('127.0.0.1', '::1'):
+            self.assertRaises(ConnectionRefusedError, socket.create_connection, (address, self.port), PATIENCE_S)
+
+    @unittest.skipUnless(has_ipv6(), 'no IPv6 here')
+    def test_a_port_that_is_taken_by_ipv6_alone_is_opened_without_it(self):
+        with socket.create_server(('::1', 0), family=socket.AF_INET6) as taken:
+            port = taken.getsockname()[1]
+            self.reload(make_document('a', profiles={'default': {'port': port}}, logLevel='debug'))
+            self.assertEqual((self.app.ports(), self.app.port_problems), ({'default': port}, {}))
+            self.assertEqual(self.send('GET', '/health', port=port, host=f'localhost:{port}').status, 200)
+        self.stop()
+        line, = self.log_lines('no_ipv6')
+        self.assertEqual((line['level'], line['port']), ('debug', port))
+
+    def test_a_system_without_ipv6_is_served_by_ipv4(self):
+        port = free_port()
+        with mock.patch('socket.create_server', side_effect=OSError(97, 'Address family not supported by protocol')):
+            self.reload(make_document('a', profiles={'default': {'port': port}}))
+        self.port = self.app.ports()['default']
+        self.assertEqual(self.send('GET', '/health').status, 200)
 
     @needs('/proc/net/tcp')
     def test_a_stranger_who_says_nothing_holds_no_thread(self):
@@ -7599,6 +7663,17 @@ class HttpServerTest(ProgramTest):
                 self.assertEqual((cf.peer_owner(far), cf.peer_owner(of_mapped)), (os.geteuid(),) * 2)
                 with mock.patch('builtins.open', side_effect=OSError):
                     self.assertIsNone(cf.peer_owner(far))
+
+    @needs('/proc/net/tcp6')
+    @unittest.skipUnless(has_ipv6(), 'no IPv6 here')
+    def test_the_owner_of_an_ipv6_connection_is_found_by_either_way(self):
+        with socket.create_server(('::1', 0), family=socket.AF_INET6) as listener, \
+                socket.create_connection(listener.getsockname()[:2]) as near, listener.accept()[0] as far:
+            for ask in (cf.ask_for_owner, cf.look_for_owner):
+                owner, inode = ask(far.getpeername(), far.getsockname())
+                self.assertEqual((owner, inode), (os.geteuid(), os.fstat(near.fileno()).st_ino))
+            near.close()
+            self.assertRaises(cf.ClientGone, cf.peer_owner, far)
 
     @needs('/proc/net/tcp')
     def test_a_connection_that_nobody_holds_any_more_has_no_owner_and_is_not_served(self):
