@@ -1262,6 +1262,18 @@ def uses_clients_own(config, profile):
         is_served(config, key) for key in config.keys.values())
 
 
+#: What one key makes, and keys of other organizations do not know: batches, files and the like.
+MADE = re.compile(r'/v1/(?:messages/batches|(?!(?:messages|models|complete|chat)/)[a-z_]+)'
+                  r'/([^/]+)(?:/.*)?')
+MADE_ID = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"')
+
+
+def made_id(path):
+    """The id of what a path is about, where one key alone may know it; else None."""
+    match = MADE.fullmatch(path)
+    return match and match.group(1)
+
+
 def plan_attempts(config, profile, models, client_key):
     """The Plan: every Claude key of the profile for the first model, then for the next; OpenAI
     keys at their place for the first model, and behind the last Claude key as last resort.
@@ -2126,8 +2138,11 @@ SERVER_ERROR = Rule('server_error', (408, 500, 502, 503, 504, *range(520, 528)),
                     Final.SERVER, scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3,
                     strikes=3, asks_again=ANY_TIME, words='server errors')
 RELAYED = Rule('relayed', (), Step.RELAY)
+#: What one key does not know another may have made: only the last says so to the client.
+ELSEWHERE = Rule('elsewhere', (404,), Step.RELAY, when=lambda answer: bool(made_id(answer.path)))
 RULES = (
     ANSWERED,
+    ELSEWHERE,
     Rule('no_credit', (400, 402, 403), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
          when=says('credit balance is too low'), words='credit balance is too low',
          **BY_A_PERSON),
@@ -5793,6 +5808,12 @@ class ClientRequest:
     def is_read(self):
         return self.method in ('GET', 'HEAD')
 
+    @property
+    def may_make(self):
+        """Whether the answer may hold the id of something that was made: a batch, a file."""
+        return self.method == 'POST' and not (
+            self.is_message or self.path in (COUNT_TOKENS_PATH, '/v1/complete'))
+
     @functools.cached_property
     def feature(self):
         """What is asked for that has limits of its own: 'fast', '1m', or None."""
@@ -6762,7 +6783,8 @@ class AnswerReader:
 
     def _read_beginning(self):
         """Waits for the first piece of a body: until then another key may still answer."""
-        held = self._upstream.read()
+        may_make = self._client.request.may_make and not self._is_streamed
+        held = self._upstream.read_all(EDGE_BYTES) if may_make else self._upstream.read()
         return Open(self._classify(), self._upstream, held)
 
     def _read_opening(self, events, own_fields=None):
@@ -7023,7 +7045,9 @@ def final_failure(failures, client, config):
     tried = [failure for failure in failures if failure.reply and failure.reply.body]
     is_clients_own = all(key.id == CLIENT_REF for key in keys.values())
     if tried and (final is Final.VERBATIM or is_clients_own and final.is_hopeless):
-        return verbatim_failure(tried[0], client, is_clients_own)
+        # That a key does not know a file tells nothing where another key was not heard.
+        heard = [failure for failure in tried if failure.outcome.rule is not ELSEWHERE] or tried
+        return verbatim_failure(heard[0], client, is_clients_own)
     status, type = final.status, final.type
     if final is Final.UNAUTHORIZED and len(keys) == 1:
         status, type = 401, 'authentication_error'
@@ -7107,6 +7131,26 @@ def describe_return(failure):
 # ==============================================================================
 # One request, from its plan to its answer.  Policy stands in RULES; here it is carried out.
 
+class Makers:
+    """Which key made a batch or a file, or was seen to know it: it is asked first."""
+    LIMIT = 10_000            # the latest; of others every key is asked until one knows it
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._refs = {}               # id -> the key's ref, oldest first
+
+    def note(self, id, ref):
+        with self._lock:
+            self._refs.pop(id, None)
+            self._refs[id] = ref
+            if len(self._refs) > self.LIMIT:
+                del self._refs[next(iter(self._refs))]
+
+    def find(self, id):
+        with self._lock:
+            return self._refs.get(id)
+
+
 class Failover:
     """What all requests share: the configuration in force, cooldowns, connections, the journal,
     and what earlier requests taught."""
@@ -7117,6 +7161,7 @@ class Failover:
         self.journal, self.carrier = journal, carrier
         self.clock, self.now, self.wait, self.jitter = clock, now, wait, jitter
         self.repairs = {}             # what answers -> (Needed, ...) of its 400s
+        self.makers = Makers()
         self.stopping = False
         self._token_problems = {}     # key's ref -> the problem that the log was told of
         self._plans = None, {}        # a Config, {(profile's name, model): Plan}
@@ -7136,8 +7181,12 @@ class Failover:
         planned, _ = plan_attempts(config, profile, [model], client_key)
         attempts = [attempt for attempt in planned if attempt.key.provider == ANTHROPIC]
         # Their own limits are not those of messages: a cooling key is only second choice.
-        attempts.sort(key=lambda a: bool(self.cooldowns.blocking(Slot(a.key.ref))))
-        if model is None and not request.is_read:
+        made = made_id(request.path)
+        maker = self.makers.find(made)
+        attempts.sort(key=lambda a: (a.key.ref != maker,
+                                     bool(self.cooldowns.blocking(Slot(a.key.ref)))))
+        is_found = bool(attempts) and attempts[0].key.ref == maker
+        if model is None and not request.is_read and (is_found or not made):
             del attempts[1:]          # what it makes belongs to one key's organization
         return Plan(attempts, [])
 
@@ -7389,7 +7438,7 @@ class Serving:
                 continue
             reply = self._unless_unfit(attempt, reply)
             rule = reply.outcome.rule
-            if rule.step in (Step.RELAY, Step.REPAIR):
+            if rule.step in (Step.RELAY, Step.REPAIR) and not self._may_be_elsewhere(rule, later):
                 self._relay(attempt, reply, started)
                 return True
             if rule.attention and not was_renewed and has_new_secret(
@@ -7412,6 +7461,12 @@ class Serving:
         if not (is_refused and request.is_message and self._is_stand_in(attempt)):
             return reply
         return Whole(outcome._replace(rule=UNFIT))
+
+    def _may_be_elsewhere(self, rule, later):
+        """Whether this key does not know a batch or a file, and another may: one that is tried
+        next, or failed."""
+        return rule is ELSEWHERE and (bool(later) or any(
+            failure.outcome.rule is not ELSEWHERE for failure in self._round.failures))
 
     def _is_stand_in(self, attempt):
         """Whether an attempt is of a model or provider that was not asked for."""
@@ -7498,8 +7553,17 @@ class Serving:
                     reply.upstream.headers, self._failover.now()))
             if self._repaired:
                 self._remember_repairs()
+            if not self._request.is_message:
+                self._note_maker(attempt, reply)
         self._leave_queue()
         relay(self._client, attempt, reply, self._failover.carrier)
+
+    def _note_maker(self, attempt, reply):
+        """Remembers which key made, or knows, what this answer is about."""
+        told = self._request.may_make and MADE_ID.search(reply.held[:EDGE_BYTES])
+        for id in (told and told.group(1).decode(), made_id(self._request.path)):
+            if id:
+                self._failover.makers.note(id, attempt.key.ref)
 
     def _tries_again(self, attempt, later, outcome):
         """Counts this answer, and says whether the same key is tried once more."""

@@ -253,7 +253,13 @@ class FakeUpstreamResponse:
         return piece
 
     def read_all(self, limit):
-        return b''.join(iter(self.read, b''))[:limit]
+        body = b''
+        while len(body) < limit:
+            piece = self.read()
+            if not piece:
+                break
+            body += piece
+        return body
 
 
 class FakeUpstream:
@@ -1050,6 +1056,8 @@ POLICY = (
     ('network_refused', answer(403, 'Request not allowed', 'forbidden'), None),
     ('network_refused', answer(403, '<html>Access denied'), None), ('network_refused', answer(403), None),
     ('unknown_model', answer(404, f'model: {OPUS}', 'not_found_error'), None),
+    ('elsewhere', answer(404, 'model not found', 'not_found_error')._replace(path='/v1/files/x/content'), None),
+    ('relayed', answer(404, 'not found', 'not_found_error')._replace(path='/v1/complete/x'), None),
     ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'allowed', 90000)), 7200),
     ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'rejected', 90000)), 90000),
     ('window_spent', answer(429, anthropic_ratelimit_unified_7d_status='rejected'), None),
@@ -5391,6 +5399,7 @@ OVERLOADED = refusal(529, 'overloaded_error', 'Overloaded')
 BAD_KEY = refusal(401, 'authentication_error', 'invalid x-api-key')
 FORBIDDEN = refusal(403, 'permission_error', 'not for you')
 NO_CREDIT = refusal(400, 'invalid_request_error', 'Your credit balance is too low to access the Anthropic API.')
+NOT_HERE = refusal(404, 'not_found_error', 'File not found: x')
 NO_MODEL = refusal(404, 'not_found_error', f'model: {OPUS}')
 LONG = refusal(429, 'rate_limit_error', 'slow down', retry_after='3000')
 CUT_BODY = Play()
@@ -6053,12 +6062,75 @@ class ServingTest(unittest.TestCase):
     def test_reads_rotate_and_writes_without_a_model_do_not(self):
         for method, target, tried, status in (
                 ('GET', '/v1/models', 'ab', 200), ('GET', '/v1/messages/batches/x', 'ab', 200),
-                ('POST', '/v1/messages/batches', 'a', 401), ('DELETE', '/v1/files/x', 'a', 401)):
+                ('POST', '/v1/messages/batches', 'a', 401), ('POST', '/v1/files', 'a', 401), ('DELETE', '/v1/files/x', 'ab', 200)):
             with self.subTest(target=target):
                 self.setUp()
                 upstream = FakeUpstream(a=BAD_KEY, b=Play())
                 answered = self.serve(self.failover(upstream, make_config('a', 'b')), {'x': 1}, method, target)
                 self.assertEqual((''.join(key for key, _ in upstream.seen), answered.status), (tried, status))
+
+    def ask_each(self, failover, *requests):
+        """[(keys asked, client's status), ...] of requests (method, target)."""
+        told = []
+        for method, target in requests:
+            self.upstream.seen.clear()
+            answered = self.serve(failover, {'x': 1}, method, target)
+            told.append((''.join(key for key, _ in self.upstream.seen), answered.status))
+        return told
+
+    def test_what_one_key_made_is_found_while_another_key_is_first(self):
+        for target in ('/v1/messages/batches/x', '/v1/messages/batches/x/results', '/v1/files/x', '/v1/files/x/content?beta=true', '/v1/skills/x'):
+            for method in ('GET', 'HEAD', 'DELETE', 'POST'):
+                with self.subTest(method=method, target=target):
+                    failover = self.failover(FakeUpstream(a=NOT_HERE, b=NOT_HERE, c=Play()), make_config('a', 'b', 'c'))
+                    # And who knew it is asked first the next time.
+                    self.assertEqual(self.ask_each(failover, (method, target), (method, target)), [('abc', 200), ('c', 200)])
+                    self.assertEqual(self.cooling(), {})
+
+    def test_what_no_key_knows_is_told_in_the_upstreams_words(self):
+        failover = self.failover(FakeUpstream(a=NOT_HERE, b=NOT_HERE), make_config('a', 'b'))
+        answered = self.serve(failover, method='GET', target='/v1/files/x')
+        self.assertEqual((answered.status, answered.error['message'], self.record()['outcome']), (404, 'File not found: x', 'refused'))
+        for a, b, status in ((BAD_KEY, NOT_HERE, 502), (NOT_HERE, BAD_KEY, 502), (SERVER_TROUBLE, NOT_HERE, 502), (NOT_HERE, RATE_LIMITED, 429)):
+            self.setUp()
+            failover = self.failover(FakeUpstream(a=a, b=b), make_config('a', 'b'))
+            self.assertEqual(self.serve(failover, method='GET', target='/v1/files/x').status, status)      # it may be that key's
+
+    def test_other_paths_are_asked_of_one_key(self):
+        failover = self.failover(FakeUpstream(a=NOT_HERE, b=Play()), make_config('a', 'b'))
+        paths = [('GET', '/v1/messages/batches'), ('GET', '/v1/files?limit=1'), ('POST', '/v1/files'), ('GET', '/v1/models/x'), ('GET', '/v1/messages/x'), ('POST', '/v1/complete')]
+        self.assertEqual(self.ask_each(failover, *paths), [('a', 404)] * len(paths))
+
+    def test_the_key_that_made_something_is_remembered_by_the_answer(self):
+        made = b'{"id": "file_1", "type": "file"' + b' ' * 2000 + b', "x": {"id": "file_2"}}'
+        for method, target, size in (('POST', '/v1/files', 2), ('POST', '/v1/messages/batches', 9999), ('POST', '/v1/skills?beta=true', 7)):
+            with self.subTest(target=target):
+                self.setUp()
+                play = Play()
+                play.pieces = pieces(made, size)
+                failover = self.failover(FakeUpstream(a=Play(), b=[play, Play()]), make_config('a', 'b'))
+                a, _ = self.store.current.keys.values()
+                self.cooldowns.cool(a, None, cf.Outcome(rule('window_spent'), 429, 'x', 100), 3600)
+                answered = self.serve(failover, {'x': 1}, method, target)
+                self.assertEqual((answered.status, answered.body), (200, made))
+                self.cooldowns.clear()
+                thing = f'{target.partition("?")[0]}/file_1'
+                asked = [('GET', thing), ('POST', f'{thing}/cancel'), ('DELETE', thing), ('GET', f'{thing[:-1]}2')]
+                self.assertEqual(self.ask_each(failover, *asked), [('b', 200)] * 3 + [('a', 200)])
+
+    def test_a_change_goes_to_the_key_that_made_it_alone_and_a_read_to_others_too(self):
+        failover = self.failover(FakeUpstream(a=Play(), b=BAD_KEY), make_config('a', 'b'))
+        failover.makers.note('x', 'anthropic:b')
+        self.assertEqual(self.ask_each(failover, ('DELETE', '/v1/files/x'), ('GET', '/v1/files/x')), [('b', 401), ('a', 200)])
+        failover.makers.note('y', 'anthropic:gone')
+        self.assertEqual(self.ask_each(failover, ('GET', '/v1/files/y')), [('a', 200)])
+
+    def test_the_latest_things_that_were_made_are_remembered(self):
+        makers = cf.Makers()
+        with mock.patch.object(cf.Makers, 'LIMIT', 2):
+            for id in 'abac':
+                makers.note(id, id.upper())
+        self.assertEqual([makers.find(id) for id in 'abc'], ['A', None, 'C'])
 
     def test_the_first_ready_key_is_used_and_a_limited_one_rather_than_none(self):
         upstream = FakeUpstream(a=Play(), b=Play())
