@@ -5960,7 +5960,7 @@ class UpstreamResponse:
                 self.length = int(length)
             self.ended = True
         elif coding is not None:
-            if coding.lower() != 'chunked':
+            if name_list(coding) != {'chunked'}:      # said twice, it is still done once
                 raise UpstreamCut('its transfer coding is unknown')
             self._take, self._chunks = self._take_chunks, ChunkReader()
         elif length is not None:

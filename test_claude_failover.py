@@ -4792,6 +4792,8 @@ class UpstreamTest(SocketTest):
         for data, body in (
                 (plain_answer(b'hello'), b'hello'),
                 (b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\nT: x\r\n\r\n', b'hello'),
+                (b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\nTransfer-Encoding: Chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n', b'hello'),
+                (b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked,chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n', b'hello'),
                 (b'HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n' + plain_answer(b'hello'), b'hello'),
                 (b'HTTP/1.0 200\r\n\r\nhello', b'hello'), (plain_answer(b'', '204 No Content'), b'')):
             for size in (*range(1, 30), len(data)):
@@ -4844,7 +4846,8 @@ class UpstreamTest(SocketTest):
     def test_what_is_no_answer_is_a_cut(self):
         for data in (b'nonsense\r\n\r\n', b'HTTP/1.1 2000 OK\r\n\r\n', b'HTTP/1.1 101 Switching\r\n\r\n', b'',
                      b'HTTP/1.1 200 OK\r\ncontent-length: 5, 5\r\n\r\nhello',
-                     b'HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n',
+                     *(b'HTTP/1.1 200 OK\r\ntransfer-encoding: %b\r\n\r\n' % coding for coding in (
+                         b'gzip', b'gzip, chunked', b'chunked, gzip', b'', b'chunked;x=y', b'chunked\r\ntransfer-encoding: identity')),
                      b'HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nhello',
                      b'HTTP/1.1 200 OK\r\ncontent-length: 1\r\n 0\r\n\r\nhello',
                      b'HTTP/1.1 200 OK\r\nTransfer-Encoding : chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n',
