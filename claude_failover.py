@@ -193,7 +193,7 @@ STARTED_BY = 'CLAUDE_FAILOVER_STARTED_BY'
 #: How long a start in the background may take until its ports answer.
 START_S = 30
 #: How often a command looks whether a process has started or ended.
-POLL_S = 0.05
+POLL_S = 0.02
 
 #: A held stream gets its head and a ping after this long; Claude Code warns after 20 s.
 PING_S = 10
@@ -5061,10 +5061,6 @@ class ConfigStore:
                                      f'{mode & 0o700:o} now.')
 
 
-def running_path(config_path):
-    return os.path.join(os.path.dirname(config_path), 'running.json')
-
-
 def output_path(config_path):
     """Where a process in the background writes what it would tell a terminal."""
     return os.path.join(os.path.dirname(config_path), 'logs', f'{PROGRAM}.out')
@@ -9496,6 +9492,7 @@ class App:
         self.stopping = False
         self._applied = config        # the Config that ports, log and cooldowns agree with
         self._applying = threading.Lock()
+        self.pid_file = PidFile(config_path)      # who starts the App acquires it
         self._stop = threading.Event()
         self._started = time.monotonic()
         self._tls_thread = threading.Thread(target=self.upstream.tls_context, name='tls',
@@ -9536,7 +9533,7 @@ class App:
                 listeners[name] = before.get(name)
         self.listeners = {name: opened for name, opened in listeners.items() if opened}
         if not before and self.port_problems:
-            return                    # this start fails; the note may be another proxy's
+            return                    # this start fails
         for name, listener in self.listeners.items():
             listener.profile_name, listener.wanted_port = name, wanted[name].port
         self._close_listeners(set(before.values()) - set(self.listeners.values()))
@@ -9563,17 +9560,8 @@ class App:
             listener.shutdown()
 
     def _tell_running(self):
-        """Leaves a note of pid and ports for `status`, which may find the configuration
-        broken, or changed, or with ports that the system chose."""
-        path = running_path(self.store.path)
         with contextlib.suppress(OSError):        # it is only a help; /health tells all
-            if self.listeners:
-                make_private_folder(os.path.dirname(path))
-                note = {'pid': os.getpid(), 'ports': self.ports(),
-                        'is_configured': bool(self.store.current.document)}
-                write_atomically(path, json.dumps(note).encode())
-            else:
-                os.unlink(path)
+            self.pid_file.write(self.ports().values(), bool(self.store.current.document))
 
     def _reload_loop(self):
         for turn in itertools.count():
@@ -9657,6 +9645,7 @@ class App:
         self._tls_thread.join()       # the interpreter's end would pull OpenSSL away under it
         self.log.info('stopped', cut=len(self.watcher))
         self.log.close()
+        self.pid_file.release()
 
     def stop(self):
         self._stop.set()
@@ -9796,37 +9785,55 @@ def cooldown_health(cooling, left_s):
             'needs_attention': cooling.outcome.rule.attention}
 
 
+class Running(NamedTuple):
+    """The process that runs with a configuration, by what it says itself."""
+    pid: int
+    ports: list = []
+    is_configured: bool = False       # its configuration is more than the defaults
+
+
 class PidFile:
-    """Says which process runs with a configuration.  That process keeps the file locked, so it
-    can never name an innocent one, however the process ended."""
+    """Says which process runs with a configuration, and at which ports: `status` may find the
+    configuration broken, or changed, or with ports that the system chose.  That process keeps the
+    file locked, so it can never name an innocent one, however the process ended."""
 
     def __init__(self, config_path):
         self.path = os.path.join(os.path.dirname(config_path), f'{PROGRAM}.pid')
         self._file = None             # open, and locked, as long as this process runs
 
     def acquire(self, patience_s=1.0):
-        """Makes this process the one; the pid of the one that is it already, or None."""
+        """Makes this process the one; whether it is."""
         make_private_folder(os.path.dirname(self.path))
         file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+b', buffering=0)
         deadline = time.monotonic() + patience_s
         while not lock_file(file, is_shared=False):
             if time.monotonic() > deadline:       # it is no command that only looks
                 file.close()
-                return self.holder() or 0
+                return False
             time.sleep(POLL_S)
         self._file = file
-        file.truncate(0)
-        file.write(b'%d\n' % os.getpid())
-        return None
+        self.write()
+        return True
+
+    def write(self, ports=(), is_configured=False):
+        """Says what is open by now, where this process is the one."""
+        if self._file:
+            note = {'pid': os.getpid(), 'ports': list(ports)[:500],       # what has room
+                    'is_configured': is_configured}
+            self._file.seek(0)
+            self._file.write(json.dumps(note).encode())
+            self._file.truncate()
 
     def release(self):
-        self._file.truncate(0)
-        self._file.close()
+        if self._file:
+            with contextlib.suppress(OSError), self._file as file:    # the lock goes with it
+                file.truncate(0)
+            self._file = None
 
     def holder(self, patience_s=5.0):
-        """The pid of the process that runs, or None.  It counts when it was read twice: in
-        between, a process that has just taken the place would have written its own.  Raises
-        FailoverError when the file stays locked without one."""
+        """The Running process, or None.  It counts when it was read twice: in between, a process
+        that has just taken the place would have written its own.  Raises FailoverError when the
+        file stays locked without one."""
         try:
             file = open(self.path, 'rb', buffering=0)
         except FileNotFoundError:
@@ -9835,22 +9842,40 @@ class PidFile:
             before, deadline = None, time.monotonic() + patience_s
             while not lock_file(file, is_shared=True):
                 file.seek(0)
-                pid = read_pid(file.read(20))
-                if pid and pid == before:
-                    return pid
-                if not pid and time.monotonic() >= deadline:
+                running = read_running(file.read(LOCKED_BYTE))
+                if running and running == before:
+                    return running
+                if not running and time.monotonic() >= deadline:
                     raise FailoverError(f'{self.path} is locked by a program that is not this '
                                         'one: end that, or remove the file.')
-                before = pid
+                before = running
                 time.sleep(POLL_S)
         return None
 
 
-def read_pid(text):
-    """The number of a process, None in all that a signal must not be sent to: to kill(2), -1
-    is every process, 0 the own group, and 1 is the system's first."""
-    match = re.fullmatch(rb'([0-9]{1,9})\s*', text)
-    return int(match.group(1)) if match and int(match.group(1)) > 1 else None
+def read_running(data):
+    """The Running process that a pid file names (1.0.0 wrote its number alone), None in all that a
+    signal must not be sent to: to kill(2), -1 is every process, 0 the own group, and 1 is the
+    system's first."""
+    try:
+        note = {'pid': int(data)} if re.fullmatch(rb'[0-9]{1,9}\s*', data) else loads_object(data)
+    except ValueError:
+        return None
+    pid, ports = note.get('pid'), as_list(note.get('ports'))
+    is_pid = is_whole(pid) and 1 < pid < 10**9
+    return Running(pid, ports, bool(note.get('is_configured'))) if is_pid else None
+
+
+def find_running(config_path):
+    """The Running process that commands may turn to, or None: it is only starting, or not ours
+    to see."""
+    with contextlib.suppress(FailoverError, OSError):
+        return PidFile(config_path).holder(patience_s=0)
+    return None
+
+
+#: A byte behind the text of a pid file, which so stays readable: what Windows locks, others read.
+LOCKED_BYTE = 4096
 
 
 def lock_file(file, is_shared):
@@ -9859,9 +9884,9 @@ def lock_file(file, is_shared):
     try:
         if fcntl:
             fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        else:                         # Windows: a byte behind the text, which stays readable
+        else:                         # Windows
             import msvcrt
-            file.seek(4096)
+            file.seek(LOCKED_BYTE)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             file.seek(0)
     except OSError:
@@ -9895,50 +9920,22 @@ def fetch_health(config_path, config):
 
     It is looked for where it said that it is, and where `config` (None: broken) says so.
     """
+    running = find_running(config_path)
     ports = [profile.port for profile in config.profiles.values()] if config else []
-    ports = [*read_note(config_path).ports, *ports]
+    ports = [*(running.ports if running else ()), *ports]
     for port in dict.fromkeys(port for port in ports if is_whole(port) and 0 < port < 65536):
-        health = fetch_json(port, '/health', access_fields(config_path, config, port))
+        health = fetch_json(port, '/health', access_fields(running, config, port))
         if health and health.get('program') == PROGRAM:
             return health
     return None
 
 
-class Note(NamedTuple):
-    """What the proxy left that runs, or ran, with a configuration."""
-    pid: int | None
-    ports: list
-    is_configured: bool       # its configuration is more than the defaults
-
-
-def read_note(config_path):
-    try:
-        with open(running_path(config_path), 'rb') as file:
-            note = loads_object(file.read())
-    except (OSError, ValueError):
-        note = {}
-    ports = [*as_dict(note.get('ports')).values()]
-    return Note(note.get('pid'), ports, bool(note.get('is_configured')))
-
-
-def access_fields(config_path, config, port):
+def access_fields(running, config, port):
     """The access token as a header field, for a port that the running proxy has.  At any other,
-    a program of another user may listen, and would be told it: so a note counts only as long as
-    the process that left it holds the pid file."""
-    if not (config and config.access_token):
-        return {}
-    note = read_note(config_path)
-    if port in note.ports and note_is_of_running(config_path, note):
+    a program of another user may listen, and would be told it."""
+    if config and config.access_token and running and port in running.ports:
         return {'x-api-key': config.access_token}
     return {}
-
-
-def note_is_of_running(config_path, note):
-    """Whether the process that left a note runs with this configuration now."""
-    with contextlib.suppress(FailoverError, OSError):     # it is only starting, or not ours to see
-        pid = PidFile(config_path).holder(patience_s=0)
-        return bool(pid) and pid == note.pid
-    return False
 
 
 def fetch_json(port, path, headers, method='GET'):
@@ -10018,11 +10015,11 @@ def find_configuration(store, problem):
 
 def find_proxy(config_path, config, health):
     """The running proxy and the ports."""
-    pid = PidFile(config_path).holder()
+    running = PidFile(config_path).holder()
     if health is None:
-        stuck = f'process {pid} runs, but no port of it answers'
-        yield Finding('proxy', stuck if pid else 'not running',
-                      f'{RUN} restart --now' if pid else f'{RUN} start -d')
+        stuck = running and f'process {running.pid} runs, but no port of it answers'
+        yield Finding('proxy', stuck or 'not running',
+                      f'{RUN} restart --now' if stuck else f'{RUN} start -d')
         for profile in config.profiles.values():
             yield from find_port(profile)
         return
@@ -10672,8 +10669,8 @@ def cmd_start(options):
         return start_in_background(options)
     harden_process()
     app = App(options.config)
-    pid_file = PidFile(options.config)
-    refuse_second(pid_file.acquire())
+    if not app.pid_file.acquire():
+        raise already_running(app.pid_file.holder())
     tidy_up(options.config)
     try:
         app.start()
@@ -10693,29 +10690,32 @@ def cmd_start(options):
         # Not by way of the interpreter's end: it would pull OpenSSL away under threads that
         # are still inside it.
         with contextlib.suppress(OSError):
-            pid_file.release()
-        with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(1 if sys.exc_info()[0] else 0)
 
 
 def tidy_up(config_path):
-    """Removes what was left by saves that were cut short; it may hold keys.  Only for who has the
-    pid file: another proxy may be writing its note."""
-    for path in (config_path, running_path(config_path), ToolSetup(config_path).record_path):
+    """Removes what was left by saves that were cut short (it may hold keys), and 1.0.0's note of
+    where it runs.  Only for who has the pid file: another proxy may be writing."""
+    note = os.path.join(os.path.dirname(config_path), 'running.json')
+    for path in (config_path, note, ToolSetup(config_path).record_path):
         with contextlib.suppress(FailoverError):      # the folder of a link that leads nowhere
             remove_leftovers(path)
+    with contextlib.suppress(OSError):
+        os.unlink(note)
 
 
-def refuse_second(pid):
-    if pid is not None:
-        raise FailoverError(f'{PROGRAM} is running already (pid {pid}). See: {RUN} status')
+def already_running(running):
+    who = f' (pid {running.pid})' if running else ''
+    return FailoverError(f'{PROGRAM} is running already{who}. See: {RUN} status')
 
 
 def start_in_background(options):
     """Starts the proxy in a process of its own, and waits until its ports answer."""
     import subprocess
-    refuse_second(PidFile(options.config).holder())
+    running = PidFile(options.config).holder()
+    if running:
+        raise already_running(running)
     output = f'{output_path(options.config)}.{os.getpid()}'       # two may try at once
     make_private_folder(os.path.dirname(output))
     with open(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 'wb') as file:
@@ -10753,24 +10753,23 @@ def await_health(options, process):
 
 
 def cmd_stop(options):
-    pid = PidFile(options.config).holder()
-    if pid is None:
-        say('not running')
-        return 0
-    end_process(options, pid, options.now)
-    say(f'Stopped (pid {pid}).')
+    pid = end_process(options, options.now)
+    say('not running' if pid is None else f'Stopped (pid {pid}).')
     return 0
 
 
-def end_process(options, pid, is_now):
-    """Has the running proxy finish, or with `is_now` end at once, and waits for that."""
+def end_process(options, is_now):
+    """Has the running proxy finish, or with `is_now` end at once, and waits for that; its pid, or
+    None where none runs."""
     import signal
     pid_file = PidFile(options.config)
-    started = time.monotonic()
-    deadline = started + DRAIN_S + 5
+    running = pid_file.holder()
+    if running is None:
+        return None
+    pid, started = running.pid, time.monotonic()
     was_asked, was_told = False, is_now
-    while pid_file.holder() == pid:
-        if time.monotonic() > deadline:
+    while running and running.pid == pid:
+        if time.monotonic() > started + DRAIN_S + 5:
             raise FailoverError(f'Process {pid} did not end; to end it by force: kill -9 {pid}')
         if is_now or not was_asked:   # the second signal ends it at once
             with contextlib.suppress(ProcessLookupError):     # it ended just now
@@ -10779,14 +10778,13 @@ def end_process(options, pid, is_now):
         if not was_told and time.monotonic() > started + 1:
             was_told = True
             complain(f'waiting up to {DRAIN_S} s for running answers; `stop --now` cuts them.')
-        time.sleep(POLL_S)
+        running = pid_file.holder()
+    return pid
 
 
 def cmd_restart(options):
-    pid = PidFile(options.config).holder()
-    manager = running_manager(options) if pid is not None else None
-    if pid is not None:
-        end_process(options, pid, options.now)
+    manager = running_manager(options)
+    end_process(options, options.now)
     if manager is None:
         return start_in_background(options)
     problem = run_commands(manager.restart)
@@ -10798,11 +10796,16 @@ def cmd_restart(options):
 
 def running_manager(options):
     """The Autostart by whose manager the running proxy was started, or None."""
-    health = fetch_health(options.config, read_config(options.config)[0])
-    if not health or health['started_by'] == 'hand':
-        return None
-    autostart = find_autostart(options.config)
-    return autostart if health['started_by'] == autostart.manager else None
+    started_by = who_started(options)
+    autostart = find_autostart(options.config) if started_by not in (None, 'hand') else None
+    return autostart if autostart and started_by == autostart.manager else None
+
+
+def who_started(options):
+    """'launchd', 'systemd' or 'hand', of the running proxy; None where none answers."""
+    health = find_running(options.config) and fetch_health(
+        options.config, read_config(options.config)[0])
+    return health and health['started_by']
 
 
 def cmd_setup(options):
@@ -10896,9 +10899,7 @@ def profile_url(options, config):
 
 def start_at_login(options, autostart):
     has_changed = install_autostart(autostart)
-    pid = PidFile(options.config).holder()
-    health = fetch_health(options.config, read_config(options.config)[0]) if pid else None
-    if not has_changed and health and health['started_by'] == autostart.manager:
+    if not has_changed and who_started(options) == autostart.manager:
         say(f'It starts at login already, by {autostart.manager}: nothing was changed.')
         return 0
     say(f'{"Wrote" if has_changed else "Found"} {autostart.path}.')
@@ -10908,8 +10909,8 @@ def start_at_login(options, autostart):
         complain(f'{autostart.manager} is not to be reached here ({problem}); where it runs, do: '
                  f'{commands}')
         return 0
+    pid = end_process(options, is_now=False)
     if pid:
-        end_process(options, pid, is_now=False)
         say(f'The proxy that ran so far (pid {pid}) was stopped.')
     if autostart.manager == 'launchd':            # it takes up a changed file only so
         run_commands(autostart.disable)
@@ -11013,11 +11014,10 @@ def save(options, edit):
 def refuse_to_begin_anew(config_path):
     """Raises ConfigError where the file is gone that a running proxy has in force: a new one,
     with nothing but the edit, would take its place there, and all else be lost."""
-    note = read_note(config_path)
-    if note.is_configured and not os.path.exists(config_path) and (
-            note_is_of_running(config_path, note)):
-        raise ConfigError(f'{config_path} is gone, but the running proxy (pid {note.pid}) has it '
-                          'in force: any change in its dashboard writes it anew. To begin with '
+    running = None if os.path.exists(config_path) else find_running(config_path)
+    if running and running.is_configured:
+        raise ConfigError(f'{config_path} is gone, but the running proxy (pid {running.pid}) has '
+                          'it in force: any change in its dashboard writes it anew. To begin with '
                           f'an empty one, stop the proxy first: {RUN} stop')
 
 
@@ -11134,7 +11134,7 @@ def cmd_config(options):
     port = next((profile['port'] for profile in health['profiles'] if profile['port']), None)
     url, config = f'{local_url(port)}/dashboard', read_config(options.config)[0]
     if config and config.access_token:            # a code that is good once lets the browser in
-        fields = access_fields(options.config, config, port)
+        fields = access_fields(find_running(options.config), config, port)
         answer = fetch_json(port, '/api/login-code', fields, 'POST') or {}
         url += f'?code={answer.get("code")}'
     say(url if open_browser(url) else f'Open this address in a browser: {url}')

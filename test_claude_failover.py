@@ -8853,12 +8853,15 @@ class ServiceTest(ProgramTest):
         self.assertEqual(self.health(one)['profiles'][1]['port'], one)
 
     def test_where_it_runs_is_noted_while_it_runs(self):
-        path = cf.running_path(self.path)
-        with open(path) as file:
-            self.assertEqual(json.load(file), {'pid': os.getpid(), 'ports': {'default': self.port}, 'is_configured': True})
-        self.assertEqual(cf.fetch_health(self.path, None)['pid'], os.getpid())
+        self.assertTrue(self.app.pid_file.acquire())
+        for port in (self.port, free_port()):
+            self.reload(self.profiles(default=port))
+            self.assertEqual(cf.find_running(self.path), cf.Running(os.getpid(), [port], True))
+            self.assertEqual(cf.fetch_health(self.path, None)['pid'], os.getpid())
+        self.app._close_all()
+        self.assertEqual(cf.find_running(self.path).ports, [])
         self.stop()
-        self.assertFalse(os.path.exists(path))
+        self.assertIsNone(cf.find_running(self.path))
         self.assertIsNone(cf.fetch_health(self.path, None))
 
     def test_a_wrong_file_is_told_and_changes_nothing(self):
@@ -8922,6 +8925,8 @@ class ServiceTest(ProgramTest):
 class DoctorTest(ProgramTest):
     def setUp(self):
         super().setUp()
+        self.assertTrue(self.app.pid_file.acquire())
+        self.app._tell_running()
         os.environ['SHELL'] = '/bin/zsh'
         patch = mock.patch('shutil.which', return_value=None)
         patch.start()
@@ -8944,34 +8949,28 @@ class DoctorTest(ProgramTest):
         path = os.path.join(self.folder, 'another', 'config.json')
         config = cf.parse_config({'accessToken': 'open-sesame', 'profiles': {'default': {'port': server.port}}})
 
-        def sent_token(pid, port):
-            """Whether a look for the proxy shows the token, where a note tells of this pid and
-            port."""
-            cf.write_atomically(cf.running_path(path), json.dumps({'pid': pid, 'ports': {'default': port}}).encode())
+        def sends_token(port):
+            """Whether a look for the proxy shows the token, where the pid file tells of this port."""
+            with open(pid_file.path, 'w') as file:
+                json.dump({'pid': os.getpid(), 'ports': [port]}, file)
             self.assertEqual(cf.fetch_health(path, config), {'program': cf.PROGRAM, 'pid': 4711})
             return 'open-sesame' in seen[-1]
-        cf.make_private_folder(os.path.dirname(path))
-        self.assertEqual(cf.fetch_health(path, config)['pid'], 4711)        # neither note nor pid file
+        self.assertEqual(cf.fetch_health(path, config)['pid'], 4711)        # there is no pid file
         self.assertNotIn('sesame', seen[-1])
-        with open(cf.PidFile(path).path, 'w') as file:
-            file.write(f'{os.getpid()}\n')
-        self.assertFalse(sent_token(os.getpid(), server.port))              # it was killed: nobody holds its file
-        self.assertFalse(sent_token(None, server.port))
         pid_file = cf.PidFile(path)
-        self.assertIsNone(pid_file.acquire())
+        os.makedirs(os.path.dirname(path))
+        self.assertFalse(sends_token(server.port))    # it was killed: nobody holds its file
+        self.assertTrue(pid_file.acquire())
         self.addCleanup(pid_file.release)
-        self.assertFalse(sent_token(None, server.port))
-        self.assertFalse(sent_token(os.getpid() + 1, server.port))          # it has not opened its ports yet
-        self.assertTrue(sent_token(os.getpid(), server.port))
-        self.assertTrue(sent_token(os.getpid(), other.port))                # its ports are others than those of the file
+        cf.fetch_health(path, config)
+        self.assertNotIn('sesame', seen[-1])          # it has not opened its ports yet
+        self.assertTrue(sends_token(server.port))
+        self.assertTrue(sends_token(other.port))      # its ports are others than those of the file
         other.listener.shutdown(socket.SHUT_RDWR)
-        self.assertFalse(sent_token(os.getpid(), other.port))               # the file's port is none of its
+        self.assertFalse(sends_token(other.port))     # the file's port is none of its
 
     def test_all_is_well_where_everything_is(self):
         cf.ToolSetup(self.path).configure(cf.TOOLS[1], f'http://localhost:{self.port}')
-        pid_file = cf.PidFile(self.path)
-        pid_file.acquire()
-        self.addCleanup(pid_file.release)
         findings = self.findings()
         self.assertEqual([f for f in findings if f.remedy], [])
         told = '\n'.join(f'{f.topic} {f.text}' for f in findings)
@@ -9441,8 +9440,11 @@ class CommandLineTest(ScratchTest):
         def left():
             return [name for name in os.listdir(folder) if name.endswith('.tmp')]
         leave()
+        note = os.path.join(folder, 'running.json')       # 1.0.0's
+        with open(note, 'w'):
+            pass
         self.start()
-        self.assertEqual(left(), [])
+        self.assertEqual((left(), os.path.exists(note)), ([], False))
         leave()
         self.assertIn('is running already', self.run_command('start').stderr)
         self.assertEqual(len(left()), 3)
@@ -9473,16 +9475,15 @@ class CommandLineTest(ScratchTest):
         with open(pid_file.path, 'w') as file:
             file.write(f'{os.getpid()}\n')
         self.assertEqual(self.run_command('stop').stdout, 'not running\n')
-        self.assertIsNone(pid_file.acquire())
-        self.addCleanup(pid_file._file.close)
-        self.assertEqual((cf.PidFile(self.path).acquire(patience_s=0), cf.PidFile(self.path).holder()), (os.getpid(),) * 2)
+        self.assertTrue(pid_file.acquire())
+        self.assertEqual((cf.PidFile(self.path).acquire(patience_s=0), cf.PidFile(self.path).holder().pid), (False, os.getpid()))
         pid_file.release()
         self.assertIsNone(cf.PidFile(self.path).holder())
 
     def test_a_locked_pid_file_without_the_number_of_a_process_names_nobody(self):
         self.write_config(make_document('a'))
         path = cf.PidFile(self.path).path
-        for text in (b'-1', b'0', b'1', b'99999999999', b'1e3', '\u0663\u0663'.encode(), b'x', b''):
+        for text in (b'-1', b'0', b'1', b'99999999999', b'1e3', '\u0663\u0663'.encode(), b'x', b'', b'{}', b'[' * 4000, *(b'{"pid": %b}' % pid for pid in (b'0', b'-1', b'true', b'1e3', b'"12"'))):
             with self.subTest(text=text), open(path, 'wb', buffering=0) as file:
                 file.write(text)
                 self.assertTrue(cf.lock_file(file, is_shared=False))
@@ -9498,13 +9499,27 @@ class CommandLineTest(ScratchTest):
             self.assertTrue(cf.lock_file(looker, is_shared=True))
             self.assertIsNone(cf.PidFile(self.path).holder())
 
-    def test_a_pid_that_is_not_written_yet_is_waited_for(self):
-        self.write_config(make_document('a'))
-        path = cf.PidFile(self.path).path
-        with open(path, 'wb', buffering=0) as file:
+    def holder_of_the_last_of(self, *texts):
+        """The pid that counts where the process that holds the file writes one text after another, while they are read."""
+        texts = iter(texts)
+        with open(cf.PidFile(self.path).path, 'wb', buffering=0) as file:
+            def write(seconds):
+                text = next(texts, None)
+                if text is not None:
+                    file.seek(0)
+                    file.truncate()
+                    file.write(text)
+            write(0)
             self.assertTrue(cf.lock_file(file, is_shared=False))
-            with mock.patch('time.sleep', side_effect=lambda seconds: file.write(b'4711\n') if not os.path.getsize(path) else None):
-                self.assertEqual(cf.PidFile(self.path).holder(), 4711)
+            with mock.patch('time.sleep', side_effect=write):
+                return cf.PidFile(self.path).holder()
+
+    def test_a_pid_counts_when_it_was_read_twice(self):
+        self.write_config(make_document('a'))
+        for texts in ((b'', b'4711\n'), (b'4700\n', b'4711\n'), (b'4700\n', b'', b'4711\n'), (b'{"pid": 4700}', b'{"pid": 47', b'{"pid": 4711}'),
+                      (b'{"pid": 4711, "ports": [1]}', b'{"pid": 4711, "ports": []}')):
+            with self.subTest(texts=texts):     # what killed processes left is replaced by who has just taken the place
+                self.assertEqual(self.holder_of_the_last_of(*texts), cf.Running(4711, [], False))
 
     def test_stop_waits_for_running_answers_unless_it_is_told_not_to(self):
         asked = threading.Event()
@@ -9571,7 +9586,7 @@ class CommandLineTest(ScratchTest):
         done = self.run_command('setup', '--autostart')
         self.assertEqual(done.returncode, 0)
         self.assertIn('(systemctl: no bus); where it runs, do: systemctl --user daemon-reload && systemctl --user enable', done.stderr)
-        self.assertEqual(cf.PidFile(self.path).holder(), pid)
+        self.assertEqual(cf.PidFile(self.path).holder().pid, pid)
 
     @needs('/proc')
     def test_a_proxy_that_runs_by_hand_goes_over_to_the_manager(self):
