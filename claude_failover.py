@@ -9790,6 +9790,22 @@ class Running(NamedTuple):
     pid: int
     ports: list = []
     is_configured: bool = False       # its configuration is more than the defaults
+    namespace: str | None = None      # in which `pid` counts
+
+    @property
+    def is_here(self):
+        """Whether its number means it here too, and so whether it may be sent a signal: a 1 of
+        unknown origin (1.0.0 did not say where it counts) may be the system's first."""
+        return self.pid > 1 if self.namespace is None else self.namespace == pid_namespace()
+
+
+def pid_namespace():
+    """The kernel's name of where this process has its number: each container counts its own from
+    1.  None where there is only one."""
+    try:
+        return os.readlink('/proc/self/ns/pid')
+    except OSError:
+        return None
 
 
 class PidFile:
@@ -9819,7 +9835,7 @@ class PidFile:
         """Says what is open by now, where this process is the one."""
         if self._file:
             note = {'pid': os.getpid(), 'ports': list(ports)[:500],       # what has room
-                    'is_configured': is_configured}
+                    'is_configured': is_configured, 'namespace': pid_namespace()}
             self._file.seek(0)
             self._file.write(json.dumps(note).encode())
             self._file.truncate()
@@ -9854,16 +9870,24 @@ class PidFile:
 
 
 def read_running(data):
-    """The Running process that a pid file names (1.0.0 wrote its number alone), None in all that a
-    signal must not be sent to: to kill(2), -1 is every process, 0 the own group, and 1 is the
-    system's first."""
+    """The Running process that a pid file names (1.0.0 wrote its number alone), or None: to
+    kill(2), 0 and -1 are many."""
     try:
         note = {'pid': int(data)} if re.fullmatch(rb'[0-9]{1,9}\s*', data) else loads_object(data)
     except ValueError:
         return None
     pid, ports = note.get('pid'), as_list(note.get('ports'))
-    is_pid = is_whole(pid) and 1 < pid < 10**9
-    return Running(pid, ports, bool(note.get('is_configured'))) if is_pid else None
+    if not (is_whole(pid) and 0 < pid < 10**9):
+        return None
+    return Running(pid, ports, bool(note.get('is_configured')), note.get('namespace'))
+
+
+def refuse_elsewhere(running):
+    """Raises FailoverError for a process of another container: by its number another one would
+    get a signal, and at its ports another one the access token."""
+    if running and not running.is_here:
+        raise FailoverError(f'{PROGRAM} runs in another container (pid {running.pid} there): run '
+                            'this command in that.')
 
 
 def find_running(config_path):
@@ -9933,7 +9957,8 @@ def fetch_health(config_path, config):
 def access_fields(running, config, port):
     """The access token as a header field, for a port that the running proxy has.  At any other,
     a program of another user may listen, and would be told it."""
-    if config and config.access_token and running and port in running.ports:
+    is_known = running and running.is_here and port in running.ports
+    if config and config.access_token and is_known:
         return {'x-api-key': config.access_token}
     return {}
 
@@ -10015,11 +10040,8 @@ def find_configuration(store, problem):
 
 def find_proxy(config_path, config, health):
     """The running proxy and the ports."""
-    running = PidFile(config_path).holder()
     if health is None:
-        stuck = running and f'process {running.pid} runs, but no port of it answers'
-        yield Finding('proxy', stuck or 'not running',
-                      f'{RUN} restart --now' if stuck else f'{RUN} start -d')
+        yield find_silence(config_path)
         for profile in config.profiles.values():
             yield from find_port(profile)
         return
@@ -10034,6 +10056,19 @@ def find_proxy(config_path, config, health):
         where = local_url(profile['port']) if profile['port'] else 'has no open port'
         yield Finding('port', f'profile {profile["name"]}: {where}',
                       '' if profile['port'] else 'give it another "port"')
+
+
+def find_silence(config_path):
+    """Why no proxy answers."""
+    try:
+        running = PidFile(config_path).holder()
+        refuse_elsewhere(running)
+    except FailoverError as error:
+        return Finding('proxy', str(error), 'do what that says')
+    if running:
+        return Finding('proxy', f'process {running.pid} runs, but no port of it answers',
+                       f'{RUN} restart --now')
+    return Finding('proxy', 'not running', f'{RUN} start -d')
 
 
 def find_port(profile):
@@ -10766,6 +10801,7 @@ def end_process(options, is_now):
     running = pid_file.holder()
     if running is None:
         return None
+    refuse_elsewhere(running)
     pid, started = running.pid, time.monotonic()
     was_asked, was_told = False, is_now
     while running and running.pid == pid:
@@ -10783,6 +10819,10 @@ def end_process(options, is_now):
 
 
 def cmd_restart(options):
+    running = PidFile(options.config).holder()
+    if running and running.is_here and running.pid == 1:
+        raise FailoverError('It is the first process of this container, which ends with it: '
+                            'restart the container.')
     manager = running_manager(options)
     end_process(options, options.now)
     if manager is None:
@@ -11118,6 +11158,7 @@ def running_health(options):
     config, problem = read_config(options.config)
     health = fetch_health(options.config, config)
     if health is None:
+        refuse_elsewhere(find_running(options.config))
         raise problem or FailoverError(f'not running. Start it with: {RUN} start')
     return health
 

@@ -8856,7 +8856,7 @@ class ServiceTest(ProgramTest):
         self.assertTrue(self.app.pid_file.acquire())
         for port in (self.port, free_port()):
             self.reload(self.profiles(default=port))
-            self.assertEqual(cf.find_running(self.path), cf.Running(os.getpid(), [port], True))
+            self.assertEqual(cf.find_running(self.path)[:3], (os.getpid(), [port], True))
             self.assertEqual(cf.fetch_health(self.path, None)['pid'], os.getpid())
         self.app._close_all()
         self.assertEqual(cf.find_running(self.path).ports, [])
@@ -8952,7 +8952,7 @@ class DoctorTest(ProgramTest):
         def sends_token(port):
             """Whether a look for the proxy shows the token, where the pid file tells of this port."""
             with open(pid_file.path, 'w') as file:
-                json.dump({'pid': os.getpid(), 'ports': [port]}, file)
+                json.dump({'pid': os.getpid(), 'ports': [port], 'namespace': cf.pid_namespace()}, file)
             self.assertEqual(cf.fetch_health(path, config), {'program': cf.PROGRAM, 'pid': 4711})
             return 'open-sesame' in seen[-1]
         self.assertEqual(cf.fetch_health(path, config)['pid'], 4711)        # there is no pid file
@@ -9483,7 +9483,7 @@ class CommandLineTest(ScratchTest):
     def test_a_locked_pid_file_without_the_number_of_a_process_names_nobody(self):
         self.write_config(make_document('a'))
         path = cf.PidFile(self.path).path
-        for text in (b'-1', b'0', b'1', b'99999999999', b'1e3', '\u0663\u0663'.encode(), b'x', b'', b'{}', b'[' * 4000, *(b'{"pid": %b}' % pid for pid in (b'0', b'-1', b'true', b'1e3', b'"12"'))):
+        for text in (b'-1', b'0', b'99999999999', b'1e3', '\u0663\u0663'.encode(), b'x', b'', b'{}', b'[' * 4000, *(b'{"pid": %b}' % pid for pid in (b'0', b'-1', b'true', b'1e3', b'"12"'))):
             with self.subTest(text=text), open(path, 'wb', buffering=0) as file:
                 file.write(text)
                 self.assertTrue(cf.lock_file(file, is_shared=False))
@@ -9519,7 +9519,58 @@ class CommandLineTest(ScratchTest):
         for texts in ((b'', b'4711\n'), (b'4700\n', b'4711\n'), (b'4700\n', b'', b'4711\n'), (b'{"pid": 4700}', b'{"pid": 47', b'{"pid": 4711}'),
                       (b'{"pid": 4711, "ports": [1]}', b'{"pid": 4711, "ports": []}')):
             with self.subTest(texts=texts):     # what killed processes left is replaced by who has just taken the place
-                self.assertEqual(self.holder_of_the_last_of(*texts), cf.Running(4711, [], False))
+                self.assertEqual(self.holder_of_the_last_of(*texts).pid, 4711)
+
+    def in_container(self, *command):
+        """A command as the first process of a container of its own, in which all ends with it."""
+        own = ['unshare', '--fork', '--kill-child', '--pid', '--mount-proc'] + ['--map-root-user'] * (os.geteuid() != 0)
+        if not shutil.which('unshare') or subprocess.run([*own, 'true'], stderr=subprocess.DEVNULL).returncode:
+            self.skipTest('containers cannot be made here')
+        return [*own, *command]
+
+    def test_the_first_process_of_a_container_is_found_told_and_stopped(self):
+        self.write_config(self.free_port_document('a', accessToken='open-sesame', anthropicBaseUrl='http://localhost:9'))
+        told = os.path.join(self.folder, 'told')
+        commands = ''.join(f'"$0" {SCRIPT} {command} >> {told} 2>&1; ' for command in ('status', 'doctor', 'restart', 'start', 'stop'))
+        script = f'exec 3<&0; (read line <&3; {commands}) & exec "$0" {SCRIPT} start'
+        process = subprocess.Popen(self.in_container('sh', '-c', script, sys.executable), env=dict(os.environ), text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for close in (process.stdin.close, process.stdout.close, lambda: process.wait(PATIENCE_S), process.kill):
+            self.addCleanup(close)
+        self.assertTrue(any(line.startswith('Log') for line in process.stdout))
+        for command in (['stop'], ['restart'], ['status'], ['doctor']):       # from outside: that number is another process here
+            self.assertIn('runs in another container (pid 1 there)', str(self.run_command(*command)))
+        first = subprocess.run(self.in_container(sys.executable, SCRIPT, 'stop'), capture_output=True, text=True, timeout=60, env=dict(os.environ))
+        self.assertEqual((first.returncode, 'another container' in first.stderr), (1, True), first)
+        self.assertIsNone(process.poll())
+        process.stdin.write('\n')
+        process.stdin.flush()
+        self.assertEqual(process.wait(PATIENCE_S), 0)
+        with open(told) as file:
+            said = file.read()
+        for words in ('running, pid 1,', 'runs, pid 1, for', 'restart the container', 'is running already (pid 1)'):
+            self.assertIn(words, said)
+        self.assertEqual(self.run_command('stop').stdout, 'not running\n')
+
+    def test_a_signal_and_the_access_token_go_to_no_process_of_another_container(self):
+        self.write_config(self.free_port_document('a', accessToken='open-sesame'))
+        options, config = mock.Mock(config=self.path, now=True), cf.load_config(self.path)
+        pid_file = cf.PidFile(self.path)
+        with mock.patch('claude_failover.pid_namespace', return_value='pid:[1]'):
+            self.assertTrue(pid_file.acquire())
+            pid_file.write([4080])
+        self.addCleanup(pid_file.release)
+        with open(pid_file.path, 'rb') as file:
+            texts = (file.read(), b'{"pid": 1, "ports": [4080], "namespace": null}', b'1')        # the last is 1.0.0's
+        for text in texts:
+            with open(pid_file.path, 'wb') as file:
+                file.write(text)
+            self.assertEqual(cf.access_fields(cf.find_running(self.path), config, 4080), {})
+            with mock.patch('os.kill') as kill:
+                for command in (cf.cmd_stop, cf.cmd_restart, cf.cmd_status):
+                    with self.subTest(text=text, command=command), self.assertRaisesRegex(cf.FailoverError, 'another container'):
+                        command(options)
+            kill.assert_not_called()
 
     def test_stop_waits_for_running_answers_unless_it_is_told_not_to(self):
         asked = threading.Event()
