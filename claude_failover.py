@@ -4966,7 +4966,8 @@ class ConfigStore:
             return True
 
     def update(self, edit):
-        """Applies `edit(Config) -> Config` to the file as it is on disk now, and saves it.
+        """Applies `edit` to the file as it is on disk now, and saves the outcome.  An edit gives
+        a Config for a Config, or (Config, what else came of it, ...), which comes back.
 
         The folder is locked against other processes of ours; an editor knows no lock, so the
         file is looked at once more before it is replaced, and the edit done again when it
@@ -4976,9 +4977,10 @@ class ConfigStore:
         with self._lock, folder_locked(self.path):
             while True:
                 signature = self._look()
-                config = edit(self._read())
+                outcome = edit(self._read())
                 if self._look() == signature:
                     break
+            config = outcome if isinstance(outcome, Config) else outcome[0]
             try:
                 write_atomically(self.path, dump_config(config))
             except OSError as error:
@@ -4988,7 +4990,7 @@ class ConfigStore:
                 self._notices.append(f'{self.path} was gone: it is written anew, from the '
                                      'configuration in force and the change to it.')
             self._signature, self.current, self.problem = self._look(), config, None
-        return config
+        return outcome
 
     def take_notices(self):
         """[sentence, ...], each once: what was done to the file, for who can tell its owner."""
@@ -8668,18 +8670,16 @@ def api_list_keys(call, kind):
 
 def api_add_key(call, kind):
     fields = call.json(token=check_text, label=check_text, baseUrl=check_base_url)
-    added = []
 
     def edit(config):
         edited, key = add_key(config, PROVIDER_OF[kind], wanted_field(fields, 'token'),
                               fields.get('label', ''), utc_text(time.time()),
                               fields.get('baseUrl'))
         refuse_named_tokens(config, edited)
-        added[:] = [key]
-        return edited
-    call.app.update(edit)
-    call.app.log.info('key_added', key=added[0].ref)
-    call.send_json(201, key_view(call, added[0].ref))
+        return edited, key
+    _, key = call.app.update(edit)
+    call.app.log.info('key_added', key=key.ref)
+    call.send_json(201, key_view(call, key.ref))
 
 
 def api_edit_key(call, kind, id):
@@ -9587,11 +9587,11 @@ class App:
         self._apply()
 
     def update(self, edit):
-        """Saves `edit(Config) -> Config` and takes it up at once; the new Config.  Raises
+        """Has the store update the file, and takes that up at once; what the edit gave.  Raises
         ConfigError, FailoverError, and then has changed nothing."""
-        config = self.store.update(edit)
+        outcome = self.store.update(edit)
         self._apply()
-        return config
+        return outcome
 
     def _apply(self):
         """Brings all that follows from the configuration in line with it."""
@@ -11043,12 +11043,13 @@ def describe_keys(config):
 
 
 def save(options, edit):
-    """Applies `edit(Config) -> Config` to the configuration file, and says what else was done to
-    it.  Raises ConfigError, FailoverError."""
+    """Applies an edit to the configuration file, and says what else was done to it; what the edit
+    gave.  Raises ConfigError, FailoverError."""
     refuse_to_begin_anew(options.config)
     store = ConfigStore(options.config)
-    store.update(edit)
+    outcome = store.update(edit)
     tell_notices(store)
+    return outcome
 
 
 def refuse_to_begin_anew(config_path):
@@ -11065,14 +11066,12 @@ def cmd_add_key(options):
     token, style = read_new_token(options), Style(sys.stdout)
     label = options.label_option or ' '.join(options.label)
     label = label.encode('utf-8', 'replace').decode()     # an argument may be no UTF-8
-    outcome = []
 
-    def edit(config):
-        outcome[:] = [config, *add_key(config, options.provider, token, label,
-                                       utc_text(time.time()), options.base_url)]
-        return outcome[1]
-    save(options, edit)
-    before, config, key = outcome
+    def edit(before):
+        config, key = add_key(before, options.provider, token, label, utc_text(time.time()),
+                              options.base_url)
+        return config, key, before
+    config, key, before = save(options, edit)
     say(f'Added key {style.bold(key.id)} ({mask_token(key.token)}), '
         f'{describe_places(config, key)}.')
     if config.openai_model_fallback and not before.openai_model_fallback:
