@@ -8372,9 +8372,28 @@ def describe_undo(change):
 # What the dashboard and scripts ask for.  The addresses and the names of the Node program are
 # kept, so that its scripts go on working.  No answer holds a token.
 
+class Parts:
+    """What the API and the HTTP server know of the program, which the Service puts together."""
+    store: ConfigStore
+    log: JsonLog
+    bus: EventBus
+    metrics: Metrics
+    cooldowns: Cooldowns
+    watcher: Watcher
+    upstream: Upstream
+    failover: Failover
+    login_codes: LoginCodes
+    slots: threading.BoundedSemaphore     # of connections
+    stopping: bool
+    ports: Callable           # () -> {profile name: its open port}
+    health: Callable          # () -> what /health tells
+    update: Callable          # (edit) -> what the edit gave; by then it is saved and in force
+    refuse_taken_port: Callable       # (port); raises BadRequest where another program has it
+
+
 class Call(NamedTuple):
     """One request to a route."""
-    app: object               # the App
+    app: Parts
     head: RequestHead
     body: bytes
     response: ClientResponse
@@ -9387,9 +9406,9 @@ class LocalServer(http.server.ThreadingHTTPServer):
 class Listener(LocalServer):
     """The port of one profile, on 127.0.0.1 and ::1: a thread for each connection."""
 
-    def __init__(self, profile, app):
+    def __init__(self, profile, app: Parts, workers):
         self.profile_name, self.wanted_port, self.app = profile.name, profile.port, app
-        self._is_closing = False
+        self._workers, self._is_closing = workers, False
         super().__init__((LISTEN_HOST, profile.port), Handler)
         self._sockets = [self.socket]
         try:
@@ -9426,7 +9445,7 @@ class Listener(LocalServer):
     def process_request(self, request, client_address):
         if self.app.slots.acquire(blocking=False):
             try:
-                return self.app.workers.run(functools.partial(
+                return self._workers.run(functools.partial(
                     self.process_request_thread, request, client_address))
             except RuntimeError:      # no further thread to be had: as good as too many
                 self.app.slots.release()
@@ -9467,7 +9486,7 @@ def return_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class App:
+class App(Parts):
     """The parts put together: built once, started, reloaded, stopped."""
 
     def __init__(self, config_path, upstream=None):
@@ -9486,7 +9505,7 @@ class App:
         self.failover = Failover(self.store, self.cooldowns, self.upstream,
                                  Journal(self.log, self.metrics, self.bus), self.carrier)
         self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.workers = Workers()
+        self._workers = Workers()
         self.listeners = {}           # profile name -> Listener
         self.port_problems = {}       # profile name -> why its port is not open
         self.stopping = False
@@ -9542,7 +9561,7 @@ class App:
     def _open_listener(self, profile):
         """A new Listener, or None with the reason among `port_problems`."""
         try:
-            listener = Listener(profile, self)
+            listener = Listener(profile, self, self._workers)
         except OSError as error:
             self.port_problems[profile.name] = (f'Port {profile.port} of profile {profile.name} '
                                                 f'cannot be opened ({error.strerror}).')

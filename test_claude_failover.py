@@ -8316,6 +8316,12 @@ class ApiTest(ProgramTest):
     def orders(self, name='default'):
         return list(self.app.store.current.profiles[name].order)
 
+    def test_the_api_and_the_server_use_nothing_of_the_program_but_its_declared_parts(self):
+        source = source_of('claude_failover.py')
+        used = set(re.findall(r'\bapp\.(\w+)', source[source.index('\n# API\n'):source.index('\n# Service\n')]))
+        self.assertEqual(used, set(cf.Parts.__annotations__))
+        self.assertEqual([name for name in used if not hasattr(self.app, name)], [])
+
     def test_keys_are_added_listed_changed_tested_and_removed(self):
         added = self.call('POST', '/api/keys', {'token': token_of('c'), 'label': 'My <b>Key</b>'}, 201)
         self.assertEqual((added['id'], added['masked'], added['type'], added['requests'], added['inCooldown']),
