@@ -8316,6 +8316,11 @@ class ApiTest(ProgramTest):
     def orders(self, name='default'):
         return list(self.app.store.current.profiles[name].order)
 
+    def test_a_token_of_another_type_gives_its_key_that_type(self):
+        for token, type in (('sk-ant-oat01-' + 'x' * 40, 'oauth'), (token_of('fresh'), 'api-key')):
+            self.call('PUT', '/api/keys/a', {'token': token})
+            self.assertEqual((self.read_config()['keys']['a']['type'], self.call('GET', '/api/keys')['keys'][0]['type']), (type, type))
+
     def test_the_api_and_the_server_use_nothing_of_the_program_but_its_declared_parts(self):
         source = source_of('claude_failover.py')
         used = set(re.findall(r'\bapp\.(\w+)', source[source.index('\n# API\n'):source.index('\n# Service\n')]))
@@ -8908,6 +8913,14 @@ class ServiceTest(ProgramTest):
         self.reload(document)
         self.assertEqual(self.app.cooldowns.snapshot(), [])
 
+    def test_a_changed_base_url_of_all_keys_ends_their_cooldowns(self):
+        for field in ('anthropicBaseUrl', 'openaiBaseUrl', 'codexBaseUrl'):
+            self.anthropic.limited.add('a')
+            self.send()
+            self.assertEqual(len(self.app.cooldowns.snapshot()), 1)
+            self.reload({**make_document('a', 'b', anthropicBaseUrl=self.anthropic.url), field: f'{self.anthropic.url}/v1'})
+            self.assertEqual(self.app.cooldowns.snapshot(), [], field)
+
     def test_a_stop_lets_a_running_answer_finish_and_takes_no_new_one(self):
         self.anthropic.hold = threading.Event()
         answers = queue.Queue()
@@ -9016,8 +9029,9 @@ class DoctorTest(ProgramTest):
     def test_a_clock_that_is_off_is_found(self):
         for date, off_s in (('Tue, 14 Nov 2023 22:13:20 GMT', 0), ('Tue, 14 Nov 2023 22:03:20 GMT', 600), (None, 0), ('soon', 0)):
             self.assertEqual(cf.clock_offset_s(date, START), off_s)
-        self.anthropic.fields = [('date', 'Tue, 14 Nov 2023 22:13:20 GMT')]
-        self.assertIn('clock is', dict(self.wrong('clock'))['clock'])
+        for off_s, words in ((3600, '60 min ahead'), (-3600, '60 min behind')):
+            self.anthropic.fields = [('date', cf.http_date(round(time.time()) - off_s))]
+            self.assertIn(f"this machine's clock is {words}", dict(self.wrong('clock'))['clock'])
 
     def test_a_broken_configuration_and_a_taken_port_are_found(self):
         self.stop()
