@@ -7757,12 +7757,11 @@ class Autostart(NamedTuple):
     manager: str              # 'launchd', 'systemd' or 'Windows'
     path: str
     content: bytes
-    probe: tuple              # (command, ...): work where the manager does
-    enable: tuple
-    disable: tuple
+    enable: tuple             # (command, ...): into force from the next login on, and out of it
+    disable: tuple            # then; what runs goes on
+    start: tuple
+    stop: tuple
     restart: tuple
-    at_login: tuple           # into force from the next login on, and out of it then: what runs
-    not_at_login: tuple       # goes on
     hint: str = ''
 
 
@@ -7851,12 +7850,12 @@ def launchd_autostart(home, command, environment, output):
     path = os.path.join(home, 'Library', 'LaunchAgents', f'{LAUNCHD_LABEL}.plist')
     environment = {**environment, STARTED_BY: 'launchd'}
     domain = f'gui/{os.getuid()}'
-    out = ('launchctl', 'bootout', f'{domain}/{LAUNCHD_LABEL}')
-    return Autostart('launchd', path, launchd_plist(command, environment, output),
-                     (('launchctl', 'print', domain),),
-                     (('launchctl', 'bootstrap', domain, path),), (out,),
-                     (('launchctl', 'kickstart', '-k', f'{domain}/{LAUNCHD_LABEL}'),),
-                     (), ())          # it reads the folder at each login
+    service = f'{domain}/{LAUNCHD_LABEL}'
+    return Autostart(
+        'launchd', path, launchd_plist(command, environment, output),
+        (('launchctl', 'print', domain),), (),    # it reads the folder at each login
+        (('launchctl', 'bootstrap', domain, path),), (('launchctl', 'bootout', service),),
+        (('launchctl', 'kickstart', '-k', service),))
 
 
 def systemd_autostart(folder, command, environment):
@@ -7865,11 +7864,8 @@ def systemd_autostart(folder, command, environment):
     systemctl = ('systemctl', '--user')
     return Autostart(
         'systemd', path, systemd_unit(command, environment),
-        ((*systemctl, 'daemon-reload'),), ((*systemctl, 'enable', '--now', SYSTEMD_UNIT),),
-        ((*systemctl, 'disable', '--now', SYSTEMD_UNIT),),
-        ((*systemctl, 'restart', SYSTEMD_UNIT),),
         ((*systemctl, 'daemon-reload'), (*systemctl, 'enable', SYSTEMD_UNIT)),
-        ((*systemctl, 'disable', SYSTEMD_UNIT),),
+        *(((*systemctl, verb, SYSTEMD_UNIT),) for verb in ('disable', 'start', 'stop', 'restart')),
         'It starts when you log in; to have it run without that: loginctl enable-linger')
 
 
@@ -7878,10 +7874,11 @@ def windows_autostart(home, command):
     import subprocess
     path = os.path.join(home, '.config', PROGRAM, 'autostart.cmd')
     line = f'@{subprocess.list2cmdline(command)}\r\n'
-    create = (('schtasks', '/Create', '/F', '/SC', 'ONLOGON', '/TN', PROGRAM, '/TR', path),)
-    delete = (('schtasks', '/Delete', '/F', '/TN', PROGRAM),)
-    return Autostart('Windows', path, line.encode(), (), create, delete,
-                     (('schtasks', '/Run', '/TN', PROGRAM),), create, delete)
+    run = (('schtasks', '/Run', '/TN', PROGRAM),)
+    return Autostart(
+        'Windows', path, line.encode(),
+        (('schtasks', '/Create', '/F', '/SC', 'ONLOGON', '/TN', PROGRAM, '/TR', path),),
+        (('schtasks', '/Delete', '/F', '/TN', PROGRAM),), run, (), run)
 
 
 def is_installed(autostart):
@@ -7909,6 +7906,18 @@ def remove_autostart(autostart):
     except FileNotFoundError:
         return False
     return True
+
+
+def start_at_login(autostart):
+    """Has the manager start the proxy from the next login on; (whether its file changed, why the
+    manager could not be told or None)."""
+    return install_autostart(autostart), run_commands(autostart.enable)
+
+
+def start_at_no_login(autostart):
+    """The opposite; (whether the file was there, the same)."""
+    problem = run_commands(autostart.disable)     # as long as the manager has the file
+    return remove_autostart(autostart), problem
 
 
 def start_commands(autostart, content):
@@ -8162,7 +8171,7 @@ class Change(NamedTuple):
     path: str
     before: str | None
     after: str | None
-    old_mode: int | None = None       # by which others could read it, until the access token came
+    told: str                 # what to say of it, behind the path
 
     @property
     def is_change(self):
@@ -8206,9 +8215,9 @@ class ToolSetup:
         return any(map(os.path.exists, places)) or bool(shutil.which('cursor'))
 
     def configure(self, tool, url, access_token=None, is_dry=False):
-        """Has a tool use the proxy at `url`; the Change.  Raises ToolError, OSError."""
+        """Has a tool use the proxy at `url`; the Change.  Raises ToolError."""
         path = tool.place(self)
-        with self._records(is_dry) as records:
+        with self._records(tool, is_dry) as records:
             before = read_text(path)
             text, record = before or '', records.get(path)
             base = original_text(tool, text, record, {url})
@@ -8223,13 +8232,16 @@ class ToolSetup:
             if access_token and TOKEN_VARIABLE in wanted and before is not None and not is_dry:
                 old_mode = make_private(path)
             after = before if is_set else tool.write(base, wanted)
-            change = Change(tool, path, before, after, old_mode)
             if not is_set and not is_dry:
                 was_there = record['existed'] if record else before is not None
-                records[path] = make_record(tool, base, change.after, was_there, wanted)
+                records[path] = make_record(tool, base, after, was_there, wanted)
                 self._save(records)   # first: undo can do with a record of what did not happen
-                write_text(path, change.after)
-        return change
+                write_text(path, after)
+        told = f'uses {url} already' if after == before else f'now uses {url} ({tool.when})'
+        if old_mode:
+            told += (f'; it holds the access token, so only you can read it now (others could: '
+                     f'mode {old_mode:o})')
+        return Change(tool, path, before, after, told)
 
     def _has_login(self, settings_text):
         """Whether Claude Code has a credential of its own already."""
@@ -8249,34 +8261,40 @@ class ToolSetup:
 
     def undo(self, tool, ours, is_dry=False):
         """Gives a tool's file back as it was before; where it was edited since, takes out what
-        has a value of `ours`.  The Change.  Raises ToolError, OSError."""
-        path = tool.place(self)
-        with self._records(is_dry) as records:
+        has a value of `ours`.  The Change.  Raises ToolError."""
+        path, told = tool.place(self), 'holds nothing of ours'
+        with self._records(tool, is_dry) as records:
             before, record = read_text(path), records.pop(path, None)
             after = before
             if before is not None:
                 after = original_text(tool, before, record, ours)
                 is_empty = after.strip() in ('', '{}')
                 after = None if is_empty and record and not record['existed'] else after
-            change = Change(tool, path, before, after)
-            if change.is_change:
+            if after != before:
                 refuse_read_only(path)
+                told = 'does not use the proxy now'
+                if after is None:
+                    told = 'is removed: setup made it'
             if not is_dry:
-                if change.is_change:
+                if after != before:
                     write_text(path, after)
                 self._save(records)
-        return change
+        return Change(tool, path, before, after, told)
 
     @contextlib.contextmanager
-    def _records(self, is_dry):
-        """{path: record, ...}, for one process at a time."""
-        lock = contextlib.nullcontext() if is_dry else folder_locked(self.record_path)
-        with lock:
-            try:
-                records = loads_object(read_text(self.record_path) or '{}')
-            except ValueError:        # then undo takes out what looks like ours
-                records = {}
-            yield records
+    def _records(self, tool, is_dry):
+        """{path: record, ...}, for one process at a time.  What is wrong with a tool's file comes
+        out as a ToolError that names both."""
+        try:
+            with contextlib.nullcontext() if is_dry else folder_locked(self.record_path):
+                try:
+                    records = loads_object(read_text(self.record_path) or '{}')
+                except ValueError:    # then undo takes out what looks like ours
+                    records = {}
+                yield records
+        except (OSError, ToolError) as error:
+            raise ToolError(f'{tool.name}: {tilde(tool.place(self))} '
+                            f'{describe_tool_error(error)}.') from error
 
     def _save(self, records):
         if records:
@@ -8350,20 +8368,6 @@ def own_values(config, ports):
     numbers = {*(profile.port for profile in profiles), *ports.values()}
     own = {local_url(port) for port in numbers if port}
     return {*own, config.access_token} if config and config.access_token else own
-
-
-def describe_setup(change, url):
-    told = f'now uses {url} ({change.tool.when})' if change.is_change else f'uses {url} already'
-    if change.old_mode:
-        told += (f'; it holds the access token, so only you can read it now (others could: mode '
-                 f'{change.old_mode:o})')
-    return told
-
-
-def describe_undo(change):
-    if not change.is_change:
-        return 'holds nothing of ours'
-    return 'is removed: setup made it' if change.after is None else 'does not use the proxy now'
 
 
 # ==============================================================================
@@ -8985,9 +8989,10 @@ def api_setup(call, target):
         known = ', '.join((*TOOL_IDS, 'auto', *LOGIN_ACTIONS))
         raise BadRequest(f'There is no target {printable(target)[:60]!r}. There are: {known}.',
                          404, 'not_found_error')
-    edit = undo_tool if fields.get('undo') else set_up_tool
-    name = fields.get('profile', call.profile_name)
-    actions = [edit(call, setup, tool, name) for tool in tools]
+    edit = edit_from_page(call, setup, fields)
+    actions = [{'target': change.tool.id, 'changed': int(change.is_change),
+                'message': f'{change.tool.name}: {tilde(change.path)} {change.told}.'}
+               for change in map(edit, tools)]
     message = '\n'.join(action['message'] for action in actions)
     call.app.log.info('setup', target=target, message=message)
     return call.send_json(200, {
@@ -8995,58 +9000,37 @@ def api_setup(call, target):
         'message': message or 'No tool was found here that is not set up.', 'actions': actions})
 
 
-def set_up_tool(call, setup, tool, profile_name):
-    config = call.app.store.current
-    refuse_unknown_profile(config, profile_name)
-    port = call.app.ports().get(profile_name)
-    if not port:
-        raise BadRequest(f'Profile {profile_name} has no open port.', 409, field='profile')
-    url = local_url(port)
-    change = edit_tool(setup, tool, lambda: setup.configure(tool, url, config.access_token))
-    return tool_action(tool, change, describe_setup(change, url))
+def edit_from_page(call, setup, fields):
+    """What is to be done: a function of a tool that gives a Change, or raises ToolError."""
+    config, ports = call.app.store.current, call.app.ports()
+    if fields.get('undo'):
+        return functools.partial(setup.undo, ours=own_values(config, ports))
+    name = fields.get('profile', call.profile_name)
+    refuse_unknown_profile(config, name)
+    if not ports.get(name):
+        raise BadRequest(f'Profile {name} has no open port.', 409, field='profile')
+    return functools.partial(setup.configure, url=local_url(ports[name]),
+                             access_token=config.access_token)
 
 
-def undo_tool(call, setup, tool, profile_name):
-    ours = own_values(call.app.store.current, call.app.ports())
-    change = edit_tool(setup, tool, lambda: setup.undo(tool, ours))
-    return tool_action(tool, change, describe_undo(change))
-
-
-def edit_tool(setup, tool, edit):
-    """A tool's file changed; what is wrong with it as an error for a reader of the page."""
-    try:
-        return edit()
-    except (OSError, ToolError) as error:
-        raise ToolError(f'{tool.name}: {tilde(tool.place(setup))} '
-                        f'{describe_tool_error(error)}.') from error
-
-
-def tool_action(tool, change, told):
-    return {'target': tool.id, 'changed': int(change.is_change),
-            'message': f'{tool.name}: {tilde(change.path)} {told}.'}
-
-
-def start_at_next_login(call):
+def api_start_at_login(call):
     autostart = find_autostart(call.app.store.path)
-    has_changed = install_autostart(autostart)
-    problem = run_commands(autostart.at_login)
+    has_changed, problem = start_at_login(autostart)
     message = f'{autostart.manager} starts it from the next login on.'
     if problem:
-        message = (f'Wrote {tilde(autostart.path)}, but {autostart.manager} is not to be reached '
+        message = (f'Wrote {tilde(autostart.path)}, but {autostart.manager} cannot be reached '
                    f'here ({problem}).')
     return {'success': True, 'changed': int(has_changed), 'message': message}
 
 
-def start_at_no_login(call):
-    autostart = find_autostart(call.app.store.path)
-    run_commands(autostart.not_at_login)          # without its file the manager knows it no more
-    has_changed = remove_autostart(autostart)
-    return {'success': True, 'changed': int(has_changed),
+def api_start_at_no_login(call):
+    was_there, _ = start_at_no_login(find_autostart(call.app.store.path))
+    return {'success': True, 'changed': int(was_there),   # without a file no manager knows it
             'message': 'It does not start at login any more; this one goes on.'}
 
 
 #: From here the running proxy is left as it is: it is what answers.
-LOGIN_ACTIONS = {'autostart': start_at_next_login, 'remove-autostart': start_at_no_login}
+LOGIN_ACTIONS = {'autostart': api_start_at_login, 'remove-autostart': api_start_at_no_login}
 
 
 # ==============================================================================
@@ -10871,9 +10855,9 @@ def cmd_setup(options):
     if sum((options.autostart, options.remove_autostart, options.undo)) > 1:
         raise UsageError('Say only one of --autostart, --remove-autostart and --undo.')
     if options.remove_autostart:
-        return remove_from_login(find_autostart(options.config))
+        return run_by_no_manager(find_autostart(options.config))
     if options.autostart:
-        return start_at_login(options, find_autostart(options.config))
+        return run_by_manager(options, find_autostart(options.config))
     return undo_tools(options) if options.undo else set_up_tools(options)
 
 
@@ -10881,10 +10865,8 @@ def set_up_tools(options):
     config = load_config(options.config)
     url, setup = profile_url(options, config), ToolSetup(options.config)
     found = [tool for tool in TOOLS if setup.is_found(tool)]
-    failed = edit_tools(
-        options, chosen_tools(options, found), setup, config,
-        lambda tool: setup.configure(tool, url, config.access_token, options.dry_run),
-        lambda change: describe_setup(change, url))
+    edit = functools.partial(setup.configure, url=url, access_token=config.access_token)
+    failed = edit_tools(options, chosen_tools(options, found), config, edit)
     say(f'Other tools (Aider, the SDKs): set {BASE_URL_VARIABLE}={url}, with any API key.')
     if setup.has_cursor():
         say(CURSOR_NOTE)
@@ -10900,25 +10882,24 @@ def set_up_tools(options):
 def undo_tools(options):
     config, _ = read_config(options.config)       # a broken one is no reason to be stuck with us
     setup, health = ToolSetup(options.config), fetch_health(options.config, config)
-    ours = own_values(config, open_ports(health))
-    return edit_tools(options, chosen_tools(options, TOOLS), setup, config,
-                      lambda tool: setup.undo(tool, ours, options.dry_run), describe_undo)
+    edit = functools.partial(setup.undo, ours=own_values(config, open_ports(health)))
+    return edit_tools(options, chosen_tools(options, TOOLS), config, edit)
 
 
-def edit_tools(options, tools, setup, config, edit, describe):
+def edit_tools(options, tools, config, edit):
     """Edits the files of some tools and tells of each; 1 when one of them was left alone."""
     rows, failed = [], 0
     for tool in tools:
         try:
-            change = edit(tool)
-        except (OSError, ToolError) as error:
+            change = edit(tool, is_dry=options.dry_run)
+        except ToolError as error:
             failed = 1
-            complain(f'{tool.name}: {tilde(tool.place(setup))} {describe_tool_error(error)}.')
+            complain(error)
             continue
         if options.dry_run and change.is_change:
             say_diff(change, config)
         elif change.before is not None or change.is_change:
-            rows.append((tool.name, tilde(change.path), describe(change)))
+            rows.append((tool.name, tilde(change.path), change.told))
     if rows:
         say_table(rows, indent='')
     if not tools:
@@ -10956,36 +10937,35 @@ def profile_url(options, config):
     return local_url(port)
 
 
-def start_at_login(options, autostart):
-    has_changed = install_autostart(autostart)
+def run_by_manager(options, autostart):
+    """Has the manager start the proxy at login and now, in place of the one that runs."""
+    has_changed, problem = start_at_login(autostart)
     if not has_changed and who_started(options) == autostart.manager:
         say(f'It starts at login already, by {autostart.manager}: nothing was changed.')
         return 0
     say(f'{"Wrote" if has_changed else "Found"} {autostart.path}.')
-    problem = run_commands(autostart.probe)
     if problem:                       # a container, or a login without a session of its own
-        commands = ' && '.join(map(join_words, autostart.probe + autostart.enable))
-        complain(f'{autostart.manager} is not to be reached here ({problem}); where it runs, do: '
+        commands = ' && '.join(map(join_words, autostart.enable + autostart.start))
+        complain(f'{autostart.manager} cannot be reached here ({problem}); where it runs, do: '
                  f'{commands}')
         return 0
     pid = end_process(options, is_now=False)
     if pid:
         say(f'The proxy that ran so far (pid {pid}) was stopped.')
-    if autostart.manager == 'launchd':            # it takes up a changed file only so
-        run_commands(autostart.disable)
-    problem = run_commands(autostart.enable)
+    run_commands(autostart.stop)      # launchd takes up a changed file only so
+    problem = run_commands(autostart.start)
     if problem:
         raise FailoverError(f'{autostart.manager} did not start it: {problem}')
     say(f'{autostart.manager} runs the proxy now, and at each login. {autostart.hint}'.rstrip())
     return 0
 
 
-def remove_from_login(autostart):
+def run_by_no_manager(autostart):
     if not is_installed(autostart):
         say('It does not start at login: nothing was changed.')
         return 0
-    problem = run_commands(autostart.disable)
-    remove_autostart(autostart)
+    problem = run_commands(autostart.stop)
+    start_at_no_login(autostart)
     say(f'Removed {autostart.path}; the proxy does not start at login any more.')
     if problem:
         complain(f'{autostart.manager} could not be told ({problem}): it may run until you log '

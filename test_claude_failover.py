@@ -7099,7 +7099,7 @@ class ToolSetupTest(ScratchTest):
             self.configure('zsh')
         os.unlink(self.zshrc)
         os.mkdir(self.zshrc)
-        with self.assertRaises(IsADirectoryError):
+        with self.assertRaisesRegex(cf.ToolError, 'zsh: .*zshrc cannot be used .Is a directory'):
             self.configure('zsh')
         self.assertEqual(self.setup().state(self.tool('zsh')).problem, 'cannot be used (Is a directory)')
 
@@ -7112,7 +7112,7 @@ class ToolSetupTest(ScratchTest):
             for _ in range(2):        # a file in which it stands already, too
                 change = self.configure(access_token='open-sesame')
                 self.assertEqual(stat.S_IMODE(os.stat(self.settings).st_mode), after)
-                self.assertEqual('only you can read it' in cf.describe_setup(change, URL), mode != after)
+                self.assertEqual('only you can read it' in change.told, mode != after)
                 os.chmod(self.settings, mode)
             self.configure(access_token='open-sesame')
             self.undo()
@@ -7140,7 +7140,7 @@ class ToolSetupTest(ScratchTest):
 
     def test_a_full_disk_leaves_the_file_as_it_was(self):
         self.put(self.zshrc, 'a\n')
-        with mock.patch('os.fsync', side_effect=OSError(28, 'No space left on device')), self.assertRaises(OSError):
+        with mock.patch('os.fsync', side_effect=OSError(28, 'No space left on device')), self.assertRaisesRegex(cf.ToolError, 'No space'):
             self.configure('zsh')
         self.assertEqual((self.get(self.zshrc), os.listdir(os.path.dirname(self.path))), (b'a\n', []))
 
@@ -8712,7 +8712,7 @@ class ApiTest(ProgramTest):
         self.assertFalse(os.path.exists(shown['path']))
         self.assertNotIn('--now', json.dumps(ran))
         with mock.patch.object(cf, 'run_commands', lambda commands: 'no bus'):
-            self.assertIn('not to be reached here (no bus)', self.call('POST', '/api/setup/autostart', {})['message'])
+            self.assertIn('cannot be reached here (no bus)', self.call('POST', '/api/setup/autostart', {})['message'])
 
     def test_scripts_of_the_node_program_go_on_working(self):
         self.anthropic.limited.update('ab')
@@ -9633,7 +9633,7 @@ class CommandLineTest(ScratchTest):
         self.assertIn(f'Wrote {unit}', first.stdout)
         self.assertIn('loginctl enable-linger', first.stdout)
         with open(notes) as file:
-            self.assertEqual(file.read(), '--user daemon-reload\n--user enable --now claude-failover.service\n')
+            self.assertEqual(file.read().replace(' claude-failover.service', ''), '--user daemon-reload\n--user enable\n--user stop\n--user start\n')
         self.assertIn('started by systemd, as at each login', self.run_with_proxy('status', CLAUDE_FAILOVER_STARTED_BY='systemd'))
         again = self.run_with_proxy('setup', '--autostart', CLAUDE_FAILOVER_STARTED_BY='systemd')
         self.assertIn('nothing was changed', again)
@@ -9662,7 +9662,7 @@ class CommandLineTest(ScratchTest):
     @needs('/proc')
     def test_a_proxy_that_runs_by_hand_goes_over_to_the_manager(self):
         self.write_config(self.free_port_document('a'))
-        self.pretend_systemctl('case "$*" in *enable*) echo broken >&2; exit 1;; esac')
+        self.pretend_systemctl('case "$*" in *start*) echo broken >&2; exit 1;; esac')
         pid, _ = self.daemon()
         done = self.run_command('setup', '--autostart')
         self.assertIn(f'(pid {pid}) was stopped', done.stdout)
