@@ -10517,29 +10517,14 @@ def answer_text(data, is_streamed):
 # ==============================================================================
 # Printing happens only here.  Exit status: 0 done, 1 failed, 2 wrong input.
 
-class Style:
-    """Colours, on a terminal that wants them."""
-    def __init__(self, stream, environ=os.environ):
-        wanted = stream.isatty() and not environ.get('NO_COLOR') and environ.get('TERM') != 'dumb'
-        self._wanted = wanted
+PAINTS = {'bold': 1, 'dim': 2, 'good': 32, 'warn': 33, 'bad': 31}
 
-    def _paint(self, code, text):
-        return f'\x1b[{code}m{text}\x1b[0m' if self._wanted else str(text)
 
-    def bold(self, text):
-        return self._paint(1, text)
-
-    def dim(self, text):
-        return self._paint(2, text)
-
-    def good(self, text):
-        return self._paint(32, text)
-
-    def warn(self, text):
-        return self._paint(33, text)
-
-    def bad(self, text):
-        return self._paint(31, text)
+def paint(kind, text, environ=os.environ):
+    """A text in one of PAINTS, on a terminal that wants colours."""
+    is_wanted = (sys.stdout.isatty() and not environ.get('NO_COLOR')
+                 and environ.get('TERM') != 'dumb')
+    return f'\x1b[{PAINTS[kind]}m{text}\x1b[0m' if is_wanted else str(text)
 
 
 def say(text=''):
@@ -10637,8 +10622,8 @@ def forget_user(folder):
 
 def play_demo(demo, options):
     pause_s = 0 if options.fast else 1.2
-    style, width = Style(sys.stdout), terminal_width()
-    say_wrapped(f'{style.bold(PROGRAM)} at {local_url(demo.port)}, with pretend upstreams: '
+    width = terminal_width()
+    say_wrapped(f'{paint("bold", PROGRAM)} at {local_url(demo.port)}, with pretend upstreams: '
                 'nothing leaves this machine.', width)
     if os.path.exists(DASHBOARD_PATH):
         say(f'Dashboard  {local_url(demo.port)}/dashboard')
@@ -10647,12 +10632,12 @@ def play_demo(demo, options):
     for number, scene in enumerate(SCENES, 1):
         say()
         say_wrapped(f'{number}. {scene.title}', width)
-        say_played(demo, scene, style, width)
+        say_played(demo, scene, width)
         demo.pause(pause_s)
     say()
-    say_saved(demo.app.health()['metrics'], demo.app.metrics.history(), style, width)
+    say_saved(demo.app.health()['metrics'], demo.app.metrics.history(), width)
     while options.keep and not demo.pause(random.uniform(0.5, 2.5)):
-        say_played(demo, random.choice(EVERYDAY), style, width)
+        say_played(demo, random.choice(EVERYDAY), width)
 
 
 def terminal_width():
@@ -10665,7 +10650,7 @@ def say_wrapped(text, width):
     say(textwrap.fill(text, width))
 
 
-def say_played(demo, scene, style, width):
+def say_played(demo, scene, width):
     """A line for each request: the model asked, who tried, how long it took, what was said."""
     for record, first_byte_s, text in demo.play(scene):
         chain = ' -> '.join(describe_attempts(record))
@@ -10677,7 +10662,7 @@ def say_played(demo, scene, style, width):
             say_wrapped(told, width)
             told, room = '     ', width - 5
         shown = quote if len(quote) <= room else quote[:room - 4] + '..."'
-        say(told + style.dim(shown))
+        say(told + paint('dim', shown))
 
 
 def describe_attempts(record):
@@ -10689,9 +10674,9 @@ def describe_attempts(record):
         yield f'{on_model}{attempt["key"]} {attempt["status"] or attempt["result"]}'
 
 
-def say_saved(metrics, history, style, width):
+def say_saved(metrics, history, width):
     rescued = sum(minute['rescued'] for minute in history)
-    say_wrapped(style.bold(f'{metrics["answered"]} of {metrics["requests"]} requests were '
+    say_wrapped(paint('bold', f'{metrics["answered"]} of {metrics["requests"]} requests were '
                            f'answered; without the proxy {rescued} would have failed.'), width)
     say_wrapped(f'{count_of(metrics["rotations"], "rotation")}, '
                 f'{count_of(metrics["fallbacks"], "fallback")}, {metrics["queued"]} queued, '
@@ -11005,8 +10990,8 @@ def stop_on_signals(app):
 
 
 def say_started(app):
-    style, config = Style(sys.stdout), app.store.current
-    say(f'{style.bold(PROGRAM)} {VERSION}; Ctrl-C stops it')
+    config = app.store.current
+    say(f'{paint("bold", PROGRAM)} {VERSION}; Ctrl-C stops it')
     say_table([[printable(name), local_url(port)]
                for name, port in app.ports().items()])
     say(f'Keys       {describe_keys(config)}')
@@ -11016,7 +11001,8 @@ def say_started(app):
     for warning in start_warnings(app):
         complain(warning)
     if not any(is_served(config, key) for key in config.keys.values()):
-        say(style.warn("There is no key yet: requests go out with the client's own credential."))
+        say(paint('warn', 'There is no key yet: requests go out with '
+                          "the client's own credential."))
         say(f'Add one with: {RUN} add-key')
 
 
@@ -11062,7 +11048,7 @@ def refuse_to_begin_anew(config_path):
 
 
 def cmd_add_key(options):
-    token, style = read_new_token(options), Style(sys.stdout)
+    token = read_new_token(options)
     label = options.label_option or ' '.join(options.label)
     label = label.encode('utf-8', 'replace').decode()     # an argument may be no UTF-8
 
@@ -11071,7 +11057,7 @@ def cmd_add_key(options):
                               options.base_url)
         return config, key, before
     config, key, before = save(options, edit)
-    say(f'Added key {style.bold(key.id)} ({mask_token(key.token)}), '
+    say(f'Added key {paint("bold", key.id)} ({mask_token(key.token)}), '
         f'{describe_places(config, key)}.')
     if config.openai_model_fallback and not before.openai_model_fallback:
         say('openaiModelFallback is on now: OpenAI answers where Claude cannot.')
@@ -11239,14 +11225,14 @@ def cmd_status(options):
     if options.json:
         say_json(health)
         return 0
-    style, metrics = Style(sys.stdout), health['metrics']
-    say(f'{style.bold(PROGRAM)} {health["version"]} is {style.good("running")}, '
+    metrics = health['metrics']
+    say(f'{paint("bold", PROGRAM)} {health["version"]} is {paint("good", "running")}, '
         f'pid {health["pid"]}, for {format_duration(health["uptime_s"])}; '
         f'{describe_start(options, health)}')
     for problem in health['problems']:
-        say(style.bad(f'  {printable(problem)}'))
+        say(paint('bad', f'  {printable(problem)}'))
     say_ports(health)
-    say_keys(health, style)
+    say_keys(health)
     say(f'Requests   {metrics["requests"]} ({metrics["answered"]} answered, '
         f'{metrics["refused"]} refused, {metrics["failed"]} failed, '
         f'{metrics["client_gone"]} left, '
@@ -11273,7 +11259,7 @@ def say_ports(health):
                 if profile['port'] else 'not open'] for profile in health['profiles']])
 
 
-def say_keys(health, style):
+def say_keys(health):
     if not health['keys']:
         say(f'Keys       none; add one with: {RUN} add-key')
         return
@@ -11283,7 +11269,7 @@ def say_keys(health, style):
                for key in health['keys']])
     for key in health['keys']:
         if key['problem'] and key['state'] != 'unused':
-            say(style.bad(f'  {key["id"]} cannot be used: {printable(key["problem"])}'))
+            say(paint('bad', f'  {key["id"]} cannot be used: {printable(key["problem"])}'))
     for cooling in health['cooldowns']:
         model = f' with {printable(cooling["model"])}' if cooling['model'] else ''
         left = format_duration(cooling['remaining_ms'] / 1000)
@@ -11291,13 +11277,13 @@ def say_keys(health, style):
         text = f'  {cooling["key"]}{model} cools for {left}: {why}'
         if cooling['message']:
             text += f', "{printable(cooling["message"])[:100]}"'
-        say(style.bad(text) if cooling['needs_attention'] else style.warn(text))
+        say(paint('bad' if cooling['needs_attention'] else 'warn', text))
 
 
 def cmd_doctor(options):
-    style, is_well = Style(sys.stdout), True
+    is_well = True
     for finding in diagnose(options.config):
-        mark = style.bad('WRONG') if finding.remedy else style.good('ok   ')
+        mark = paint('bad', 'WRONG') if finding.remedy else paint('good', 'ok   ')
         say(f'{mark}  {finding.topic:<13}  {printable(redact(finding.text))}')
         if finding.remedy:
             is_well = False
@@ -11322,12 +11308,12 @@ COMPLETIONS = {
 
 
 def cmd_logs(options):
-    path, style = log_path(options.config), Style(sys.stdout)
+    path = log_path(options.config)
     lines = follow_lines(path)
     so_far = itertools.takewhile(lambda line: line is not None, lines)
     last = list(collections.deque(so_far, maxlen=max(0, options.lines)))
     for line in last:
-        say_log_line(line, options.json, style)
+        say_log_line(line, options.json)
     if not last:
         complain(f'there is no log line yet in {path}')
     while options.follow:
@@ -11335,7 +11321,7 @@ def cmd_logs(options):
         if line is None:
             time.sleep(0.25)
         else:
-            say_log_line(line, options.json, style)
+            say_log_line(line, options.json)
     return 0
 
 
@@ -11369,7 +11355,7 @@ def is_same_file(file, path):
         return False
 
 
-def say_log_line(line, as_json, style):
+def say_log_line(line, as_json):
     """A log line as JSON, or as: time, level, event, then its fields."""
     text = line.decode('utf-8', 'replace')
     try:
@@ -11379,9 +11365,10 @@ def say_log_line(line, as_json, style):
     if as_json or record is None:
         return say(printable(text))
     level, event = printable(record.get('level', '')), printable(record.get('event', ''))
-    paint = {'error': style.bad, 'warn': style.warn, 'debug': style.dim}.get(level, str)
-    say(f'{style.dim(local_time(record.get("time", "")))} {paint(f"{level:5}")} {event} '
-        f'{describe_record(record)}')
+    moment = paint('dim', local_time(record.get('time', '')))
+    kind = {'error': 'bad', 'warn': 'warn', 'debug': 'dim'}.get(level)
+    shown = paint(kind, f'{level:5}') if kind else f'{level:5}'
+    say(f'{moment} {shown} {event} {describe_record(record)}')
 
 
 class Command(NamedTuple):

@@ -10003,11 +10003,9 @@ cf.main(['status'])
             self.assertGreater(len([json.loads(line) for line in file]), 1)       # whole ones
 
     def test_colours_are_for_terminals_that_want_them(self):
-        terminal = mock.Mock(isatty=lambda: True)
-        self.assertEqual(cf.Style(terminal, {}).bold('x'), '\x1b[1mx\x1b[0m')
-        self.assertEqual(cf.Style(terminal, {'NO_COLOR': '1'}).bold('x'), 'x')
-        self.assertEqual(cf.Style(terminal, {'TERM': 'dumb'}).bold('x'), 'x')
-        self.assertEqual(cf.Style(io.StringIO(), {}).bold('x'), 'x')
+        for is_terminal, environ, shown in ((True, {}, '\x1b[1mx\x1b[0m'), (True, {'NO_COLOR': '1'}, 'x'), (True, {'TERM': 'dumb'}, 'x'), (False, {}, 'x')):
+            with mock.patch('sys.stdout', mock.Mock(isatty=lambda is_terminal=is_terminal: is_terminal)):
+                self.assertEqual(cf.paint('bold', 'x', environ), shown)
 
 
 # ==============================================================================
