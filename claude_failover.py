@@ -192,7 +192,7 @@ DRAIN_S = 10
 STARTED_BY = 'CLAUDE_FAILOVER_STARTED_BY'
 #: How long a start in the background may take until its ports answer.
 START_S = 30
-#: How often a command looks whether a process has started or ended.
+#: How often a program looks whether another, or a running answer, has ended.
 POLL_S = 0.02
 
 #: A held stream gets its head and a ping after this long; Claude Code warns after 20 s.
@@ -9470,6 +9470,15 @@ def return_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def polling(patience_s):
+    """Yields now and every POLL_S, until so many seconds have passed."""
+    deadline = time.monotonic() + patience_s
+    yield
+    while time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        yield
+
+
 class App(Parts):
     """The parts put together: built once, started, reloaded, stopped."""
 
@@ -9641,9 +9650,9 @@ class App(Parts):
         self.stopping = self.failover.stopping = True
         self._close_all()
         self.cooldowns.wake_all()
-        deadline = time.monotonic() + DRAIN_S
-        while len(self.watcher) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        for _ in polling(DRAIN_S):
+            if not len(self.watcher):
+                break
         self.upstream.close_idle()
         self._tls_thread.join()       # the interpreter's end would pull OpenSSL away under it
         self.log.info('stopped', cut=len(self.watcher))
@@ -9821,18 +9830,17 @@ class PidFile:
         self._file = None             # open, and locked, as long as this process runs
 
     def acquire(self, patience_s=1.0):
-        """Makes this process the one; whether it is."""
+        """Makes this process the one; whether it is.  Commands that only look have the file
+        locked for a moment."""
         make_private_folder(os.path.dirname(self.path))
         file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+b', buffering=0)
-        deadline = time.monotonic() + patience_s
-        while not lock_file(file, is_shared=False):
-            if time.monotonic() > deadline:       # it is no command that only looks
-                file.close()
-                return False
-            time.sleep(POLL_S)
-        self._file = file
-        self.write()
-        return True
+        for _ in polling(patience_s):
+            if lock_file(file, is_shared=False):
+                self._file = file
+                self.write()
+                return True
+        file.close()
+        return False
 
     def write(self, ports=(), is_configured=False):
         """Says what is open by now, where this process is the one."""
@@ -9858,18 +9866,17 @@ class PidFile:
         except FileNotFoundError:
             return None
         with file:
-            before, deadline = None, time.monotonic() + patience_s
-            while not lock_file(file, is_shared=True):
+            before = None
+            for _ in polling(patience_s):
+                if lock_file(file, is_shared=True):
+                    return None
                 file.seek(0)
                 running = read_running(file.read(LOCKED_BYTE))
                 if running and running == before:
                     return running
-                if not running and time.monotonic() >= deadline:
-                    raise FailoverError(f'{self.path} is locked by a program that is not this '
-                                        'one: end that, or remove the file.')
                 before = running
-                time.sleep(POLL_S)
-        return None
+        raise FailoverError(f'{self.path} is locked by a program that is not this one: end that, '
+                            'or remove the file.')
 
 
 def read_running(data):
@@ -9897,7 +9904,7 @@ def find_running(config_path):
     """The Running process that commands may turn to, or None: it is only starting, or not ours
     to see."""
     with contextlib.suppress(FailoverError, OSError):
-        return PidFile(config_path).holder(patience_s=0)
+        return PidFile(config_path).holder(patience_s=1.0)
     return None
 
 
@@ -10766,12 +10773,12 @@ def start_in_background(options):
 def await_health(options, process):
     """/health of a process that starts; None when it ended, or does not answer in time."""
     config, _ = read_config(options.config)       # of a broken one the process itself will tell
-    deadline = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < deadline:
+    for _ in polling(START_S):
         health = fetch_health(options.config, config)
         if health and health['pid'] == process.pid:
             return health
-        time.sleep(POLL_S)
+        if process.poll() is not None:
+            break
     return None
 
 
@@ -10792,9 +10799,7 @@ def end_process(options, is_now):
     refuse_elsewhere(running)
     pid, started = running.pid, time.monotonic()
     was_asked, was_told = False, is_now
-    while running and running.pid == pid:
-        if time.monotonic() > started + DRAIN_S + 5:
-            raise FailoverError(f'Process {pid} did not end; to end it by force: kill -9 {pid}')
+    for _ in polling(DRAIN_S + 5):
         if is_now or not was_asked:   # the second signal ends it at once
             with contextlib.suppress(ProcessLookupError):     # it ended just now
                 os.kill(pid, signal.SIGTERM)
@@ -10803,7 +10808,9 @@ def end_process(options, is_now):
             was_told = True
             complain(f'waiting up to {DRAIN_S} s for running answers; `stop --now` cuts them.')
         running = pid_file.holder()
-    return pid
+        if not running or running.pid != pid:
+            return pid
+    raise FailoverError(f'Process {pid} did not end; to end it by force: kill -9 {pid}')
 
 
 def cmd_restart(options):
