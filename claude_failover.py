@@ -503,14 +503,14 @@ def make_private_folder(folder):
     os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
-def make_private(path):
-    """Takes a file or folder from other users' reach; the mode that it had, None where that was
-    private already.  Raises OSError."""
-    found = os.stat(path).st_mode
+def make_private(target):
+    """Takes a file (its path, or its number where it is open) or folder from other users' reach;
+    the mode that it had, None where that was private already.  Raises OSError."""
+    found = os.stat(target).st_mode
     is_ours = stat.S_ISREG(found) or stat.S_ISDIR(found)      # not /dev/null, by a link to it
     if not (is_ours and found & 0o077 and os.name != 'nt'):   # Windows has no such modes
         return None
-    os.chmod(path, found & 0o700)
+    os.chmod(target, found & 0o700)
     return stat.S_IMODE(found)
 
 
@@ -5013,10 +5013,13 @@ class ConfigStore:
             return self.current
 
     def _read_present(self):
-        self._make_folder_private()
+        folder = os.path.dirname(self.path)
+        is_usual = folder == os.path.dirname(os.path.expanduser(DEFAULT_CONFIG_PATH))
+        if is_usual and not os.path.islink(folder):   # no other that --config or a link names
+            self._make_private(folder, folder)
         try:
             with open(self.path, 'rb') as file:
-                self._make_private(file)
+                self._make_private(self.path, file.fileno())
                 data = file.read()
         except FileNotFoundError:
             raise
@@ -5036,31 +5039,19 @@ class ConfigStore:
         except ConfigError as error:
             raise ConfigError(f'{self.path}: {error}') from error
 
-    def _make_private(self, file):
-        found = os.fstat(file.fileno())
-        mode = found.st_mode & 0o777
-        if not (mode & 0o077 and stat.S_ISREG(found.st_mode) and os.name != 'nt'):
-            return
+    def _make_private(self, path, target):
+        """Takes what is at a path, and open as `target`, from other users' reach, and says so."""
         try:
-            os.fchmod(file.fileno(), 0o600)
-            self._notices.append(f'{self.path} was readable by others (mode {mode:o}); it is 600 '
-                                 'now.')
-        except OSError:               # another owner's, or a read-only mount
-            self._notices.append(f'{self.path} is readable by others (mode {mode:o}) and that '
-                                 'cannot be changed from here: make it 600.')
-
-    def _make_folder_private(self):
-        """Takes the folder from other users' reach where it is ours: the usual one, not one that
-        --config or a link names."""
-        folder = os.path.dirname(self.path)
-        if folder != os.path.dirname(os.path.expanduser(DEFAULT_CONFIG_PATH)) or (
-                os.path.islink(folder)):
+            mode = make_private(target)
+        except FileNotFoundError:     # the folder: there is no configuration yet
             return
-        with contextlib.suppress(OSError):        # it is not there, or another owner's
-            mode = make_private(folder)
-            if mode:
-                self._notices.append(f'{folder} was open to others (mode {mode:o}); it is '
-                                     f'{mode & 0o700:o} now.')
+        except OSError:               # another owner's, or a read-only mount
+            self._notices.append(f'{path} is readable by others, and that cannot be changed from '
+                                 f'here: chmod go= {path}')
+            return
+        if mode:
+            self._notices.append(f'{path} was readable by others (mode {mode:o}); it is '
+                                 f'{mode & 0o700:o} now.')
 
 
 def output_path(config_path):

@@ -4137,15 +4137,15 @@ class ConfigStoreTest(ScratchTest):
     def test_a_file_whose_mode_cannot_be_changed_is_read_all_the_same(self):
         self.write_config(make_document('a'))
         os.chmod(self.path, 0o644)
-        with mock.patch('os.fchmod', side_effect=PermissionError(1, 'Operation not permitted')):
+        with mock.patch('os.chmod', side_effect=PermissionError(1, 'Operation not permitted')):
             store = self.store()
         self.assertEqual(len(store.current.keys), 1)
-        self.assertIn('make it 600', ' '.join(store.take_notices()))
+        self.assertIn(f'chmod go= {self.path}', ' '.join(store.take_notices()))
 
     def test_only_regular_files_are_made_private(self):
-        with mock.patch('os.fchmod') as fchmod, self.assertRaisesRegex(cf.ConfigError, 'not valid JSON'):
+        with mock.patch('os.chmod') as chmod, self.assertRaisesRegex(cf.ConfigError, 'not valid JSON'):
             cf.ConfigStore('/dev/null').load()
-        fchmod.assert_not_called()
+        chmod.assert_not_called()
 
     def test_a_byte_order_mark_is_no_error(self):
         self.assertEqual(len(self.store('\ufeff' + json.dumps(make_document('a'))).current.keys), 1)
@@ -9022,7 +9022,7 @@ class DoctorTest(ProgramTest):
     def test_a_file_that_others_can_read_wants_a_remedy_only_where_it_stays_so(self):
         for failure, is_wrong in ((None, False), (PermissionError(1, 'Operation not permitted'), True)):
             os.chmod(self.path, 0o644)
-            with mock.patch('os.fchmod', side_effect=failure, wraps=os.fchmod) if failure else contextlib.nullcontext():
+            with mock.patch('os.chmod', side_effect=failure, wraps=os.chmod) if failure else contextlib.nullcontext():
                 found = [finding for finding in self.findings() if 'by others' in finding.text]
             self.assertEqual([bool(finding.remedy) for finding in found], [is_wrong])
 
