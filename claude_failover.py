@@ -213,6 +213,8 @@ MAX_COOLDOWNS = 10_000
 MAX_PLANS = 256
 #: Attempts that x-proxy-attempts lists.
 MAX_TOLD_ATTEMPTS = 30
+#: A shorter credential is a word (`none`, `x`), which a text may hold without quoting it.
+MIN_SECRET_CHARS = 8
 #: Log lines that may wait to be written, and how long they wait, so that many go together.
 MAX_LOG_LINES = 10_000
 MAX_LOG_BATCH = 32
@@ -6616,7 +6618,7 @@ class ClientSide:
     def without_secrets(self, text):
         """Text of an upstream, which may quote the credential that it was sent."""
         for secret in self.secrets:
-            if secret and secret in text:
+            if len(secret) >= MIN_SECRET_CHARS and secret in text:
                 text = text.replace(secret, mask_token(secret))
         return text
 

@@ -6416,6 +6416,18 @@ class ServingTest(unittest.TestCase):
         self.assertEqual(answered.status, 502)
         self.assertNotIn('Secret', answered.error['message'] + json.dumps(self.record()) + repr(self.log.mock_calls))
 
+    def test_a_credential_that_is_a_mere_word_is_no_secret_where_a_text_holds_it(self):
+        told = 'the tool none is not allowed'
+        refused = refusal(403, 'permission_error', told)
+        event = stream_bytes([*stream_events()[:4], {'type': 'error', 'error': {'type': 'api_error', 'message': told}}])
+        for word in ('none', 'a', 'tool', 'allowed'):
+            for play, stream in ((refused, False), (Play(stream=event), True)):
+                self.setUp()
+                failover = self.failover(FakeUpstream(a=play), make_config('a', queueWaitMs=0))
+                answered = self.serve(failover, messages_body(stream=stream), fields=[('x-api-key', word)])
+                self.assertIn(told, answered.body.decode())
+                self.assertIn(told, self.record()['error'])
+
     def openai_one(self, script, keys='a', openai=('oa',), body=None, **changes):
         """One request over Claude keys and OpenAI keys; (Answered, [(key id, model), ...])."""
         changes.setdefault('queueWaitMs', 0)
