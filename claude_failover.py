@@ -6590,6 +6590,7 @@ class ClientSide:
         self.clock, self.now = clock, now
         self.started = clock()
         self.attempts = []            # [{'key': 'work', 'model': ..., 'status': 429, ...}, ...]
+        self._has_failures = False    # among them
         self.queued_s = 0.0
         self.secrets = {value.split(' ')[-1] for _, value in request.credentials}
         self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
@@ -6628,6 +6629,8 @@ class ClientSide:
                               'model': attempt.model, 'status': outcome.status,
                               'result': outcome.rule.name,
                               'ms': round((self.clock() - started) * 1000)})
+        if outcome.rule.step in (Step.NEXT_KEY, Step.STOP):
+            self._has_failures = True
 
     def proxy_fields(self, attempt=None):
         """The x-proxy-* fields of an answer."""
@@ -6641,11 +6644,18 @@ class ClientSide:
                 fields.append(('x-proxy-fallback', header_text(f'{asked} -> {attempt.model}')))
         if self.was_queued:
             fields.append(('x-proxy-queued', math.ceil(self.queued_s)))
-        if self.attempts:
-            trail = ','.join(f'{a["key"]}={a["status"] or a["result"]}'
-                             for a in self.attempts[-MAX_TOLD_ATTEMPTS:])
+        if self._has_failures or len(self.attempts) > 1:
+            trail = ','.join(map(self._told_attempt, self.attempts[-MAX_TOLD_ATTEMPTS:]))
             fields.append(('x-proxy-attempts', trail))
         return fields
+
+    def _told_attempt(self, attempt):
+        """'work=429', or 'work/claude-sonnet-5-5=200' of another model than was asked for; what
+        would end a model's name in this list is written as in a URL."""
+        model = attempt['model']
+        name = '' if model == self.request.body.model else f'/{(model or "")[:100]}'
+        name = urllib.parse.quote(name, safe='/:@[]', errors='replace')
+        return f'{attempt["key"]}{name}={attempt["status"] or attempt["result"]}'
 
     def finished_record(self):
         """What the journal is told at the end."""

@@ -5547,7 +5547,7 @@ class ServingTest(unittest.TestCase):
         self.assertEqual(answered.headers['x-proxy-fallback'], f'{OPUS} -> {SONNET}')
         self.assertEqual((answered.headers['x-proxy-key'], answered.headers['x-proxy-model'],
                           answered.headers['x-proxy-attempts'], answered.headers['x-proxy-provider']),
-                         ('a', SONNET, 'a=429,b=429,a=200', 'anthropic'))
+                         ('a', SONNET, 'a=429,b=429,a/claude-sonnet-5-5=200', 'anthropic'))
         self.assertEqual(self.record()['fallback'], f'{OPUS} -> {SONNET}')
 
     def test_every_key_is_tried_for_each_model_of_a_chain_in_turn(self):
@@ -5555,6 +5555,23 @@ class ServingTest(unittest.TestCase):
         config = make_config('a', 'b', queueWaitMs=0, modelFallback={OPUS: SONNET, SONNET: HAIKU})
         self.serve(self.failover(upstream, config))
         self.assertEqual(upstream.seen, [(key, model) for model in (OPUS, SONNET, HAIKU) for key in 'ab'])
+
+    def test_the_attempts_are_told_after_a_rotation_or_a_failure_alone(self):
+        too_long = refusal(400, 'invalid_request_error', 'prompt is too long')
+        for play, told in ((Play(), None), (Play(stream=stream_bytes()), None), (too_long, None), (RATE_LIMITED, 'a=429'),
+                           (SERVER_TROUBLE, 'a=500,a=500'), (REFUSED, 'a=unreachable'), (cf.UpstreamTimeout(), 'a=timed_out')):
+            self.setUp()
+            answered, _ = self.one({'a': play}, 'a', messages_body(stream=isinstance(play, Play) and b'event' in play.pieces[0]))
+            self.assertEqual(answered.headers.get('x-proxy-attempts'), told)
+
+    def test_a_model_in_the_list_of_attempts_cannot_be_taken_for_another_part_of_it(self):
+        for model, told in (('openai/gpt-5.4', 'openai/gpt-5.4'), ('m,x=1', 'm%2Cx%3D1'), ('mod\u00e8le 1', 'mod%C3%A8le%201'),
+                            ('qwen3:32b', 'qwen3:32b'), ('\ud800', '%3F'), ('x' * 300, 'x' * 100)):
+            self.setUp()
+            config = make_config('a', **with_openai('oa', queueWaitMs=0, modelFallback={}))
+            config = config._replace(openai_model_mapping={'*': model})
+            answered = self.serve(self.failover(FakeUpstream(a=RATE_LIMITED, oa=Play(body=CHAT_HELLO)), config))
+            self.assertEqual(answered.headers['x-proxy-attempts'], f'a=429,oa/{told}=200')
 
     def test_answers_about_the_request_itself_stop_before_the_next_model(self):
         for play in (refusal(429, 'rate_limit_error', 'x', x_should_retry='true'), refusal(400, 'x', 'y')):
@@ -6445,7 +6462,7 @@ class ServingTest(unittest.TestCase):
         self.assertRegex(answered.json['id'], r'^msg_[0-9a-f]{24}$')
         fields = {name: answered.headers[name] for name in answered.headers if name.startswith('x-proxy-')}
         self.assertEqual(fields, {'x-proxy-key': 'oa', 'x-proxy-provider': 'openai', 'x-proxy-model': 'gpt-5.4',
-                                  'x-proxy-fallback': f'{OPUS} -> gpt-5.4', 'x-proxy-attempts': 'a=429,oa=200'})
+                                  'x-proxy-fallback': f'{OPUS} -> gpt-5.4', 'x-proxy-attempts': 'a=429,oa/gpt-5.4=200'})
         record = self.record()
         self.assertEqual((record['provider'], record['upstream_model'], record['output_tokens'], record['status']),
                          ('openai', 'gpt-5.4', 7, 200))
