@@ -6963,7 +6963,6 @@ def end_stream(client, events, problem):
     elif not events.stopped:
         client.record.update(outcome='failed', error=problem)
         response.write(error_event('api_error', f'{PROGRAM}: {problem}.'))
-        return response.abandon()
     return response.finish()
 
 

@@ -5692,7 +5692,7 @@ class ServingTest(unittest.TestCase):
                    cf.Exchange(None, self.clock)).serve()
         self.assertEqual(passed, [0, 0, 0, *range(3, len(events) + 1)])
 
-    def test_a_stream_that_is_cut_after_its_commit_ends_with_an_error_and_no_end(self):
+    def test_a_stream_that_is_cut_after_its_commit_ends_with_an_error_alone(self):
         data = stream_bytes()
         for cut in (len(stream_bytes(stream_events()[:3])), len(data) // 2, len(data) // 2 + 7):
             for end in ([cf.UpstreamCut('it closed')], [cf.UpstreamTimeout()], []):
@@ -5700,7 +5700,8 @@ class ServingTest(unittest.TestCase):
                     answered = self.stream(data[:cut], *end)
                     self.assertEqual(answered.events[-1]['type'], 'error')
                     self.assertEqual(answered.events[-1]['error']['type'], 'api_error')
-                    self.assertFalse(answered.is_complete)
+                    self.assertNotIn('message_stop', [event['type'] for event in answered.events])
+                    self.assertTrue(answered.is_complete)         # the error is all that is left to say
                     self.assertEqual(self.record()['outcome'], 'failed')
 
     def test_a_missing_message_stop_is_written_when_the_message_was_whole(self):
@@ -6767,7 +6768,7 @@ class ServingTest(unittest.TestCase):
             stream = [chat_stream({'content': 'a'}, finish=None, is_done=False), problem, problem]
             answered, _ = self.openai_one({'oa': Play(stream=stream)}, keys='', body=messages_body(stream=True))
             self.assertEqual((answered.events[-1]['error']['type'], answered.is_complete, self.record()['outcome']),
-                             ('api_error', False, 'failed'))
+                             ('api_error', True, 'failed'))
 
     def test_a_token_that_a_stream_quotes_is_hidden(self):
         document = make_document(**with_openai('oa', queueWaitMs=0))
@@ -8004,7 +8005,7 @@ class CarryingTest(ProgramTest):
             answered = Answered(read_all(late))
         self.assertEqual((answered.body, answered.is_complete), (big, True))
 
-    def test_a_stream_that_breaks_off_ends_in_an_error_and_is_not_complete(self):
+    def test_a_stream_that_breaks_off_ends_in_an_error(self):
         whole = stream_bytes()
         for end in (b'', b'zz\r\n', b'5\r\nab'):
             carried, carry = threading.Event(), cf.StreamCarrier.carry
@@ -8017,7 +8018,7 @@ class CarryingTest(ProgramTest):
             self.serve_streams(play)
             with mock.patch.object(cf.StreamCarrier, 'carry', lambda *rest, c=carried: (c.set(), carry(*rest))):
                 answered = self.stream()
-            self.assertEqual((answered.events[-1]['type'], answered.is_complete), ('error', False))
+            self.assertEqual((answered.events[-1]['type'], answered.is_complete), ('error', True))
 
     def test_a_client_that_leaves_in_mid_stream_ends_its_upstream(self):
         gone = threading.Event()
