@@ -99,6 +99,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import zlib
 from datetime import datetime, timezone
 from typing import Callable, NamedTuple
 
@@ -146,6 +147,10 @@ PREPARED_BYTES = 1024 * 1024
 SEND_BYTES = 256 * 1024
 #: What one receive asks for.
 RECEIVE_BYTES = 64 * 1024
+#: What one read of a compressed body gives at the most: a megabyte of it may be a thousand.
+DECODED_BYTES = 256 * 1024
+#: Codings of a body that lie in one another; more than one is odd already.
+MAX_CODINGS = 4
 #: Chunks of a request body: 32 MB in pieces of 330 bytes.
 MAX_CHUNKS = 100_000
 #: Interim answers (100, 103) before an upstream's real one.
@@ -5980,13 +5985,7 @@ class UpstreamResponse:
 
     def read_all(self, limit):
         """The rest of the body, at most about `limit` bytes of it."""
-        body = bytearray()
-        while len(body) < limit:
-            piece = self.read()
-            if not piece:
-                break
-            body += piece
-        return bytes(body)
+        return read_all(self, limit)
 
     def _receive(self):
         try:
@@ -6070,6 +6069,17 @@ class UpstreamResponse:
             self.when_closed(self._sock)
         else:
             self._sock.close()
+
+
+def read_all(upstream, limit):
+    """The rest of a body, at most about `limit` bytes of it."""
+    body = bytearray()
+    while len(body) < limit:
+        piece = upstream.read()
+        if not piece:
+            break
+        body += piece
+    return bytes(body)
 
 
 class Upstream:
@@ -6711,6 +6721,142 @@ class ClientSide:
         return self.response.finish()
 
 
+# -- decoding ------------------------------------------------------------------
+
+INFLATED_CODINGS = ('gzip', 'x-gzip', 'deflate')
+#: Those that need more than the standard library.  What else a field may say (identity, none,
+#: utf-8) compresses nothing.
+OPAQUE_CODINGS = ('br', 'zstd', 'compress', 'x-compress', 'dcb', 'dcz')
+
+
+def decoded(upstream):
+    """The answer as it is read: decoded where it came compressed though identity was asked for.
+    None where that cannot be done here."""
+    field = upstream.headers.get('content-encoding')
+    if field is None:                             # nearly always
+        return upstream
+    names = [name.strip().lower() for name in field.split(',')]
+    codings = [name for name in names if name in INFLATED_CODINGS]
+    if len(codings) > MAX_CODINGS or any(name in OPAQUE_CODINGS for name in names):
+        return None
+    upstream = Uncoded(upstream)
+    for coding in reversed(codings):              # the last one was applied last
+        upstream = Inflated(upstream, coding)
+    return upstream
+
+
+class Uncoded:
+    """An upstream's answer without its content-encoding field: what it names is undone here, or
+    was nothing."""
+
+    length = None                 # of the body as it is given on
+
+    def __init__(self, upstream):
+        self._upstream = upstream
+        self.headers = {n: v for n, v in upstream.headers.items() if n != 'content-encoding'}
+        self.fields = [(n, v) for n, v in upstream.fields if n.lower() != 'content-encoding']
+        self.forwarded_head = ''.join(f'{name}: {value}\r\n' for name, value in self.fields)
+
+    def __getattr__(self, name):
+        return getattr(self._upstream, name)
+
+
+class Inflated(Uncoded):
+    """An answer whose body is inflated as it comes.  What it is tells its own beginning: servers
+    mistake gzip, zlib and raw deflate for one another, or name one and send none."""
+
+    def __init__(self, upstream, coding):
+        super().__init__(upstream)
+        self._coding = coding
+        self._inflater = None         # of the member that is being read; gzip may have several
+        self._members = 0             # read so far
+        self._input = b''             # received, not yet inflated
+        self._output = b''            # inflated, not yet read
+        self._has_more = False        # the inflater has more to give without any input
+        self._is_over = False
+
+    @property
+    def ended(self):
+        is_last = self._is_over or self._upstream.ended and not self._can_go_on
+        return is_last and not self._output
+
+    @property
+    def _can_go_on(self):
+        """Whether no more needs to be received for the next step."""
+        return self._has_more or len(self._input) >= (1 if self._inflater else 2)
+
+    def has_received(self):
+        return bool(self._output) or self._can_go_on or self._upstream.has_received()
+
+    def wait(self, seconds):
+        deadline = time.monotonic() + seconds
+        while not (self._output or self._is_over):
+            if not (self._can_go_on or self._upstream.wait(max(0, deadline - time.monotonic()))):
+                return False
+            self._inflate_some()
+        return True
+
+    def read(self):
+        while not (self._output or self._is_over):
+            self._inflate_some()
+        piece, self._output = self._output, b''
+        return piece
+
+    def read_all(self, limit):
+        return read_all(self, limit)
+
+    def _inflate_some(self):
+        data = self._input
+        if not self._can_go_on:
+            piece = self._upstream.read()
+            if not piece:
+                return self._end()
+            data += piece
+        if not self._inflater and len(data) > 1:
+            self._inflater = self._find_inflater(data)
+        if not self._inflater:
+            self._input = data
+            return None
+        try:
+            self._output = self._inflater.decompress(data, DECODED_BYTES)
+        except zlib.error as error:
+            raise UpstreamCut('its compression is broken') from error
+        self._input = self._inflater.unconsumed_tail
+        self._has_more = len(self._output) == DECODED_BYTES
+        if self._inflater.eof:
+            self._input, self._has_more = self._inflater.unused_data, False
+            self._inflater, self._members = None, self._members + 1
+        return None
+
+    def _find_inflater(self, data):
+        """What reads a member with this beginning."""
+        is_gzip, is_zlib = data[:2] == b'\x1f\x8b', int.from_bytes(data[:2], 'big') % 31 == 0
+        if self._members and not is_gzip:
+            return NOTHING            # padding behind the last member
+        if is_gzip or is_zlib and data[0] & 15 == 8:
+            return zlib.decompressobj(zlib.MAX_WBITS | 32)    # finds out which of the two
+        return zlib.decompressobj(-zlib.MAX_WBITS) if self._coding == 'deflate' else ALL
+
+    def _end(self):
+        self._is_over = True
+        is_begun = self._inflater not in (None, ALL, NOTHING)
+        if is_begun or self._input and not self._members:
+            raise UpstreamCut('its compressed body is not whole')
+
+
+class Uncompressed(NamedTuple):
+    """Stands in for an inflater where nothing was deflated; `most` of each piece is taken."""
+    most: int | None
+    eof: bool = False
+    unconsumed_tail: bytes = b''
+
+    def decompress(self, data, limit):
+        return data[:self.most]
+
+
+ALL, NOTHING = Uncompressed(None), Uncompressed(0)
+
+
 # -- reading -------------------------------------------------------------------
 
 class AnswerReader:
@@ -6721,7 +6867,11 @@ class AnswerReader:
         self._client, self._attempt, self._upstream = client, attempt, upstream
         self._metrics = metrics
         self._is_openai = attempt.key.provider == OPENAI
-        self._is_streamed = is_event_stream(upstream)
+        self._is_readable = True      # not compressed by what only the client can undo
+        if client.request.is_message or upstream.status >= 400:
+            self._upstream = decoded(upstream) or upstream
+            self._is_readable = 'content-encoding' not in self._upstream.headers
+        self._is_streamed = is_event_stream(self._upstream)
 
     def read(self, translated=None):
         """The Whole or Open answer; `translated` is the TranslatedStream of an OpenAI answer."""
@@ -6765,7 +6915,7 @@ class AnswerReader:
             if outcome.rule.step is Step.NEXT_KEY:
                 return Whole(outcome)     # status and fields are often clear enough
             raise                         # what would be relayed is not there
-        outcome = self._classify(error=read_error(body))
+        outcome = self._classify(error=read_error(body) if self._is_readable else NO_ERROR)
         if self._is_openai:
             return self._in_anthropics_words(outcome)
         return Whole(outcome, self._upstream.fields, body)

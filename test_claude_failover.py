@@ -11,6 +11,7 @@ import collections
 import contextlib
 import copy
 import email.utils
+import gzip
 import http.client
 import io
 import itertools
@@ -37,6 +38,7 @@ import time
 import tracemalloc
 import unittest
 import warnings
+import zlib
 from collections import namedtuple
 from unittest import mock
 
@@ -195,6 +197,17 @@ def openai_refusal(status, code, message='no', **fields):
     return Play(status, fields, {'error': {'message': message, 'type': 'x', 'code': code, 'param': None}})
 
 
+def compressed(data):
+    """[(content-encoding, bytes), ...]: the ways in which these bytes may come compressed, or said to be."""
+    raw = zlib.compressobj(wbits=-15)
+    raw = raw.compress(data) + raw.flush()
+    half = len(data) // 2
+    return [('gzip', gzip.compress(data)), ('GZIP', gzip.compress(data)), ('x-gzip', gzip.compress(data)), ('deflate', zlib.compress(data)),
+            ('Deflate', raw), ('gzip, deflate', zlib.compress(gzip.compress(data))), ('deflate,gzip', gzip.compress(raw)),
+            ('gzip', gzip.compress(data[:half]) + gzip.compress(data[half:])), ('gzip', data), ('gzip', zlib.compress(data)),
+            ('deflate', gzip.compress(data)), ('identity, gzip', gzip.compress(data)), ('identity', data), ('none', data), ('UTF-8', data), ('', data)]
+
+
 OVERLOADED_EVENT = {'type': 'error', 'error': {'type': 'overloaded_error', 'message': 'Overloaded'}}
 
 
@@ -251,6 +264,9 @@ class FakeUpstreamResponse:
         if isinstance(piece, BaseException):
             raise piece
         return piece
+
+    def has_received(self):
+        return False
 
     def read_all(self, limit):
         body = b''
@@ -6196,10 +6212,94 @@ class ServingTest(unittest.TestCase):
             self.serve(self.failover(upstream, make_config('a')))
         self.assertEqual(self.record()['outcome'], 'failed')
 
-    def test_an_answer_that_is_no_stream_of_messages_passes_as_it_is(self):
-        upstream = FakeUpstream(a=Play(200, {'content-encoding': 'gzip'}, stream=[b'\x1f\x8b', b'raw']))
-        answered = self.serve(self.failover(upstream, make_config('a')))
-        self.assertEqual((answered.body, answered.headers['content-encoding']), (b'\x1f\x8braw', 'gzip'))
+    def test_a_compressed_error_is_classified_and_readable(self):
+        for encoding, data in compressed(json.dumps(api_error('invalid_request_error', 'Your credit balance is too low')).encode()):
+            for size in (1, 7, len(data)):
+                with self.subTest(encoding=encoding, size=size):
+                    self.setUp()
+                    play = Play(400, {'content-encoding': encoding}, stream=pieces(data, size))
+                    answered, seen = self.one({'a': play}, 'a')
+                    self.assertEqual((seen, self.cooling(), answered.status), (['a'], {('a', None): 3600}, 400))
+                    self.assertIn('credit balance', answered.error['message'])
+                    self.assertNotIn('content-encoding', answered.headers)
+
+    def test_a_compressed_stream_is_read_event_by_event(self):
+        error = stream_bytes([OVERLOADED_EVENT])
+        for encoding, data in compressed(stream_bytes()):
+            for size in (1, 7, len(data)):
+                with self.subTest(encoding=encoding, size=size):
+                    self.setUp()
+                    play = Play(200, {'content-encoding': encoding}, stream=pieces(data, size))
+                    answered, _ = self.one({'a': play}, 'a', messages_body(stream=True))
+                    self.assertEqual((answered.body, answered.is_complete), (stream_bytes(), True))
+                    self.assertNotIn('content-encoding', answered.headers)
+                    self.assertEqual(self.record()['output_tokens'], 5)
+        for (encoding, data), (_, cut) in zip(compressed(error), compressed(stream_bytes(stream_events()[:4]))):
+            self.setUp()
+            answered, seen = self.one({'a': Play(200, {'content-encoding': encoding}, stream=data), 'b': Play(stream=stream_bytes())},
+                                      body=messages_body(stream=True))
+            self.assertEqual((answered.body, seen, self.cooling()), (stream_bytes(), ['a', 'b'], {('a', OPUS): 10}))
+            self.setUp()
+            answered, _ = self.one({'a': Play(200, {'content-encoding': encoding}, stream=cut)}, 'a', messages_body(stream=True))
+            self.assertEqual((answered.events[-1]['type'], self.record()['outcome']), ('error', 'failed'))
+
+    def test_a_compressed_answer_of_openais_is_translated(self):
+        for encoding, data in compressed(chat_stream({'content': 'hello'})):
+            play = Play(200, {'content-encoding': encoding}, stream=pieces(data, 50))
+            answered, _ = self.openai_one({'oa': play}, keys='', body=messages_body(stream=True))
+            self.assertEqual(answered.events[-1]['type'], 'message_stop')
+        for encoding, data in compressed(json.dumps(CHAT_HELLO).encode()):
+            answered, _ = self.openai_one({'oa': Play(200, {'content-encoding': encoding}, data)}, keys='')
+            self.assertEqual(answered.json['content'][0]['text'], 'hello')
+        for encoding, data in compressed(b'{"error":{"message":"x","code":"rate_limit_exceeded"}}'):
+            self.cooldowns.clear()
+            answered, _ = self.openai_one({'oa': Play(429, {'content-encoding': encoding}, data)}, keys='')
+            self.assertEqual((answered.status, self.record()['attempts'][0]['result']), (429, 'rate_limited'))
+
+    def test_a_plain_compressed_answer_comes_decoded_and_counted(self):
+        for encoding, data in compressed(json.dumps(MESSAGE).encode()):
+            self.setUp()
+            answered, _ = self.one({'a': Play(200, {'content-encoding': encoding}, data)}, 'a')
+            self.assertEqual((answered.json, answered.is_complete, self.record()['output_tokens']), (MESSAGE, True, 5))
+            self.assertNotIn('content-encoding', answered.headers)
+
+    def test_what_needs_not_be_read_or_cannot_be_passes_as_it_came(self):
+        data = gzip.compress(b'{"data":[]}')
+        failover = self.failover(FakeUpstream(a=Play(200, {'content-encoding': 'gzip'}, data)), make_config('a'))
+        answered = self.serve(failover, method='GET', target='/v1/models')
+        self.assertEqual((answered.body, answered.headers['content-encoding']), (data, 'gzip'))
+        for status, coding in ((200, 'br'), (200, 'zstd'), (400, 'br'), (200, 'gzip, br'), (200, 'gzip,' * 20 + 'gzip')):
+            play = Play(status, {'content-encoding': coding}, stream=[b'\x8b\x02', b'raw'])
+            answered, _ = self.one({'a': play}, 'a', messages_body(stream=True))
+            self.assertEqual((answered.status, answered.body, answered.headers['content-encoding']), (status, b'\x8b\x02raw', coding))
+
+    def test_a_compressed_body_that_swells_is_read_in_small_pieces(self):
+        bomb = gzip.compress(b' ' * 60_000_000, 9)
+        sizes = []
+        upstream = cf.decoded(FakeUpstreamResponse(Play(200, {'content-encoding': 'gzip'}, bomb)))
+        while sum(sizes) < 60_000_000:
+            self.assertTrue(upstream.has_received() or not sizes)
+            sizes.append(len(upstream.read()))
+        self.assertEqual((upstream.read(), max(sizes) <= cf.DECODED_BYTES), (b'', True))
+        play = Play(400, {'content-encoding': 'gzip'}, bomb)
+        self.assertLess(len(self.one({'a': play}, 'a')[0].body), cf.MAX_ERROR_BODY_BYTES + cf.DECODED_BYTES)
+
+    def test_a_compressed_body_that_is_broken_or_not_whole_is_a_cut(self):
+        data = gzip.compress(stream_bytes())
+        for broken in (data[:-9], data[:1], data[:60] + b'x' * 100, data[:-8] + b'12345678'):
+            upstream = cf.decoded(FakeUpstreamResponse(Play(200, {'content-encoding': 'gzip'}, broken)))
+            with self.assertRaises(cf.UpstreamCut):
+                upstream.read_all(1 << 20)
+        for whole in (data, data + b'\0' * 9, data + b'\0', b''):
+            upstream = cf.decoded(FakeUpstreamResponse(Play(200, {'content-encoding': 'GZIP'}, whole)))
+            self.assertEqual(upstream.read_all(1 << 20), stream_bytes() if whole else b'')
+
+    def test_waiting_for_a_compressed_body_waits_for_what_it_says(self):
+        data = gzip.compress(stream_bytes())
+        upstream = cf.decoded(FakeUpstreamResponse(Play(200, {'content-encoding': 'gzip'}, stream=[data[:10], SILENCE, data[10:]])))
+        self.assertFalse(upstream.wait(1))        # its head says nothing yet
+        self.assertTrue(upstream.wait(1))
+        self.assertEqual(upstream.read(), stream_bytes())
 
     def test_a_plain_answer_that_is_cut_has_no_end(self):
         play = Play()
@@ -7962,6 +8062,36 @@ class CarryingTest(ProgramTest):
                                and sock.sendall(b'0\r\n\r\n'))
             answered = self.stream()
             self.assertEqual((answered.body, answered.is_complete), (whole, True))
+            self.assertEqual(self.server.connections, 1)
+
+    def test_compressed_events_arrive_one_by_one_and_a_flood_of_them_whole(self):
+        body = json.dumps(messages_body(stream=True)).encode()
+        arrived, flood = threading.Semaphore(0), stream_events('x' * 200_000)
+
+        def play(sock):
+            packer = zlib.compressobj(wbits=31)
+            sock.sendall(chunked(packer.flush(zlib.Z_SYNC_FLUSH)))
+            for event in stream_events():
+                sock.sendall(chunked(packer.compress(cf.event_bytes(event)) + packer.flush(zlib.Z_SYNC_FLUSH)))
+                if event['type'] == 'content_block_delta':
+                    arrived.acquire(timeout=PATIENCE_S)
+            sock.sendall(chunked(packer.flush()) + b'0\r\n\r\n')
+        with mock.patch.object(sys.modules[__name__], 'STREAM_HEAD', STREAM_HEAD[:-2] + b'content-encoding: gzip\r\n\r\n'):
+            self.serve_streams(play)
+            with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
+                sock.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n'
+                             b'Content-Length: %d\r\n\r\n' % len(body) + body)
+                data = b''
+                for count in range(1, 4):         # the next event comes when this one has
+                    while data.count(b'event: content_block_delta') < count:
+                        data += sock.recv(65536)
+                    arrived.release()
+                answered = Answered(data + b''.join(iter(lambda: sock.recv(65536), b'')))
+            self.assertEqual((answered.events, answered.is_complete), (stream_events(), True))
+            self.serve_streams(lambda sock: sock.sendall(chunked(gzip.compress(stream_bytes(flood))) + b'0\r\n\r\n'))
+            for _ in range(2):
+                answered = self.stream()
+                self.assertEqual((len(answered.events), answered.is_complete), (len(flood), True))
             self.assertEqual(self.server.connections, 1)
 
     def test_many_streams_at_once_do_not_mix(self):
