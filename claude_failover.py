@@ -147,6 +147,8 @@ PREPARED_BYTES = 1024 * 1024
 SEND_BYTES = 256 * 1024
 #: What one receive asks for.
 RECEIVE_BYTES = 64 * 1024
+#: Of a plain answer's beginning, so that one that is none is seen before it is the client's.
+HELD_BYTES = 64 * 1024
 #: What one read of a compressed body gives at the most: a megabyte of it may be a thousand.
 DECODED_BYTES = 256 * 1024
 #: Codings of a body that lie in one another; more than one is odd already.
@@ -1355,6 +1357,11 @@ class RequestBody:
     def is_streamed(self):
         return self.json.get('stream') is True
 
+    @functools.cached_property
+    def wants_stream(self):
+        """Whether a stream is wanted, wherever that stands; parsed where it is not at an edge."""
+        return self.seems_streamed or STREAM_NAME in self.data and self.is_streamed
+
     def for_model(self, model):
         """The same bytes with another model."""
         if model == self.model:
@@ -2277,6 +2284,9 @@ TIMED_OUT = Rule('timed_out', (), Step.STOP, Final.TIMEOUT)
 NO_TOKEN = Rule('no_token', (), Step.NEXT_KEY, Final.UNAUTHORIZED, waits=False, attention=True)
 #: llama-cpp-python tells its errors only to those who want no stream.
 EMPTY_STREAM = Rule('empty_stream', (), Step.NEXT_KEY, Final.SERVER, again=Again.FIRST)
+#: A 200 that is empty, a page, or no message in any other way.
+NO_MESSAGE = Rule('no_message', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.PAIR, cooldown_s=15,
+                  tries=3, strikes=3)
 UNTRANSLATABLE = Rule('untranslatable', (), Step.NEXT_KEY, waits=False)
 #: A model or provider that was not asked for refuses what is asked: another may take it.  No
 #: client must hear of that, and compact what the asked model holds.
@@ -2410,6 +2420,12 @@ def error_event(type, message):
 PING_EVENT = event_bytes({'type': 'ping'})
 
 
+def status_of_error(error):
+    """The HTTP status that an `error` object inside a 200 stands for.  Servers of Anthropic's wire
+    put OpenAI's codes there too."""
+    return STATUS_OF_ERROR.get(str(error.get('type'))) or error_status(error)
+
+
 class EventStream:
     """What a client of /v1/messages gets of an upstream's stream, and what was said in it.
 
@@ -2441,7 +2457,7 @@ class MessageStream(EventStream):
 
     @property
     def failure_status(self):
-        return STATUS_OF_ERROR.get(describe_error(self.failure).type, 500)
+        return status_of_error(self.failure)
 
     def feed(self, data):
         """The whole events among the bytes so far, b'' when there is none yet."""
@@ -2474,18 +2490,25 @@ class MessageStream(EventStream):
 
     def _note(self, event):
         """Remembers what matters of one event; whether it was one, with a JSON object."""
-        data = b'\n'.join([line[5:] for line in event.splitlines() if line.startswith(b'data:')])
+        lines = event.splitlines()
+        data = b'\n'.join([line[5:] for line in lines if line.startswith(b'data:')])
         if not data:
             return False              # a comment, or what follows the last event
+        is_error = b'event: error' in lines or b'event:error' in lines
         try:
             event = loads_object(data)
-        except ValueError:        # no JSON: passed on all the same
-            return False
+        except ValueError:            # no JSON: passed on all the same
+            if not is_error:
+                return False
+            event = {'error': data.decode('utf-8', 'replace').strip()}
         type = event.get('type')
+        if is_error or type is None and event.get('error'):
+            type = 'error'
         if type not in HELD_BACK:
             self.opened_by = self.opened_by or str(type)
         if type == 'error':
-            self.failure = as_dict(event.get('error'))
+            error = event.get('error', event)
+            self.failure = error if isinstance(error, dict) else {'message': str(error)}
         elif type == 'message_stop':
             self.stopped = True
         elif type == 'message_start':
@@ -3756,35 +3779,67 @@ class StopWatch:
 
 
 def message_from_events(events):
-    """The message that a stream's events add up to."""
-    message, blocks = {}, []
+    """The message that a stream's events add up to: Claude's own too, with fields unknown here."""
+    message, blocks = {}, {}          # index -> (block, {field: [piece, ...]})
     for event in events:
-        if event['type'] == 'message_start':
-            message = dict(event['message'])
-        elif event['type'] == 'content_block_start':
-            blocks.append({**event['content_block'], 'pieces': []})
-        elif event['type'] == 'content_block_delta':
-            delta = event['delta']
-            if delta['type'] == 'signature_delta':
-                blocks[-1]['signature'] = delta['signature']
-            else:
-                blocks[-1]['pieces'].append(delta[DELTAS[blocks[-1]['type']][1]])
-        elif event['type'] == 'message_delta':
-            message.update(event['delta'], usage=event['usage'])
-    return {**message, 'content': [fold_block(block) for block in blocks]}
+        type, index = event.get('type'), str(event.get('index'))
+        if type == 'message_start':
+            message = dict(as_dict(event.get('message')))
+        elif type == 'content_block_start':
+            blocks[index] = dict(as_dict(event.get('content_block'))), {}
+        elif type == 'content_block_delta' and index in blocks:
+            note_delta(*blocks[index], as_dict(event.get('delta')))
+        elif type == 'message_delta':
+            told = {name: n for name, n in as_dict(event.get('usage')).items() if n is not None}
+            others = {n: v for n, v in event.items() if n not in ('type', 'delta', 'usage')}
+            message.update({**others, **as_dict(event.get('delta')),
+                            'usage': {**as_dict(message.get('usage')), **told}})
+    return {**message, 'content': [fold_block(*block) for block in blocks.values()]}
 
 
-def fold_block(block):
-    text = ''.join(block.pop('pieces'))
-    if block['type'] != 'tool_use':
-        return {**block, block['type']: text}
+def note_delta(block, pieces, delta):
+    for name, value in delta.items():
+        if name == 'citation':
+            block['citations'] = [*as_list(block.get('citations')), value]
+        elif isinstance(value, str) and name != 'type':
+            pieces.setdefault(name, []).append(value)
+
+
+def fold_block(block, pieces):
+    text = ''.join(pieces.pop('partial_json', ()))
+    for name, parts in pieces.items():
+        block[name] = (text_or_none(block.get(name)) or '') + ''.join(parts)
+    if not text.strip():
+        return block
     try:
         # Small models put bare line ends into their texts.
-        arguments = as_dict(json.loads(text, strict=False)) if text.strip() else {}
+        arguments = as_dict(json.loads(text, strict=False))
         json.dumps(arguments, allow_nan=False)        # 1e999 would be no JSON on the way out
         return {**block, 'input': arguments}
     except (ValueError, RecursionError):      # cut short, or never JSON: the client will see
         return block
+
+
+def events_from_message(message):
+    """[event, ...] that add up to a message."""
+    events = [{'type': 'message_start', 'message': {
+        **message, 'content': [], 'stop_reason': None, 'stop_sequence': None}}]
+    for index, block in enumerate(map(as_dict, as_list(message.get('content')))):
+        deltas, begun = [], dict(block)
+        if 'input' in block:
+            begun['input'] = {}
+            deltas.append({'type': 'input_json_delta', 'partial_json': json.dumps(block['input'])})
+        for name in ('text', 'thinking', 'signature'):
+            if isinstance(block.get(name), str):
+                begun[name] = ''
+                deltas.append({'type': f'{name}_delta', name: block[name]})
+        events.append({'type': 'content_block_start', 'index': index, 'content_block': begun})
+        events += [{'type': 'content_block_delta', 'index': index, 'delta': delta}
+                   for delta in deltas]
+        events.append({'type': 'content_block_stop', 'index': index})
+    delta = {name: message.get(name) for name in ('stop_reason', 'stop_sequence')}
+    return [*events, {'type': 'message_delta', 'delta': delta,
+                      'usage': as_dict(message.get('usage'))}, {'type': 'message_stop'}]
 
 
 def read_openai_usage(usage):
@@ -6871,7 +6926,6 @@ class AnswerReader:
         if client.request.is_message or upstream.status >= 400:
             self._upstream = decoded(upstream) or upstream
             self._is_readable = 'content-encoding' not in self._upstream.headers
-        self._is_streamed = is_event_stream(self._upstream)
 
     def read(self, translated=None):
         """The Whole or Open answer; `translated` is the TranslatedStream of an OpenAI answer."""
@@ -6879,10 +6933,8 @@ class AnswerReader:
         try:
             if self._upstream.status >= 300:
                 reply = self._read_refusal()
-            elif translated:
-                reply = self._read_translated(translated)
-            elif self._is_streamed and self._client.request.is_message:
-                reply = self._read_opening(MessageStream())
+            elif self._client.request.is_message and (self._is_readable or translated):
+                reply = self._read_message(translated)
             else:
                 reply = self._read_beginning()
             return reply
@@ -6938,40 +6990,124 @@ class AnswerReader:
         held = self._upstream.read_all(EDGE_BYTES) if may_make else self._upstream.read()
         return Open(self._classify(), self._upstream, held)
 
-    def _read_opening(self, events, own_fields=None):
+    def _read_message(self, translated):
+        """The answer to a Messages request, which is what it begins with: no event can begin as
+        a document does.  Only where it tells nothing does its content type count."""
+        held, piece = bytearray(), True
+        while piece and not tells_itself(beginning(held)) and len(held) < HELD_BYTES:
+            piece = self._read_piece()
+            held += piece
+        request, begins = self._client.request.body, beginning(held)
+        kind = self._upstream.headers.get('content-type', '').lower()
+        is_stream = self._is_readable and begins[:1] not in DOCUMENT_STARTS and (
+            bool(STREAM_START.match(begins)) or 'event-stream' in kind or request.wants_stream)
+        if translated:
+            return self._read_translated(translated, held, is_stream)
+        if not is_stream:
+            return self._read_document(held)
+        if request.wants_stream:
+            return self._read_opening(MessageStream(), held)
+        return self._fold(held)
+
+    def _read_piece(self):
+        self._client.await_upstream(self._upstream)
+        return self._upstream.read()
+
+    def _read_opening(self, events, first, own_fields=None):
         """Holds a stream back until its first content: an error before that is no answer."""
-        held = bytearray()
+        held = bytearray(events.feed(bytes(first)))
         while not events.opened_by and len(held) <= MAX_EVENT_BYTES:
-            piece = self._client.read_piece(self._upstream, events)
+            piece = self._read_piece()
             held += events.feed(piece) if piece else events.last()
             if not piece and not events.opened_by:
                 reason = 'the stream ended before its first content'
-                if events.can_be_asked_whole:
-                    return Whole(Outcome(EMPTY_STREAM, 0, reason, None))
-                raise UpstreamCut(reason)
+                rule = EMPTY_STREAM if events.can_be_asked_whole else NO_MESSAGE
+                return Whole(Outcome(rule, 0, reason, None))
         if events.opened_by == 'error':
             return self._refused_in_stream(events)
         return Open(self._classify(), self._upstream, bytes(held), events, own_fields)
 
     def _refused_in_stream(self, events):
         """A 200 whose stream begins with an error is what that error says."""
-        error = describe_error(events.failure)
-        outcome = self._classify(events.failure_status, error)
+        return self._refused(events.failure_status, describe_error(events.failure))
+
+    def _refused(self, status, error):
+        outcome = self._classify(status, error)
         if self._is_openai:
             return self._in_anthropics_words(outcome)
-        fields = [(n, v) for n, v in self._upstream.fields if n.lower() != 'content-type']
-        return Whole(outcome, [*fields, JSON_TYPE], error_json(error.type, error.message))
+        type = error.type.split(' ')[0] or error_type(status)
+        return Whole(outcome, self._json_fields(), error_json(type, error.message))
 
-    def _read_translated(self, translated):
+    def _json_fields(self):
+        """The upstream's fields, for a body that was made here."""
+        fields = [(n, v) for n, v in self._upstream.fields if n.lower() != 'content-type']
+        return [*fields, JSON_TYPE]
+
+    def _no_message(self, body):
+        told = read_error(body).message if body.strip() else 'nothing'
+        told = redact(self._client.without_secrets(f'no message was sent, but {told}'))
+        return Whole(Outcome(NO_MESSAGE, 0, told, None))
+
+    def _read_document(self, held):
+        """A plain answer, held until it is whole, or so long that it is no error."""
+        response, body, is_whole = self._client.response, bytearray(held), False
+        # What goes on in a stream of ours has to be whole: it becomes events.
+        while not is_whole and len(body) < (MAX_BODY_BYTES if response.started else HELD_BYTES):
+            piece = self._read_piece()
+            body += piece
+            is_whole = not piece
+        is_object = beginning(body)[:1] == b'{'
+        is_clear = is_object and (not is_whole or seems_message(body))
+        if is_clear and not response.started:
+            return Open(self._classify(), self._upstream, bytes(body))
+        try:
+            document = loads_object(body)
+        except ValueError:
+            return self._no_message(body)
+        if is_error(document):
+            error = read_error(body)
+            return self._refused(status_of_error(error.details), error)
+        if not is_message(document):
+            return self._no_message(body)
+        if not response.started:
+            return Open(self._classify(), self._upstream, bytes(body))
+        events = MessageStream()
+        data = events.feed(b''.join(map(event_bytes, events_from_message(document))))
+        return Open(self._classify(), self._upstream, data, events)
+
+    def _fold(self, first):
+        """One message of a stream that came to a plain request."""
+        events, told, piece = MessageStream(), bytearray(), bytes(first)
+        while True:
+            told += events.feed(piece) if piece else events.last()
+            if not piece or events.stopped or events.failure is not None:
+                break
+            if len(told) > MAX_BODY_BYTES:
+                raise UpstreamCut('it is too long')
+            piece = self._read_piece()
+        if events.failure is not None:
+            return self._refused_in_stream(events)
+        if not events.opened_by:
+            return self._no_message(told)
+        if not (events.stopped or events.stop_reason):
+            raise UpstreamCut('the stream ended before the message did')
+        parser, read = SseParser(), []
+        for data in parser.feed(told) + parser.end():
+            with contextlib.suppress(ValueError):     # no JSON: not of the message
+                read.append(loads_object(data))
+        body = dump_body(message_from_events(read))
+        return Whole(self._classify(), self._json_fields(), body, usage=events.usage)
+
+    def _read_translated(self, translated, held, is_stream):
         """An OpenAI answer: the opening of a stream, or all of it for a client that wants it
         whole."""
         request_id = ('request-id', self._client.request_id)
         stream_fields = [*STREAM_FIELDS, request_id]
-        wants_stream = self._client.request.body.is_streamed
-        if wants_stream and self._is_streamed:
-            return self._read_opening(translated, stream_fields)
+        wants_stream = self._client.request.body.wants_stream
+        if wants_stream and is_stream:
+            return self._read_opening(translated, held, stream_fields)
         try:
-            events = self._read_events(translated)
+            events = self._read_events(translated, bytes(held), is_stream)
         except ValueError:
             return Whole(self._classify(502, ErrorText('', 'its answer could not be read')))
         if translated.failure:
@@ -6985,35 +7121,60 @@ class AnswerReader:
         body = dump_body(message_from_events(events))
         return Whole(outcome, [JSON_TYPE, request_id], body, usage=translated.usage)
 
-    def _read_events(self, translated):
-        """[event, ...] of a whole answer.  Raises ValueError for one that cannot be read."""
+    def _read_events(self, translated, piece, is_stream):
+        """[event, ...] of a whole answer that begins with `piece`.  Raises ValueError for one
+        that cannot be read."""
         events, body, size = [], [], 0
         try:
-            while not translated.is_over:
-                piece = self._client.read_piece(self._upstream, translated)
-                if not piece:
-                    break
+            while piece:
                 size += len(piece)
                 if size > MAX_BODY_BYTES:
                     raise UpstreamCut('it is too long')
-                if self._is_streamed:
+                if is_stream:
                     events += translated.read(piece)
                 else:
                     body.append(piece)
+                if translated.is_over:
+                    break
+                piece = self._read_piece()
         except UpstreamCut:
             events += translated.read_end(is_cut=True)
             if not translated.is_over:
                 raise
             return events
-        return events + (translated.read_end() if self._is_streamed
+        return events + (translated.read_end() if is_stream
                          else translated.read_whole(b''.join(body)))
 
 
-def is_event_stream(upstream):
-    """Whether an answer is a stream that can be read: a compressed one cannot."""
-    headers = upstream.headers
-    return (headers.get('content-type', '').lower().startswith('text/event-stream')
-            and 'content-encoding' not in headers)
+#: What a document begins with, and no line of an event stream.
+DOCUMENT_STARTS = (b'{', b'[', b'<')
+STREAM_START = re.compile(rb'(?:event|data|id|retry)?:')
+CONTENT_START = re.compile(rb'"content"\s*:\s*\[')
+
+
+def beginning(body):
+    """The first bytes of a body that say something."""
+    return bytes(body[:1024]).lstrip(b'\xef\xbb\xbf \t\r\n')
+
+
+def tells_itself(begins):
+    """Whether so many bytes of a body's beginning tell a document from a stream."""
+    return begins[:1] in DOCUMENT_STARTS or len(begins) >= len(b'event:')
+
+
+def seems_message(body):
+    """Whether an object is a message without a doubt: to parse it costs more."""
+    return (b'"error"' not in body and body.rstrip().endswith(b'}')
+            and CONTENT_START.search(body) is not None)
+
+
+def is_error(document):
+    return document.get('type') == 'error' or (
+        bool(document.get('error')) and not document.get('content'))
+
+
+def is_message(document):
+    return document.get('type') == 'message' or isinstance(document.get('content'), list)
 
 
 def broken_off(error):

@@ -1317,7 +1317,7 @@ class EventStreamsTest(unittest.TestCase):
         events = [{'type': 'message_start', 'message': 5}, {'type': 'message_delta', 'delta': 'x', 'usage': [1]},
                   {'type': 'error', 'error': 'text'}, {'type': ['x']}]
         stream, passed = self.read(stream_bytes(events[:3]))
-        self.assertEqual((b''.join(passed), stream.failure), (stream_bytes(events[:3]), {}))
+        self.assertEqual((b''.join(passed), stream.failure), (stream_bytes(events[:3]), {'message': 'text'}))
 
     def test_a_stop_reason_counts_without_usage(self):
         stream, _ = self.read(stream_bytes([*stream_events()[:-2], {'type': 'message_delta', 'delta': {'stop_reason': 'end_turn'}}]))
@@ -6301,11 +6301,189 @@ class ServingTest(unittest.TestCase):
         self.assertTrue(upstream.wait(1))
         self.assertEqual(upstream.read(), stream_bytes())
 
-    def test_a_plain_answer_that_is_cut_has_no_end(self):
+    def test_a_plain_answer_that_is_cut_is_the_next_keys_turn_or_has_no_end(self):
+        long = json.dumps({**MESSAGE, 'content': [{'type': 'text', 'text': 'x' * cf.HELD_BYTES}]}).encode()
+        for begun, seen in ((b'{"half":', ['a', 'b']), (long[:-9], ['a'])):
+            self.setUp()
+            play = Play()
+            play.pieces = [begun, cf.UpstreamCut('cut')]
+            answered, tried = self.one({'a': play, 'b': Play()})
+            self.assertEqual((tried, answered.is_complete, self.record()['outcome'] == 'failed'), (seen, len(seen) > 1, len(seen) == 1))
+
+    STREAM_TYPES = ('text/event-stream', 'text/event-stream; charset=utf-8', 'Text/Event-Stream', 'text/plain', 'application/octet-stream',
+                    'application/json', '', None)
+
+    def typed(self, type, stream):
+        """A streamed answer with this content type, or without one."""
+        play = Play(stream=stream)
+        play.headers = {'content-type': type} if type is not None else {}
+        return play
+
+    def test_a_stream_is_known_by_its_content(self):
+        opening_error = stream_bytes([*stream_events()[:1], OVERLOADED_EVENT])
+        body = messages_body(stream=True)
+        for type in self.STREAM_TYPES:
+            for size in (1, 5, 1000):
+                with self.subTest(type=type, size=size):
+                    self.setUp()
+                    answered, seen = self.one({'a': self.typed(type, pieces(opening_error, size)), 'b': self.typed(type, pieces(stream_bytes(), size))}, body=body)
+                    self.assertEqual((answered.body, seen, self.cooling()), (stream_bytes(), ['a', 'b'], {('a', OPUS): 10}))
+                    self.setUp()
+                    cut = stream_bytes(stream_events()[:4])
+                    answered, _ = self.one({'a': self.typed(type, pieces(cut, size))}, 'a', body=body)
+                    self.assertEqual((answered.events[-1]['type'], self.record()['outcome']), ('error', 'failed'))
+        for start in (b'\xef\xbb\xbf', b'\n\n', b': hello\n\n', b'retry: 5\n\n'):
+            answered, _ = self.one({'a': self.typed(None, start + stream_bytes())}, 'a', body=body)
+            self.assertEqual((answered.body, answered.is_complete), (start + stream_bytes(), True))
+
+    def test_a_stream_of_openais_is_known_by_its_content(self):
+        for type in self.STREAM_TYPES:
+            for stream in (True, False):
+                self.cooldowns.clear()
+                limited = b'data: {"error":{"code":"rate_limit_exceeded","message":"x"}}\n\n'
+                answered, seen = self.openai_one({'oa': self.typed(type, limited), 'ob': self.typed(type, pieces(chat_stream({'content': 'hello'}), 9))},
+                                                 keys='', openai=('oa', 'ob'), body=messages_body(stream=stream))
+                self.assertEqual((answered.status, len(seen), self.cooling()), (200, 2, {('oa', 'gpt-5.4'): 30}))
+                if stream:
+                    self.assertEqual(answered.events[-1]['type'], 'message_stop')
+                else:
+                    self.assertEqual(answered.json['content'][0]['text'], 'hello')
+
+    def test_the_wish_for_a_stream_is_seen_wherever_it_stands(self):
+        far = [{'role': 'user', 'content': 'x' * 3000}]
+        body = {'model': OPUS, 'messages': far, 'stream': True, 'system': 'x' * 3000, 'max_tokens': 1}
+        answered, seen = self.one({'a': self.typed(None, stream_bytes([OVERLOADED_EVENT])), 'b': self.typed(None, stream_bytes())}, body=body)
+        self.assertEqual((answered.body, seen), (stream_bytes(), ['a', 'b']))
+
+    def test_an_error_event_of_any_shape_opens_no_answer(self):
+        for data, status in (
+                (b'event: error\ndata: {"type":"error","error":"text"}\n\n', 500), (b'data: {"error":{"message":"x"}}\n\n', 500),
+                (b'event: error\ndata: it broke\n\n', 500), (b'event:error\r\ndata: {"type":"rate_limit_error","message":"x"}\r\n\r\n', 429),
+                (b'data: {"error":{"code":429,"message":"x"}}\n\n', 429), (b'data: {"error":{"type":"rate_limit_exceeded"}}\n\n', 429),
+                (b'data: {"type":"error","error":{"type":"overloaded_error","code":"x"}}\n\n', 529),
+                (b'data: {"type":"error","error":{"type":["x"]}}', 500)):
+            with self.subTest(data=data):
+                self.setUp()
+                answered, seen = self.one({'a': Play(stream=data), 'b': Play(stream=stream_bytes())}, body=messages_body(stream=True))
+                self.assertEqual((answered.body, seen[-1], self.record()['attempts'][0]['status']), (stream_bytes(), 'b', status))
+
+    def test_a_200_that_is_no_message_is_the_next_keys_turn(self):
+        page = b'<!DOCTYPE html><html><body>Sign in</body></html>'
+        for body in (b'', b' \n', page, page * 2000, b'OK', b'{}', b'[]', b'null', b'"x"', b'{"detail":"no"}', b'{"code":500,"msg":"busy"}',
+                     b'{"id":"msg_1","content":[', b'{"choices":[{"message":{"content":"hello"}}]}'):
+            for stream in (False, True):
+                for fields in ({}, {'content-type': 'text/html'}, {'content-type': 'text/event-stream'}):
+                    with self.subTest(body=body[:30], stream=stream, fields=fields):
+                        self.setUp()
+                        good = Play(stream=stream_bytes()) if stream else Play()
+                        answered, seen = self.one({'a': Play(200, fields, body), 'b': good}, body=messages_body(stream=stream))
+                        self.assertEqual((seen, self.cooling(), answered.status), (['a', 'b'], {}, 200))
+                        self.assertEqual((answered.events if stream else answered.json), stream_events() if stream else MESSAGE)
+                        self.assertEqual((answered.headers['x-proxy-attempts'], self.record()['outcome']), ('a=no_message,b=200', 'answered'))
+
+    def test_three_that_are_no_message_in_a_row_rest_the_pair_and_give_up_the_model(self):
+        upstream = FakeUpstream(**{key: Play(200, body=b'<html>secret-of-mine</html>') for key in 'abcd'})
+        answered = self.serve(self.failover(upstream, make_config('a', 'b', 'c', 'd', queueWaitMs=0)), fields=[('x-api-key', 'secret-of-mine')])
+        self.assertEqual([model for _, model in upstream.seen], [OPUS] * 3 + [SONNET] * 3)
+        self.assertEqual((answered.status, answered.error['type'], self.cooling()), (502, 'api_error', {}))
+        self.assertIn('no_message, "no message was sent, but <html>', answered.error['message'])
+        self.assertNotIn('secret-of-mine', answered.error['message'])
+        for _ in range(3):
+            self.one({'a': Play(200, body=b'')}, 'a')
+        self.assertEqual(self.cooling(), {('a', OPUS): 15})
+
+    def test_an_error_in_a_200_means_what_it_says(self):
+        for error, tried, cooled, status in (
+                (api_error('rate_limit_error', 'x'), 'ab', {('a', OPUS): 30}, 200), (api_error('overloaded_error', 'x'), 'ab', {('a', OPUS): 10}, 200),
+                (api_error('authentication_error', 'x'), 'ab', {('a', None): 300}, 200), (api_error('billing_error', 'x'), 'ab', {('a', None): 3600}, 200),
+                (api_error('invalid_request_error', 'prompt is too long'), 'a', {}, 400), (api_error('api_error', 'x'), 'aab', {}, 200),
+                ({'error': {'type': 'overloaded_error', 'message': 'x'}}, 'ab', {('a', OPUS): 10}, 200), ({'error': 'busy'}, 'aab', {}, 200),
+                ({'error': {'code': 429, 'message': 'x'}}, 'ab', {('a', OPUS): 30}, 200), ({'type': 'error', 'message': 'x'}, 'aab', {}, 200),
+                ({**MESSAGE, 'error': None}, 'a', {}, 200)):
+            for stream in (False, True):
+                for type in ('application/json', 'text/event-stream', 'text/plain'):
+                    with self.subTest(error=error, stream=stream, type=type):
+                        self.setUp()
+                        play = Play(200, {'content-type': type}, error)
+                        answered, seen = self.one({'a': play, 'b': Play(stream=stream_bytes()) if stream else Play()}, body=messages_body(stream=stream))
+                        self.assertEqual((''.join(seen), self.cooling(), answered.status), (tried, cooled, status))
+                        if status == 400:
+                            self.assertEqual((answered.json, answered.headers['content-type']), (error, 'application/json'))
+
+    def test_only_the_beginning_of_a_plain_answer_is_held(self):
+        long = json.dumps({**MESSAGE, 'content': [{'type': 'text', 'text': 'x' * 300_000}]}).encode()
+        connection, sent = FakeConnection(), []
+
+        class Watching(FakeUpstreamResponse):
+            def read(self):
+                sent.append(len(connection.data))
+                return super().read()
         play = Play()
-        play.pieces = [b'{"half":', cf.UpstreamCut('cut')]
-        answered, _ = self.one({'a': play}, 'a')
-        self.assertEqual((answered.is_complete, self.record()['outcome']), (False, 'failed'))
+        play.pieces = pieces(long, 10_000)
+        upstream = FakeUpstream(a=play)
+        upstream.open = lambda *args: Watching(play)
+        head = make_head('POST', cf.MESSAGES_PATH)
+        request = cf.ClientRequest(head, json.dumps(messages_body()).encode(), 'default')
+        cf.Serving(self.failover(upstream, make_config('a')), request, cf.ClientResponse(connection, head), cf.Exchange(None, self.clock)).serve()
+        self.assertEqual((sent.count(0), Answered(connection.data).body), (cf.HELD_BYTES // 10_000 + 1, long))
+
+    def test_a_message_whose_text_speaks_of_errors_goes_through_untouched(self):
+        for body in (json.dumps({**MESSAGE, 'content': [{'type': 'text', 'text': '{"type":"error","error":{}}'}]}, indent=3).encode(),
+                     b'\n ' + json.dumps({**MESSAGE, 'error': {}, 'content': [{'type': 'tool_use', 'input': {'error': 'x', 'type': 'error'}}]}).encode(),
+                     b'{"content": []}', b'{"type":"message","content":"text"}'):
+            answered, _ = self.one({'a': Play(200, body=body)}, 'a')
+            self.assertEqual((answered.status, answered.body), (200, body))
+
+    FOLDED = [
+        {'type': 'message_start', 'message': {**MESSAGE, 'content': [], 'stop_reason': None, 'usage': {'input_tokens': 10, 'output_tokens': 1}}},
+        {'type': 'content_block_start', 'index': 0, 'content_block': {'type': 'thinking', 'thinking': '', 'signature': ''}},
+        {'type': 'content_block_delta', 'index': 0, 'delta': {'type': 'thinking_delta', 'thinking': 'h'}},
+        {'type': 'content_block_delta', 'index': 0, 'delta': {'type': 'thinking_delta', 'thinking': 'm'}},
+        {'type': 'content_block_delta', 'index': 0, 'delta': {'type': 'signature_delta', 'signature': 'sig'}},
+        {'type': 'content_block_stop', 'index': 0},
+        {'type': 'content_block_start', 'index': 1, 'content_block': {'type': 'redacted_thinking', 'data': 'x'}},
+        {'type': 'content_block_stop', 'index': 1},
+        {'type': 'content_block_start', 'index': 2, 'content_block': {'type': 'text', 'text': ''}},
+        {'type': 'content_block_delta', 'index': 2, 'delta': {'type': 'text_delta', 'text': 'hel'}},
+        {'type': 'ping'},
+        {'type': 'content_block_delta', 'index': 2, 'delta': {'type': 'citations_delta', 'citation': {'cited_text': 'c'}}},
+        {'type': 'content_block_delta', 'index': 2, 'delta': {'type': 'text_delta', 'text': 'lo'}},
+        {'type': 'content_block_stop', 'index': 2},
+        {'type': 'content_block_start', 'index': 3, 'content_block': {'type': 'server_tool_use', 'id': 's', 'name': 'web_search', 'input': {}}},
+        {'type': 'content_block_delta', 'index': 3, 'delta': {'type': 'input_json_delta', 'partial_json': '{"query"'}},
+        {'type': 'content_block_delta', 'index': 3, 'delta': {'type': 'input_json_delta', 'partial_json': ': "q"}'}},
+        {'type': 'content_block_stop', 'index': 3},
+        {'type': 'message_delta', 'delta': {'stop_reason': 'tool_use', 'stop_sequence': None}, 'usage': {'output_tokens': 5},
+         'context_management': {'applied_edits': []}},
+        {'type': 'message_stop'}]
+    FOLD = {**MESSAGE, 'stop_reason': 'tool_use', 'stop_sequence': None, 'context_management': {'applied_edits': []}, 'content': [
+        {'type': 'thinking', 'thinking': 'hm', 'signature': 'sig'}, {'type': 'redacted_thinking', 'data': 'x'},
+        {'type': 'text', 'text': 'hello', 'citations': [{'cited_text': 'c'}]},
+        {'type': 'server_tool_use', 'id': 's', 'name': 'web_search', 'input': {'query': 'q'}}]}
+
+    def test_a_stream_that_answers_a_plain_request_is_folded_into_one_message(self):
+        for type in self.STREAM_TYPES:
+            for data in (stream_bytes(self.FOLDED), stream_bytes(self.FOLDED, b'\r\n'), stream_bytes(self.FOLDED)[:-2], stream_bytes(self.FOLDED[:-1])):
+                for size in (1, 50, len(data)):
+                    answered, _ = self.one({'a': self.typed(type, pieces(data, size))}, 'a')
+                    self.assertEqual((answered.status, answered.json, answered.headers['content-type']), (200, self.FOLD, 'application/json'))
+        self.assertEqual((self.record()['output_tokens'], self.record()['input_tokens']), (5, 10))
+
+    def test_a_folded_stream_that_fails_or_is_cut_is_a_failed_attempt(self):
+        data, body = stream_bytes(self.FOLDED), stream_bytes([*self.FOLDED[:12], OVERLOADED_EVENT])
+        for play, result in ((Play(stream=body), 'overloaded'), (Play(stream=[data[:900], cf.UpstreamCut('x')]), 'reset'), (Play(stream=data[:900]), 'reset'),
+                             (Play(stream=b': x\n\n'), 'no_message')):
+            self.setUp()
+            answered, seen = self.one({'a': play, 'b': Play()})
+            self.assertEqual((answered.json, seen, self.record()['attempts'][0]['result']), (MESSAGE, ['a', 'b'], result))
+        with mock.patch.object(cf, 'MAX_BODY_BYTES', 500):
+            self.assertEqual(self.one({'a': Play(stream=[data[:400], data[400:900], data[900:]])}, 'a')[0].status, 502)
+
+    def test_a_message_adds_up_to_its_events_and_back(self):
+        events = cf.events_from_message(self.FOLD)
+        folded = cf.message_from_events(events)
+        self.assertEqual({**folded, 'content': folded['content']}, self.FOLD)
+        self.assertEqual([event['type'] for event in events if event['type'].startswith('message')], ['message_start', 'message_delta', 'message_stop'])
 
     # -- the queue
 
@@ -8254,18 +8432,18 @@ FAULTS = {
     'reset before its head': (lambda sock, good: reset(sock), BAD_GATEWAY, BAD_GATEWAY),
     'closed before its head': (lambda sock, good: None, BAD_GATEWAY, BAD_GATEWAY),
     'closed within its head': (lambda sock, good: sock.sendall(good.head[:30]), BAD_GATEWAY, BAD_GATEWAY),
-    'reset in the middle': (lambda sock, good: sock.sendall(good.begun) or reset(sock), 'event api_error', 'cut'),
-    'closed in the middle': (lambda sock, good: sock.sendall(good.begun), 'event api_error', 'cut'),
+    'reset in the middle': (lambda sock, good: sock.sendall(good.begun) or reset(sock), 'event api_error', BAD_GATEWAY),
+    'closed in the middle': (lambda sock, good: sock.sendall(good.begun), 'event api_error', BAD_GATEWAY),
     'closed before its first event': (lambda sock, good: sock.sendall(good.head), BAD_GATEWAY, BAD_GATEWAY),
     'a bad chunk': (lambda sock, good: sock.sendall(good.framed('1.1', 'transfer-encoding: chunked\r\n')), BAD_GATEWAY, BAD_GATEWAY),
     'a bad chunk behind others': (
         lambda sock, good: sock.sendall(STREAM_HEAD + chunked(b''.join(good.pieces[:4])) + b'-5\r\nhello\r\n'), BAD_GATEWAY, BAD_GATEWAY),
-    'a length that is too long': (lambda sock, good: sock.sendall(good.framed('1.1', 'content-length: 99999\r\n')), 'whole', 'cut'),
+    'a length that is too long': (lambda sock, good: sock.sendall(good.framed('1.1', 'content-length: 99999\r\n')), 'whole', BAD_GATEWAY),
     'two lengths': (lambda sock, good: sock.sendall(good.framed('1.1', 'content-length: 9\r\ncontent-length: 8\r\n')), BAD_GATEWAY, BAD_GATEWAY),
     'silent before its head': (lambda sock, good: stall(sock), TIMEOUT, TIMEOUT),
     'a head that drips': (lambda sock, good: drip(sock, good.head[:17] + b'a: ' + b'x' * 1000), TIMEOUT, TIMEOUT),
     'interim answers that drip': (lambda sock, good: drip(sock, b'HTTP/1.1 102 Processing\r\n\r\n' * 20), TIMEOUT, TIMEOUT),
-    'silent in the middle': (lambda sock, good: sock.sendall(good.begun) or stall(sock), 'event api_error', 'cut'),
+    'silent in the middle': (lambda sock, good: sock.sendall(good.begun) or stall(sock), 'event api_error', TIMEOUT),
     'interim answers': (
         lambda sock, good: sock.sendall(b'HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n' + good.data) or True, 'whole', 'whole'),
     'endless interim answers': (lambda sock, good: sock.sendall(b'HTTP/1.1 103 Early Hints\r\n\r\n' * 40), BAD_GATEWAY, BAD_GATEWAY),
