@@ -2439,6 +2439,7 @@ class EventStream:
     can_be_asked_whole = False    # an upstream whose stream is empty may answer without one
 
     def __init__(self):
+        self.has_begun = False    # message_start came
         self.opened_by = None     # the type of the first event that is more than a greeting
         self.failure = None       # the upstream's own `error` object, which ended it
         self.stopped = False      # message_stop came
@@ -2512,6 +2513,7 @@ class MessageStream(EventStream):
         elif type == 'message_stop':
             self.stopped = True
         elif type == 'message_start':
+            self.has_begun = True
             self._note_usage(as_dict(event.get('message')).get('usage'))
         elif type == 'message_delta':
             self.stop_reason = as_dict(event.get('delta')).get('stop_reason') or self.stop_reason
@@ -6749,15 +6751,24 @@ class ClientSide:
             self.response.write(PING_EVENT)
         return PING_S
 
-    def await_upstream(self, upstream):
-        """Waits for an upstream to send something, the client patient meanwhile."""
-        while not upstream.wait(self.keep_patient()):
-            pass
+    def await_upstream(self, upstream, until=math.inf):
+        """Waits for an upstream to send something, the client patient meanwhile; False where
+        nothing came until this time of the clock."""
+        while True:
+            left_s = until - self.clock()
+            if left_s <= 0:
+                return False
+            if upstream.wait(min(left_s, self.keep_patient())):
+                return True
+
+    def hold_until(self):
+        """When an opening that begins now has been held for long enough."""
+        return self.clock() + PING_S if self.response.started else self._next_ping
 
     def read_piece(self, upstream, events):
-        """The next piece of a stream.  Claude sends pings while it thinks; OpenAI does not, or
-        sends what the client does not get, so it gets ours."""
-        if not events.sends_pings:
+        """The next piece of a stream.  Claude sends pings while it thinks; other servers do not,
+        or send what the client does not get, so it gets ours until there is something to read."""
+        if not (events.sends_pings and events.opened_by):
             self.await_upstream(upstream)
         return upstream.read()
 
@@ -7014,10 +7025,16 @@ class AnswerReader:
         return self._upstream.read()
 
     def _read_opening(self, events, first, own_fields=None):
-        """Holds a stream back until its first content: an error before that is no answer."""
-        held = bytearray(events.feed(bytes(first)))
+        """Holds a stream back until its first content: an error before that is no answer.  A
+        message that has begun is not held for long: its model may think in silence."""
+        held, until = bytearray(events.feed(bytes(first))), self._client.hold_until()
         while not events.opened_by and len(held) <= MAX_EVENT_BYTES:
-            piece = self._read_piece()
+            is_there = self._client.await_upstream(
+                self._upstream, until if events.has_begun else math.inf)
+            if not is_there:
+                held += PING_EVENT
+                break
+            piece = self._upstream.read()
             held += events.feed(piece) if piece else events.last()
             if not piece and not events.opened_by:
                 reason = 'the stream ended before its first content'
@@ -7242,7 +7259,7 @@ def relay_stream(client, reply, fields, carrier):
     problem = "the upstream's stream ended before the message did"
     try:
         while not events.is_over:
-            if carrier and events.can_be_carried:
+            if carrier and events.can_be_carried and events.opened_by:
                 carrier.carry(upstream, events, response)
             piece = client.read_piece(upstream, events)
             if not piece:
@@ -7792,7 +7809,7 @@ class Serving:
         try:
             wanted = self._build(attempt)
             first_byte_s = STREAM_FIRST_BYTE_S if body.seems_streamed else FIRST_BYTE_S
-            wait = client.await_upstream if self._translated else None
+            wait = client.await_upstream if self._request.is_message else None
             upstream = failover.upstream.open(wanted, self._exchange, first_byte_s, wait)
             reader = AnswerReader(client, attempt, upstream, failover.journal.metrics)
             return reader.read(self._translated)

@@ -303,6 +303,8 @@ class FakeUpstream:
         if isinstance(play, BaseException):
             raise play
         self.opened.append(FakeUpstreamResponse(play, self.clock))
+        if wait:
+            wait(self.opened[-1])
         return self.opened[-1]
 
 
@@ -5759,6 +5761,73 @@ class ServingTest(unittest.TestCase):
         self.assertEqual((self.record()['outcome'], response.keep_alive), ('client_gone', False))
         self.assertTrue(upstream.opened[0].is_closed)
 
+    # -- silence
+
+    def timed(self, *parts, after=(), keys='a', stream=True, body=None):
+        """[(seconds, type of event), ...] that a client gets of an upstream that plays these parts; `after` of key b."""
+        connection, told = FakeConnection(), []
+        send = connection.send
+        connection.send = lambda data: (send(data), told.append((self.clock.now - 1000, data)))
+        failover = self.failover(FakeUpstream(a=Play(stream=list(parts)), b=Play(stream=list(after))), make_config(*keys, queueWaitMs=0, modelFallback={}))
+        head = make_head('POST', cf.MESSAGES_PATH)
+        request = cf.ClientRequest(head, json.dumps(body or messages_body(stream=stream)).encode(), 'default')
+        cf.Serving(failover, request, cf.ClientResponse(connection, head), cf.Exchange(None, self.clock)).serve()
+        self.answered = Answered(connection.data)
+        return [(at, type) for at, data in told for type in re.findall(r'event: (\w+)', data.decode())]
+
+    def test_no_client_waits_in_silence_for_the_head_or_for_the_opening(self):
+        events = stream_events()
+        start, ping, rest = (stream_bytes(part) for part in (events[:1], events[1:2], events[2:]))
+        for parts, first in (
+                ([SILENCE, SILENCE, start + rest], [(10, 'ping'), (20, 'ping'), (20, 'message_start'), (20, 'content_block_start')]),
+                ([b'\n\n', SILENCE, SILENCE, start + rest], [(10, 'ping'), (20, 'ping'), (20, 'message_start')]),
+                ([start, SILENCE, SILENCE, rest], [(10, 'message_start'), (10, 'ping'), (20, 'ping'), (20, 'content_block_start')]),
+                ([SILENCE, start, SILENCE, SILENCE, rest], [(10, 'ping'), (20, 'message_start'), (20, 'ping'), (30, 'ping'), (30, 'content_block_start')]),
+                ([start + ping, SILENCE, ping, ping, rest], [(10, 'message_start'), (10, 'ping'), (10, 'ping'), (10, 'ping'), (10, 'ping')]),
+                ([start, ping, rest], [(0, 'message_start'), (0, 'ping'), (0, 'content_block_start')])):
+            self.setUp()
+            told = self.timed(*parts)
+            self.assertEqual(told[:len(first)], first)
+            self.assertEqual(([event for event in self.answered.events if event['type'] != 'ping'], self.answered.is_complete),
+                             ([event for event in events if event['type'] != 'ping'], True))
+
+    def test_an_opening_that_was_not_held_any_longer_tells_a_later_error(self):
+        start, error = stream_bytes(stream_events()[:1]), stream_bytes([OVERLOADED_EVENT])
+        told = self.timed(start, SILENCE, error, after=[stream_bytes()], keys='ab')
+        self.assertEqual(([type for _, type in told], self.upstream.seen), (['message_start', 'ping', 'error'], [('a', OPUS)]))
+        self.assertEqual((self.answered.headers['x-proxy-key'], self.answered.is_complete), ('a', True))
+        self.setUp()
+        told = self.timed(start, error, after=[stream_bytes()], keys='ab')        # in time: another key's turn
+        self.assertEqual((self.answered.body, len(self.upstream.seen)), (stream_bytes(), 2))
+
+    def test_while_nothing_but_pings_went_out_another_key_may_still_answer(self):
+        for failing in ([SILENCE, stream_bytes([OVERLOADED_EVENT])], [SILENCE, cf.UpstreamCut('x')], [SILENCE, b''], [SILENCE, b'<html>']):
+            self.setUp()
+            told = self.timed(*failing, after=[stream_bytes()], keys='ab')
+            self.assertEqual((told[0], self.answered.events[1:]), ((10, 'ping'), stream_events()))
+        self.setUp()
+        self.timed(SILENCE, stream_bytes([OVERLOADED_EVENT]))
+        self.assertEqual(self.answered.events[-1]['error']['type'], 'overloaded_error')
+
+    def test_a_plain_request_waits_without_a_ping(self):
+        self.timed(SILENCE, SILENCE, json.dumps(MESSAGE).encode(), stream=False)
+        self.assertEqual((self.answered.json, self.clock.now), (MESSAGE, 1020))
+
+    def test_a_whole_message_goes_on_in_a_stream_of_pings_as_its_events(self):
+        for message in (MESSAGE, {**MESSAGE, 'content': [{'type': 'text', 'text': 'x' * 100_000}]}):
+            data = json.dumps(message).encode()
+            self.setUp()
+            self.timed(SILENCE, data[:60], SILENCE, data[60:])
+            events = [event for event in self.answered.events if event['type'] != 'ping']
+            self.assertEqual((cf.message_from_events(events)['content'], self.answered.is_complete), (message['content'], True))
+        self.setUp()
+        self.timed(SILENCE, json.dumps(api_error('overloaded_error', 'x')).encode(), after=[stream_bytes()], keys='ab')
+        self.assertEqual(self.answered.events[1:], stream_events())
+
+    def test_pings_come_wherever_the_wish_for_a_stream_stands(self):
+        far = {'model': OPUS, 'messages': [{'role': 'user', 'content': 'x' * 3000}], 'stream': True, 'system': 'x' * 3000}
+        self.assertEqual(self.timed(SILENCE, stream_bytes(), body=far)[0], (10, 'ping'))
+
     # -- repairs
 
     def test_a_fallback_model_is_sent_what_it_takes_and_that_is_remembered(self):
@@ -8271,6 +8340,35 @@ class CarryingTest(ProgramTest):
                 answered = self.stream()
                 self.assertEqual((len(answered.events), answered.is_complete), (len(flood), True))
             self.assertEqual(self.server.connections, 1)
+
+    def test_silence_before_the_head_and_before_the_content_is_bridged_by_pings(self):
+        first, rest = stream_bytes(stream_events()[:1]), stream_bytes(stream_events()[2:])
+        pinged = threading.Semaphore(0)
+        body = json.dumps(messages_body(stream=True)).encode()
+
+        def play(sock, number):
+            while read_request(sock):
+                for part in (STREAM_HEAD, chunked(first), chunked(rest) + b'0\r\n\r\n'):
+                    pinged.acquire(timeout=PATIENCE_S)
+                    sock.sendall(part)
+        server = RawServer(self, play)
+        self.reload(make_document('a', anthropicBaseUrl=server.url))
+        with mock.patch.object(cf, 'PING_S', 0.01):
+            for _ in range(2):
+                with socket.create_connection(('127.0.0.1', self.port), timeout=PATIENCE_S) as sock:
+                    sock.sendall(b'POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n'
+                                 b'Content-Length: %d\r\n\r\n' % len(body) + body)
+                    data = b''
+                    for count in range(1, 4):     # each part comes when its silence was bridged
+                        while data.count(cf.PING_EVENT) < count:
+                            data += sock.recv(65536)
+                        pinged.release()
+                        while count == 2 and b'message_start' not in data:
+                            data += sock.recv(65536)
+                    answered = Answered(data + b''.join(iter(lambda: sock.recv(65536), b'')))
+                self.assertEqual(([event for event in answered.events if event['type'] != 'ping'], answered.is_complete),
+                                 ([event for event in stream_events() if event['type'] != 'ping'], True))
+        self.assertEqual(server.connections, 1)
 
     def test_many_streams_at_once_do_not_mix(self):
         together = threading.Barrier(20)
