@@ -181,6 +181,9 @@ TCP_ALIVE_S = 60
 TCP_ALIVE_PROBES = 5
 FIRST_BYTE_S = 600
 STREAM_FIRST_BYTE_S = 300
+#: The same of a server that is not Anthropic's or OpenAI's: a local model reads a long prompt for
+#: many minutes, and its client is pinged meanwhile.
+OTHER_FIRST_BYTE_S = 3600
 STREAM_IDLE_S = 300
 #: Waiting for the end of a body whose last event has come.
 LAST_CHUNK_S = 0.2
@@ -630,6 +633,7 @@ class Config(NamedTuple):
     codex_base_url: str
     cooldown_ms: int
     queue_wait_ms: int
+    first_byte_ms: int | None
     access_token: str | None
     allowed_hosts: list
     allowed_origins: list
@@ -742,6 +746,8 @@ SETTINGS = (
             'the longest that any limit rests a key before it is simply tried again'),
     Setting('queueWaitMs', 90_000, 'ms', whole_number(0, 'milliseconds'),
             'how long a request may wait for a key to come back; 0 switches the queue off'),
+    Setting('firstByteMs', None, 'ms', whole_number(1000, 'milliseconds'),
+            'how long a stream may take to its first content'),
     Setting('accessToken', None, 'text', check_access_token,
             'what clients must present as x-api-key or Bearer'),
     Setting('allowedHosts', [], 'list', check_texts,
@@ -1456,6 +1462,18 @@ def parse_base_url(url):
     path = parts.path.rstrip('/')
     path = path[:-3] if path.endswith('/v1') else path      # our targets begin with /v1
     return BaseUrl(parts.scheme, parts.hostname, port, parts.netloc, path)
+
+
+OWN_HOSTS = frozenset(parse_base_url(setting.default).host for setting in SETTINGS
+                      if setting.check is check_base_url)
+
+
+def stream_first_byte_s(config, base_url):
+    """Seconds that a stream of a server may take to its first content."""
+    if config.first_byte_ms is not None:
+        return config.first_byte_ms / 1000
+    is_own = parse_base_url(base_url).host in OWN_HOSTS
+    return STREAM_FIRST_BYTE_S if is_own else OTHER_FIRST_BYTE_S
 
 
 def is_login(key, token):
@@ -5947,6 +5965,7 @@ class UpstreamResponse:
 
     def __init__(self, sock, exchange):
         self._sock, self._exchange = sock, exchange
+        self.idle_s = STREAM_IDLE_S   # so long it may be silent within its body
         self._is_tls = hasattr(sock, 'pending')
         self._buffer = b''            # received, not yet used
         self._left = 0                # bytes to come of a body whose length is known
@@ -5977,7 +5996,12 @@ class UpstreamResponse:
                 raise UpstreamCut('it switched protocols, or only announces an answer')
         self._choose_framing(method)
         self._is_head_read = True
-        self._exchange.extend(STREAM_IDLE_S)
+        self._exchange.extend(self.idle_s)
+
+    def limit_silence(self, seconds):
+        """From here on it may be silent for so long."""
+        self.idle_s = seconds
+        self._exchange.extend(seconds)
 
     def _parse_head(self, data):
         # Malformed and folded lines are dropped, but not where they would tell the length.
@@ -6060,7 +6084,7 @@ class UpstreamResponse:
     def _note_received(self, data):
         self.got_bytes = True
         if self._is_head_read:        # a head that comes byte by byte has no longer than others
-            self._exchange.extend(STREAM_IDLE_S)
+            self._exchange.extend(self.idle_s)
         self._buffer = self._buffer + data if self._buffer else data
 
     def _take_rest(self):
@@ -6152,7 +6176,8 @@ class Upstream:
 
     def open(self, wanted, exchange, first_byte_s, wait=None):
         """The UpstreamResponse to an UpstreamRequest, its head read; `close` ends it.
-        `wait(response)`, when given, returns when something has come.
+        `wait(response)`, when given, returns when something has come, and the body may be silent
+        as long as its head.
 
         A reused connection that dies before any byte of the answer is replaced silently.
         Raises UpstreamUnreachable, UpstreamTimeout, ClientGone.
@@ -6165,6 +6190,7 @@ class Upstream:
             if not is_reused:
                 sock = self._connect(wanted.base)
             response = UpstreamResponse(sock, exchange)
+            response.idle_s = first_byte_s if wait else STREAM_IDLE_S
             try:
                 exchange.attach(sock, first_byte_s)
                 was_sent = send_request(sock, wanted)
@@ -7081,10 +7107,10 @@ class AnswerReader:
             document = loads_object(body)
         except ValueError:
             return self._no_message(body)
-        if is_error(document):
+        if holds_error(document):
             error = read_error(body)
             return self._refused(status_of_error(error.details), error)
-        if not is_message(document):
+        if not holds_message(document):
             return self._no_message(body)
         if not response.started:
             return Open(self._classify(), self._upstream, bytes(body))
@@ -7185,12 +7211,12 @@ def seems_message(body):
             and CONTENT_START.search(body) is not None)
 
 
-def is_error(document):
+def holds_error(document):
     return document.get('type') == 'error' or (
         bool(document.get('error')) and not document.get('content'))
 
 
-def is_message(document):
+def holds_message(document):
     return document.get('type') == 'message' or isinstance(document.get('content'), list)
 
 
@@ -7256,10 +7282,13 @@ def relay_stream(client, reply, fields, carrier):
     elif not response.started:
         response.start(upstream.status, [*reply.own_fields, *fields])
     client.write(reply.held)
-    problem = "the upstream's stream ended before the message did"
+    problem, is_open = "the upstream's stream ended before the message did", False
     try:
         while not events.is_over:
-            if carrier and events.can_be_carried and events.opened_by:
+            if events.opened_by and not is_open:
+                is_open = True
+                upstream.limit_silence(STREAM_IDLE_S)
+            if carrier and events.can_be_carried and is_open:
                 carrier.carry(upstream, events, response)
             piece = client.read_piece(upstream, events)
             if not piece:
@@ -7270,7 +7299,7 @@ def relay_stream(client, reply, fields, carrier):
         problem = f"the upstream's stream broke off: {error}"
         response.write(events.last(is_cut=True))      # it may lack nothing but its very end
     except UpstreamTimeout:
-        problem = f'the upstream sent nothing for {STREAM_IDLE_S} s'
+        problem = f'the upstream sent nothing for {format_duration(upstream.idle_s)}'
     client.record.update(usage_fields(events.usage))
     end_stream(client, events, problem)
     if events.is_over and events.stopped:
@@ -7808,7 +7837,9 @@ class Serving:
         self._token, self._translated = '', None
         try:
             wanted = self._build(attempt)
-            first_byte_s = STREAM_FIRST_BYTE_S if body.seems_streamed else FIRST_BYTE_S
+            first_byte_s = FIRST_BYTE_S
+            if body.wants_stream:
+                first_byte_s = stream_first_byte_s(self._config, self._target.base_url)
             wait = client.await_upstream if self._request.is_message else None
             upstream = failover.upstream.open(wanted, self._exchange, first_byte_s, wait)
             reader = AnswerReader(client, attempt, upstream, failover.journal.metrics)

@@ -246,9 +246,13 @@ class FakeUpstreamResponse:
         self.length = None
         self._pieces = list(play.pieces)
         self.is_closed = False
+        self.idle_s = None
 
     def close(self):
         self.is_closed = True
+
+    def limit_silence(self, seconds):
+        self.idle_s = seconds
 
     def wait(self, seconds):
         is_silent = self._pieces[:1] == [SILENCE]
@@ -286,7 +290,7 @@ class FakeUpstream:
     def __init__(self, **script):
         self.script = {key: list(plays if isinstance(plays, list) else [plays])
                        for key, plays in script.items()}
-        self.seen, self.sent, self.opened = [], [], []
+        self.seen, self.sent, self.opened, self.first_byte_s = [], [], [], []
         self.clock = None             # moved by silence
 
     def open(self, wanted, exchange, first_byte_s, wait=None):
@@ -296,6 +300,7 @@ class FakeUpstream:
         body = json.loads(wanted.body) if wanted.body else {}
         self.seen.append((key, body.get('model')))
         self.sent.append(wanted)
+        self.first_byte_s.append(first_byte_s)
         plays = self.script[key]
         play = plays.pop(0) if len(plays) > 1 else plays[0]
         if callable(play):
@@ -634,6 +639,7 @@ class ConfigurationTest(unittest.TestCase):
                 ({'anthropicBaseUrl': 'http://example.com'}, 'anthropicBaseUrl', 'must use https'),
                 ({'anthropicBaseUrl': 'https://host:99999'}, 'anthropicBaseUrl'),
                 ({'accessToken': 'two words'}, 'accessToken'),
+                ({'firstByteMs': 999}, 'firstByteMs', '1000 or more'),
                 ({'allowedHosts': 'x'}, 'allowedHosts', 'list'),
                 ({'allowedOrigins': [1]}, 'allowedOrigins', 'list')):
             with self.subTest(document=document):
@@ -4820,6 +4826,17 @@ class UpstreamTest(SocketTest):
                     self.assertEqual(response.read_all(100), body)
                     self.assertTrue(response.ended)
 
+    def test_the_body_of_an_answer_that_is_waited_for_may_be_silent_as_long_as_its_head(self):
+        server = RawServer(self, lambda sock, number: read_request(sock) and sock.sendall(plain_answer(b'hello')))
+        clock = FakeClock()
+        exchange = cf.Exchange(None, clock)
+        for wait, silent_s in ((lambda response: None, 1200), (None, cf.STREAM_IDLE_S)):
+            response = self.upstream.open(self.wanted(server.url), exchange, 1200, wait)
+            self.assertEqual(exchange.deadline, clock.now + silent_s)
+            response.limit_silence(7)
+            self.assertEqual((exchange.deadline, response.read_all(9)), (clock.now + 7, b'hello'))
+            response.close()
+
     def test_a_head_has_one_deadline_and_a_body_a_new_one_with_each_piece(self):
         clock, deadlines = FakeClock(), []
         exchange = cf.Exchange(None, clock)
@@ -5823,6 +5840,25 @@ class ServingTest(unittest.TestCase):
         self.setUp()
         self.timed(SILENCE, json.dumps(api_error('overloaded_error', 'x')).encode(), after=[stream_bytes()], keys='ab')
         self.assertEqual(self.answered.events[1:], stream_events())
+
+    def test_a_stream_of_another_server_may_take_an_hour_to_its_first_content(self):
+        for url, setting, stream, limit in (
+                ('https://api.anthropic.com', None, True, 300), ('https://api.anthropic.com/v1', None, True, 300),
+                ('http://localhost:11434', None, True, 3600), ('https://relay.example/claude', None, True, 3600),
+                ('http://localhost:11434', None, False, 600), ('http://localhost:11434', 5000, True, 5), ('https://api.anthropic.com', 1_200_000, True, 1200)):
+            for provider, play, base_url in (('a', Play(stream=stream_bytes()), 'anthropicBaseUrl'), ('oa', Play(stream=pieces(chat_stream({'content': 'x'}), 200)), 'openaiBaseUrl')):
+                self.setUp()
+                config = make_config(*('a' if provider == 'a' else ''), **(with_openai('oa') if provider == 'oa' else {}),
+                                     **{base_url: url.replace('anthropic', 'openai') if provider == 'oa' else url, 'firstByteMs': setting})
+                answered = self.serve(self.failover(FakeUpstream(**{provider: play}), config), messages_body(stream=stream))
+                self.assertEqual((answered.status, self.upstream.first_byte_s), (200, [limit]))
+                if stream:
+                    self.assertEqual(self.upstream.opened[0].idle_s, cf.STREAM_IDLE_S)         # once it has content
+        document = make_document(**with_openai('oa'))
+        document['openaiKeys']['oa']['token'] = make_login()
+        play = Play(stream=responses_stream(text_delta('a'), completed()))
+        self.serve(self.failover(FakeUpstream(login=play), cf.parse_config(document)), messages_body(stream=True))
+        self.assertEqual(self.upstream.first_byte_s, [300])
 
     def test_pings_come_wherever_the_wish_for_a_stream_stands(self):
         far = {'model': OPUS, 'messages': [{'role': 'user', 'content': 'x' * 3000}], 'stream': True, 'system': 'x' * 3000}
@@ -8615,7 +8651,7 @@ def describe_answer(data, asked):
 class FaultsTest(ProgramTest):
     def setUp(self):
         self.threads = set(threading.enumerate())
-        for name, seconds in (('STREAM_FIRST_BYTE_S', 0.2), ('FIRST_BYTE_S', 0.2), ('STREAM_IDLE_S', 0.2), ('WATCH_S', 0.01)):
+        for name, seconds in (('STREAM_FIRST_BYTE_S', 0.2), ('OTHER_FIRST_BYTE_S', 0.2), ('FIRST_BYTE_S', 0.2), ('STREAM_IDLE_S', 0.2), ('WATCH_S', 0.01)):
             patch = mock.patch.object(cf, name, seconds)
             patch.start()
             self.addCleanup(patch.stop)
