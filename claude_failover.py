@@ -2304,7 +2304,10 @@ NO_TOKEN = Rule('no_token', (), Step.NEXT_KEY, Final.UNAUTHORIZED, waits=False, 
 EMPTY_STREAM = Rule('empty_stream', (), Step.NEXT_KEY, Final.SERVER, again=Again.FIRST)
 #: A 200 that is empty, a page, or no message in any other way.
 NO_MESSAGE = Rule('no_message', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.PAIR, cooldown_s=15,
-                  tries=3, strikes=3)
+                  tries=3, strikes=3, asks_again=ANY_TIME, words='answers are no messages')
+#: What broke after its commit: the client's own retry is to meet another key.
+BROKE_OFF = Rule('broke_off', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.PAIR, cooldown_s=10,
+                 asks_again=ANY_TIME, words='answer broke off')
 UNTRANSLATABLE = Rule('untranslatable', (), Step.NEXT_KEY, waits=False)
 #: A model or provider that was not asked for refuses what is asked: another may take it.  No
 #: client must hear of that, and compact what the asked model holds.
@@ -6577,6 +6580,7 @@ class Carried:
 
     def __init__(self, upstream, events, response):
         self._upstream, self._events, self._response = upstream, events, response
+        self.rest = b''               # what has come, and is not the client's yet: its failure
         self.error = None             # why it cannot be carried further, where that is one
         self.is_over = queue.SimpleQueue()    # gets one item then: a fifth of an Event's work
 
@@ -6584,8 +6588,11 @@ class Carried:
         """Passes on what has come; whether the stream is to be carried further."""
         try:
             while True:
-                piece = self._upstream.read()
-                is_taken = self._response.offer(self._events.feed(piece))
+                data = self._events.feed(self._upstream.read())
+                if self._events.failure is not None:
+                    self.rest = data
+                    return False
+                is_taken = self._response.offer(data)
                 if self._upstream.ended or not is_taken:
                     return False      # or the client does not keep up
                 if not self._upstream.has_received():
@@ -6608,8 +6615,8 @@ class StreamCarrier:
         threading.Thread(target=self._run, name='carrier', daemon=True).start()
 
     def carry(self, upstream, events, response):
-        """Passes on a stream until its own thread has to go on with it.  Raises what
-        upstream.read and response.write raise."""
+        """Passes on a stream until its own thread has to go on with it; the bytes of its failure,
+        where it is for that.  Raises what upstream.read and response.write raise."""
         carried = Carried(upstream, events, response)
         with upstream.not_waiting() as sock:
             if carried.pass_on():
@@ -6618,6 +6625,7 @@ class StreamCarrier:
         if carried.error:
             raise carried.error
         response.flush()
+        return carried.rest
 
     def _run(self):
         while True:
@@ -6951,6 +6959,19 @@ ALL, NOTHING = Uncompressed(None), Uncompressed(0)
 
 # -- reading -------------------------------------------------------------------
 
+def judge(client, attempt, status, headers, error):
+    """The Outcome of an attempt that was answered so."""
+    request = client.request
+    answer = Answer(
+        status, headers, error.type, error.message, upstream_now(headers, client.now()),
+        request.path, attempt.model, attempt.model != request.body.model, error.details,
+        bool(attempt.key.base_url))
+    outcome = classify(answer, OPENAI_RULES if attempt.key.provider == OPENAI else RULES)
+    # Only now: a credential may be a word that means something in the message.
+    return outcome._replace(message=client.without_secrets(outcome.message),
+                            limit_fields=rate_limit_fields(headers))
+
+
 class AnswerReader:
     """Reads the answer to one attempt: what it means is known by its status and the first piece
     of its body, of a stream by its first event with content."""
@@ -6982,19 +7003,12 @@ class AnswerReader:
                 self._upstream.close()
 
     def _classify(self, status=None, error=NO_ERROR):
-        attempt, upstream, request = self._attempt, self._upstream, self._client.request
+        attempt, upstream = self._attempt, self._upstream
         if attempt.key.id != CLIENT_REF:
             self._metrics.note_limits(attempt.key.ref, upstream.headers)
         if status is None and 200 <= upstream.status < 300:       # nearly always
             return Outcome(ANSWERED, upstream.status, '', None)
-        answer = Answer(
-            status or upstream.status, upstream.headers, error.type, error.message,
-            upstream_now(upstream.headers, self._client.now()), request.path, attempt.model,
-            attempt.model != request.body.model, error.details, bool(attempt.key.base_url))
-        outcome = classify(answer, OPENAI_RULES if self._is_openai else RULES)
-        # Only now: a credential may be a word that means something in the message.
-        return outcome._replace(message=self._client.without_secrets(outcome.message),
-                                limit_fields=rate_limit_fields(upstream.headers))
+        return judge(self._client, attempt, status or upstream.status, upstream.headers, error)
 
     def _read_refusal(self):
         try:
@@ -7226,8 +7240,9 @@ def broken_off(error):
 
 # -- relaying ------------------------------------------------------------------
 
-def relay(client, attempt, reply, carrier):
-    """Gives the client an upstream's answer: the commit."""
+def relay(client, attempt, reply, carrier, cool):
+    """Gives the client an upstream's answer: the commit.  What befalls it afterwards, `cool` is
+    given as an Outcome before the client hears of it, so that a retry meets another key."""
     asked = client.request.body.model
     client.record = {
         'outcome': 'answered' if reply.outcome.status < 400 else 'refused',
@@ -7245,14 +7260,14 @@ def relay(client, attempt, reply, carrier):
         return client.send_whole(reply.status, [*reply.fields, *fields], reply.body)
     try:
         if reply.events:
-            relay_stream(client, reply, fields, carrier)
+            relay_stream(client, attempt, reply, fields, carrier, cool)
         else:
-            relay_body(client, reply, fields)
+            relay_body(client, reply, fields, cool)
     finally:
         reply.upstream.close()
 
 
-def relay_body(client, reply, fields):
+def relay_body(client, reply, fields, cool):
     """Any answer but a stream of messages, piece by piece as it comes."""
     response, upstream = client.response, reply.upstream
     if response.started:
@@ -7268,12 +7283,14 @@ def relay_body(client, reply, fields):
             piece = upstream.read()
         response.finish()
     except (UpstreamCut, UpstreamTimeout) as error:
+        if isinstance(error, UpstreamCut):
+            cool(Outcome(BROKE_OFF, 0, str(error), None))
         response.abandon()
         client.record.update(outcome='failed', error=f'cut after the commit: {error}')
     client.record.update(read_usage(tail))
 
 
-def relay_stream(client, reply, fields, carrier):
+def relay_stream(client, attempt, reply, fields, carrier, cool):
     """Whole events as they arrive; an end that is none is told as an error."""
     response, upstream, events = client.response, reply.upstream, reply.events
     client.record['stream'] = True
@@ -7281,31 +7298,54 @@ def relay_stream(client, reply, fields, carrier):
         response.start(upstream.status, fields, forwarded=upstream.forwarded_head)
     elif not response.started:
         response.start(upstream.status, [*reply.own_fields, *fields])
-    client.write(reply.held)
-    problem, is_open = "the upstream's stream ended before the message did", False
+    problem, is_cut = "the upstream's stream ended before the message did", True
+    rest, is_open = reply.held, False     # what has come and not gone on
     try:
-        while not events.is_over:
+        while not events.is_over and events.failure is None:
+            client.write(rest)
+            rest = b''
             if events.opened_by and not is_open:
                 is_open = True
                 upstream.limit_silence(STREAM_IDLE_S)
             if carrier and events.can_be_carried and is_open:
-                carrier.carry(upstream, events, response)
+                rest = carrier.carry(upstream, events, response)
+                if events.failure is not None:
+                    break
             piece = client.read_piece(upstream, events)
             if not piece:
                 break
-            client.write(events.feed(piece))
-        response.write(events.last())
+            rest = events.feed(piece)
+        rest += events.last()
     except UpstreamCut as error:
         problem = f"the upstream's stream broke off: {error}"
-        response.write(events.last(is_cut=True))      # it may lack nothing but its very end
+        rest = events.last(is_cut=True)       # it may lack nothing but its very end
     except UpstreamTimeout:
         problem = f'the upstream sent nothing for {format_duration(upstream.idle_s)}'
+        is_cut = False
     client.record.update(usage_fields(events.usage))
+    outcome = find_break(client, attempt, reply, problem if is_cut else None)
+    if outcome:
+        cool(outcome)
+    response.write(rest)
     end_stream(client, events, problem)
     if events.is_over and events.stopped:
         with contextlib.suppress(UpstreamCut, UpstreamTimeout, ClientGone):
             if upstream.wait(LAST_CHUNK_S):
                 upstream.read()       # the body's end: then the connection can be used again
+
+
+def find_break(client, attempt, reply, problem):
+    """The Outcome of a stream that did not end well after its commit, None where nothing cools:
+    `problem` is a cut's, where there was one."""
+    events = reply.events
+    if events.failure is not None:
+        status, error = events.failure_status, describe_error(events.failure)
+        if status == 429:
+            return judge(client, attempt, status, reply.upstream.headers, error)
+        message = redact(client.without_secrets(error.message))
+        return Outcome(BROKE_OFF, status, message, None) if status >= 500 else None
+    is_whole = events.stopped or events.stop_reason
+    return Outcome(BROKE_OFF, 0, problem, None) if problem and not is_whole else None
 
 
 def end_stream(client, events, problem):
@@ -7915,7 +7955,8 @@ class Serving:
             if not self._request.is_message:
                 self._note_maker(attempt, reply)
         self._leave_queue()
-        relay(self._client, attempt, reply, self._failover.carrier)
+        relay(self._client, attempt, reply, self._failover.carrier,
+              functools.partial(self._cool, attempt))
 
     def _note_maker(self, attempt, reply):
         """Remembers which key made, or knows, what this answer is about."""

@@ -5694,6 +5694,7 @@ class ServingTest(unittest.TestCase):
 
     def stream(self, *parts, key='a', after=None):
         """Serves one streamed answer made of these pieces."""
+        self.cooldowns.clear()
         upstream = FakeUpstream(a=Play(stream=list(parts)), b=after or Play())
         answered = self.serve(self.failover(upstream, make_config('a', 'b', queueWaitMs=0)),
                               body=messages_body(stream=True))
@@ -5777,6 +5778,67 @@ class ServingTest(unittest.TestCase):
         cf.Serving(failover, request, response, cf.Exchange(None, self.clock)).serve()
         self.assertEqual((self.record()['outcome'], response.keep_alive), ('client_gone', False))
         self.assertTrue(upstream.opened[0].is_closed)
+
+    # -- after the commit
+
+    def test_what_breaks_after_the_commit_rests_so_that_a_retry_meets_another_key(self):
+        begun = stream_events()[:4]
+        error = {'rate_limit_error': 429, 'overloaded_error': 529, 'api_error': 500, 'timeout_error': 504, 'odd_error': 500}
+        cases = [([stream_bytes([*begun, {'type': 'error', 'error': {'type': type, 'message': 'x'}}])], 30 if status == 429 else 10)
+                 for type, status in error.items()]
+        cases += [([stream_bytes(begun), stream_bytes([OVERLOADED_EVENT])], 10), ([stream_bytes(begun)], 10), ([stream_bytes(begun), cf.UpstreamCut('x')], 10),
+                  ([stream_bytes(begun), b'data: {"error":{"code":"server_error"}}\n\n'], 10)]
+        cases += [([stream_bytes(begun), cf.UpstreamTimeout()], None), ([stream_bytes(stream_events()[:-1])], None), ([stream_bytes()], None),
+                  ([stream_bytes(stream_events()[:-1]), cf.UpstreamCut('x')], None),
+                  ([stream_bytes([*begun, {'type': 'error', 'error': {'type': 'invalid_request_error', 'message': 'x'}}])], None)]
+        for parts, seconds in cases:
+            with self.subTest(parts=parts):
+                self.setUp()
+                upstream = FakeUpstream(a=Play(stream=list(parts)), b=Play(stream=stream_bytes()))
+                failover = self.failover(upstream, make_config('a', 'b', queueWaitMs=0))
+                self.serve(failover, messages_body(stream=True))
+                self.assertEqual(self.cooling(), {('a', OPUS): seconds} if seconds else {})
+                self.serve(failover, messages_body(stream=True))
+                self.assertEqual([key for key, _ in upstream.seen], ['a', 'b' if seconds else 'a'])
+
+    def test_what_breaks_after_the_commit_of_openais_answer_rests_too(self):
+        begun = chat_stream({'content': 'a'}, finish=None, is_done=False, usage=None)
+        for end, cooled in (
+                (b'data: {"error":{"code":"rate_limit_exceeded","message":"try again in 42s"}}\n\n', {('oa', 'gpt-5.4'): 42}),
+                (b'data: {"error":{"code":"insufficient_quota","message":"x"}}\n\n', {('oa', None): 3600}),
+                (b'data: {"error":{"code":"server_error","message":"x"}}\n\n', {('oa', 'gpt-5.4'): 10}), (b'', {('oa', 'gpt-5.4'): 10}),
+                (cf.UpstreamCut('x'), {('oa', 'gpt-5.4'): 10}), (cf.UpstreamTimeout(), {}), (chat_stream({'content': 'b'}), {})):
+            with self.subTest(end=end):
+                self.cooldowns.clear()
+                self.openai_one({'oa': Play(stream=[begun, end])}, keys='', body=messages_body(stream=True))
+                self.assertEqual(self.cooling(), cooled)
+
+    def test_a_plain_answer_that_is_cut_after_the_commit_rests_too(self):
+        long = json.dumps({**MESSAGE, 'content': [{'type': 'text', 'text': 'x' * cf.HELD_BYTES}]}).encode()
+        for error, cooled in ((cf.UpstreamCut('x'), {('a', OPUS): 10}), (cf.UpstreamTimeout(), {})):
+            self.setUp()
+            play = Play()
+            play.pieces = [long, error]
+            self.one({'a': play}, 'a')
+            self.assertEqual(self.cooling(), cooled)
+        play = Play()
+        play.pieces = [b'file', cf.UpstreamCut('x')]
+        self.cooldowns.clear()
+        self.serve(self.failover(FakeUpstream(a=play), make_config('a')), method='GET', target='/v1/files/x/content')
+        self.assertEqual(self.cooling(), {})
+
+    def test_what_broke_rests_before_the_client_hears_of_it(self):
+        for parts in ([stream_bytes([*stream_events()[:4], OVERLOADED_EVENT])], [stream_bytes(stream_events()[:4]), stream_bytes([OVERLOADED_EVENT])],
+                      [stream_bytes(stream_events()[:4])]):
+            self.setUp()
+            connection, resting = FakeConnection(), []
+            send = connection.send
+            connection.send = lambda data: (send(data), b'event: error' in data and resting.append(self.cooling()))
+            head = make_head('POST', cf.MESSAGES_PATH)
+            request = cf.ClientRequest(head, json.dumps(messages_body(stream=True)).encode(), 'default')
+            failover = self.failover(FakeUpstream(a=Play(stream=parts)), make_config('a'))
+            cf.Serving(failover, request, cf.ClientResponse(connection, head), cf.Exchange(None, self.clock)).serve()
+            self.assertEqual(resting, [{('a', OPUS): 10}])
 
     # -- silence
 
@@ -6437,6 +6499,7 @@ class ServingTest(unittest.TestCase):
                     cut = stream_bytes(stream_events()[:4])
                     answered, _ = self.one({'a': self.typed(type, pieces(cut, size))}, 'a', body=body)
                     self.assertEqual((answered.events[-1]['type'], self.record()['outcome']), ('error', 'failed'))
+        self.setUp()
         for start in (b'\xef\xbb\xbf', b'\n\n', b': hello\n\n', b'retry: 5\n\n'):
             answered, _ = self.one({'a': self.typed(None, start + stream_bytes())}, 'a', body=body)
             self.assertEqual((answered.body, answered.is_complete), (start + stream_bytes(), True))
@@ -8458,9 +8521,29 @@ class CarryingTest(ProgramTest):
                 sock.sendall(end)
                 sock.shutdown(socket.SHUT_RDWR)
             self.serve_streams(play)
+            self.app.cooldowns.clear()
             with mock.patch.object(cf.StreamCarrier, 'carry', lambda *rest, c=carried: (c.set(), carry(*rest))):
                 answered = self.stream()
             self.assertEqual((answered.events[-1]['type'], answered.is_complete), ('error', True))
+
+    def test_a_key_whose_stream_failed_rests_before_its_client_hears_of_it(self):
+        carried, carry = threading.Event(), cf.StreamCarrier.carry
+
+        def play(sock):
+            sock.sendall(chunked(stream_bytes(stream_events()[:4])))
+            carried.wait(PATIENCE_S)
+            sock.sendall(chunked(cf.event_bytes(OVERLOADED_EVENT)) + b'0\r\n\r\n')
+        self.serve_streams(play)
+        resting, send = [], cf.ClientConnection.send
+
+        def watched(connection, data):
+            if b'event: error' in data:
+                resting.append(len(self.app.cooldowns.snapshot()))
+            send(connection, data)
+        with mock.patch.object(cf.StreamCarrier, 'carry', lambda *rest: (carried.set(), carry(*rest))[1]), \
+                mock.patch.object(cf.ClientConnection, 'send', watched):
+            answered = self.stream()
+        self.assertEqual((answered.events, answered.is_complete, resting), ([*stream_events()[:4], OVERLOADED_EVENT], True, [1]))
 
     def test_a_client_that_leaves_in_mid_stream_ends_its_upstream(self):
         gone = threading.Event()
@@ -10534,7 +10617,7 @@ class PromisesTest(unittest.TestCase):
                 self.assertIn(f'`{default}`' if setting.default is not None else 'none', row)
         for command in cf.COMMANDS:
             self.assertRegex(readme, rf'\| `{command.name}\b[^|]*\| {re.escape(command.help)} \|')
-        for rule in (*cf.RULES, *cf.OPENAI_RULES, cf.UNREACHABLE, cf.RESET, cf.TIMED_OUT, cf.NO_TOKEN, cf.UNTRANSLATABLE, cf.EMPTY_STREAM):
+        for rule in (*cf.RULES, *cf.OPENAI_RULES, cf.UNREACHABLE, cf.RESET, cf.TIMED_OUT, cf.NO_TOKEN, cf.UNTRANSLATABLE, cf.EMPTY_STREAM, cf.NO_MESSAGE, cf.BROKE_OFF):
             if rule.name not in ('answered', 'relayed'):
                 self.assertIn(f'`{rule.name}`', readme)
         self.assertIn('python3 test_claude_failover.py', readme)
