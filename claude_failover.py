@@ -7037,8 +7037,10 @@ class AnswerReader:
 
     def _read_beginning(self):
         """Waits for the first piece of a body: until then another key may still answer."""
-        may_make = self._client.request.may_make and not self._is_streamed
-        held = self._upstream.read_all(EDGE_BYTES) if may_make else self._upstream.read()
+        upstream = self._upstream
+        is_stream = 'event-stream' in upstream.headers.get('content-type', '')
+        may_make = self._client.request.may_make and not is_stream
+        held = upstream.read_all(EDGE_BYTES) if may_make else upstream.read()
         return Open(self._classify(), self._upstream, held)
 
     def _read_message(self, translated):

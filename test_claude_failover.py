@@ -6314,7 +6314,7 @@ class ServingTest(unittest.TestCase):
                 play.pieces = pieces(made, size)
                 failover = self.failover(FakeUpstream(a=Play(), b=[play, Play()]), make_config('a', 'b'))
                 a, _ = self.store.current.keys.values()
-                self.cooldowns.cool(a, None, cf.Outcome(rule('window_spent'), 429, 'x', 100), 3600)
+                self.cooldowns.cool(a, cf.Slot(a.ref), cf.Outcome(rule('window_spent'), 429, 'x', 100), 3600)
                 answered = self.serve(failover, {'x': 1}, method, target)
                 self.assertEqual((answered.status, answered.body), (200, made))
                 self.cooldowns.clear()
@@ -9126,7 +9126,7 @@ class ApiTest(ProgramTest):
         self.send()
         self.assertEqual(self.call('GET', '/health')['status'], 'ok')         # OpenAI answers for Claude
         key = self.app.store.current.keys['openai:o']
-        self.app.cooldowns.cool(key, 'gpt-5.4', cf.Outcome(rule('rate_limited'), 429, 'slow down', 50), 3600)
+        self.app.cooldowns.cool(key, cf.Slot(key.ref, 'gpt-5.4'), cf.Outcome(rule('rate_limited'), 429, 'slow down', 50), 3600)
         status = self.call('GET', '/api/status')
         row = status['profiles'][0]['serving'][0]
         self.assertEqual((status['status'], row['state'], row['ref']), ('exhausted', 'cooling', 'openai:o'))
@@ -10888,7 +10888,7 @@ class DashboardTest(ProgramTest):
         self.reload({**make_document('a', anthropicBaseUrl=self.anthropic.url), **with_openai('o', openaiBaseUrl=openai.url, queueWaitMs=0)})
         self.anthropic.limited.add('a')
         key = self.app.store.current.keys['openai:o']
-        self.app.cooldowns.cool(key, 'gpt-5.4', cf.Outcome(rule('rate_limited'), 429, 'slow down', 50), 3600)
+        self.app.cooldowns.cool(key, cf.Slot(key.ref, 'gpt-5.4'), cf.Outcome(rule('rate_limited'), 429, 'slow down', 50), 3600)
         self.send()
         self.open()
         self.shown('Every key is cooling; o with gpt-5.4 is back first, at ', '#state-sentence')
