@@ -11114,7 +11114,7 @@ class DashboardTest(ProgramTest):
         document = make_document(*ids, anthropicBaseUrl=self.anthropic.url, **with_openai('o', 'p'))
         document['profiles']['second'] = {'port': free_port()}
         self.reload(document)
-        self.anthropic.fields = cf.limit_fields(100)
+        self.anthropic.fields = cf.pretend_limits(100)
         self.anthropic.limits = lambda body: random.random() < 0.05
         for number in range(200):
             self.send(body=messages_body(model=(OPUS, SONNET, 'claude-haiku-5-5')[number % 3]))
