@@ -7035,25 +7035,27 @@ class AnswerReader:
         fields = [JSON_TYPE, ('request-id', self._client.request_id)]
         return Whole(outcome, fields, error_json(error_type(status), message), status)
 
+    @property
+    def _says_stream(self):
+        return 'event-stream' in self._upstream.headers.get('content-type', '').lower()
+
     def _read_beginning(self):
         """Waits for the first piece of a body: until then another key may still answer."""
-        upstream = self._upstream
-        is_stream = 'event-stream' in upstream.headers.get('content-type', '')
-        may_make = self._client.request.may_make and not is_stream
-        held = upstream.read_all(EDGE_BYTES) if may_make else upstream.read()
+        may_make = self._client.request.may_make and not self._says_stream
+        held = self._upstream.read_all(EDGE_BYTES) if may_make else self._upstream.read()
         return Open(self._classify(), self._upstream, held)
 
     def _read_message(self, translated):
         """The answer to a Messages request, which is what it begins with: no event can begin as
         a document does.  Only where it tells nothing does its content type count."""
-        held, piece = bytearray(), True
-        while piece and not tells_itself(beginning(held)) and len(held) < HELD_BYTES:
+        held, begins, piece = bytearray(), b'', True
+        while piece and not tells_itself(begins) and len(held) < HELD_BYTES:
             piece = self._read_piece()
             held += piece
-        request, begins = self._client.request.body, beginning(held)
-        kind = self._upstream.headers.get('content-type', '').lower()
+            begins = beginning(held)
+        request = self._client.request.body
         is_stream = self._is_readable and begins[:1] not in DOCUMENT_STARTS and (
-            bool(STREAM_START.match(begins)) or 'event-stream' in kind or request.wants_stream)
+            bool(STREAM_START.match(begins)) or self._says_stream or request.wants_stream)
         if translated:
             return self._read_translated(translated, held, is_stream)
         if not is_stream:
@@ -7063,7 +7065,8 @@ class AnswerReader:
         return self._fold(held)
 
     def _read_piece(self):
-        self._client.await_upstream(self._upstream)
+        if self._client.request.body.wants_stream:    # a plain request just waits
+            self._client.await_upstream(self._upstream)
         return self._upstream.read()
 
     def _read_opening(self, events, first, own_fields=None):
@@ -7879,10 +7882,10 @@ class Serving:
         self._token, self._translated = '', None
         try:
             wanted = self._build(attempt)
-            first_byte_s = FIRST_BYTE_S
-            if body.wants_stream:
+            first_byte_s, wait = FIRST_BYTE_S, None
+            if self._request.is_message and body.wants_stream:
                 first_byte_s = stream_first_byte_s(self._config, self._target.base_url)
-            wait = client.await_upstream if self._request.is_message else None
+                wait = client.await_upstream
             upstream = failover.upstream.open(wanted, self._exchange, first_byte_s, wait)
             reader = AnswerReader(client, attempt, upstream, failover.journal.metrics)
             return reader.read(self._translated)

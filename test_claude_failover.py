@@ -5890,7 +5890,7 @@ class ServingTest(unittest.TestCase):
 
     def test_a_plain_request_waits_without_a_ping(self):
         self.timed(SILENCE, SILENCE, json.dumps(MESSAGE).encode(), stream=False)
-        self.assertEqual((self.answered.json, self.clock.now), (MESSAGE, 1020))
+        self.assertEqual(self.answered.json, MESSAGE)
 
     def test_a_whole_message_goes_on_in_a_stream_of_pings_as_its_events(self):
         for message in (MESSAGE, {**MESSAGE, 'content': [{'type': 'text', 'text': 'x' * 100_000}]}):
