@@ -42,6 +42,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Request translation     a Messages request in OpenAI's two wire formats
     Response translation    OpenAI's answers as Anthropic's: MessageEvents owns the grammar
     Cooldowns               who rests until when, and the queue of those who wait
+    Conversations           where each one's prompt cache is, and how busy each key is
     Journal                 the log file, the counters, the recent requests
     Configuration store     the file: atomic, private, reloaded when it changes
     Secrets                 what stands behind file:PATH and env:NAME
@@ -616,6 +617,7 @@ class Profile(NamedTuple):
     port: int
     order: tuple              # ('anthropic:work', 'client', 'openai:backup', ...)
     model_mapping: dict = {}  # asked before the general openaiModelMapping
+    strategy: str = 'order'   # by which new conversations are given to keys
 
 
 class Config(NamedTuple):
@@ -633,6 +635,9 @@ class Config(NamedTuple):
     codex_base_url: str
     cooldown_ms: int
     queue_wait_ms: int
+    sticky_ms: int | None
+    sticky_wait_ms: int
+    fallback_patience_ms: int
     first_byte_ms: int | None
     access_token: str | None
     allowed_hosts: list
@@ -746,6 +751,12 @@ SETTINGS = (
             'the longest that any limit rests a key before it is simply tried again'),
     Setting('queueWaitMs', 90_000, 'ms', whole_number(0, 'milliseconds'),
             'how long a request may wait for a key to come back; 0 switches the queue off'),
+    Setting('stickyMs', None, 'ms', whole_number(0, 'milliseconds'),
+            'how long a conversation stays with the key that served it; 0: strict order'),
+    Setting('stickyWaitMs', 5000, 'ms', whole_number(0, 'milliseconds'),
+            'how long a conversation waits for its own key rather than move'),
+    Setting('fallbackPatienceMs', 5000, 'ms', whole_number(0, 'milliseconds'),
+            'how long a model is waited for before a lower one answers'),
     Setting('firstByteMs', None, 'ms', whole_number(1000, 'milliseconds'),
             'how long a stream may take to its first content'),
     Setting('accessToken', None, 'text', check_access_token,
@@ -773,7 +784,8 @@ KEY_FIELD_CHECKS = {
     'api': one_of(CHAT_COMPLETIONS, RESPONSES)}
 KNOWN_KEY_FIELDS = ('token', 'addedAt', *KEY_FIELD_CHECKS)
 KNOWN_PROFILE_FIELDS = ('port', 'keyOrder', 'openaiKeyOrder', 'priorityOrder',
-                        'openaiModelMapping')
+                        'openaiModelMapping', 'strategy')
+STRATEGIES = ('order', 'spread', 'drain')
 
 
 def unknown_fields(config):
@@ -915,8 +927,9 @@ def parse_profile(name, entry, keys):
         raise ConfigError(f'{field}.port must be a number from 1 to 65535 without quotes '
                           f'(0: any free one), not {json.dumps(port)[:60]}.', field='port')
     check_field(field, entry, 'openaiModelMapping', check_model_map)
+    check_field(field, entry, 'strategy', one_of(*STRATEGIES))
     return Profile(name, port, tuple(parse_order(field, entry, keys)),
-                   entry.get('openaiModelMapping') or {})
+                   entry.get('openaiModelMapping') or {}, entry.get('strategy') or 'order')
 
 
 def parse_order(field, entry, keys):
@@ -1312,6 +1325,34 @@ def plan_attempts(config, profile, models, client_key):
     return Plan(attempts, [attempt(key, models[0]) for key in keys[last:]])
 
 
+def is_plan(key):
+    """Whether a key is a plan's, whose tokens cost nothing more."""
+    return key.oauth or key.token.startswith('sk-ant-oat') or key.token.endswith(
+        '.credentials.json')      # Claude Code's own login
+
+
+def order_attempts(attempts, rank):
+    """The attempts with keys of one kind in the order of `rank(attempt)`, where they follow one
+    another: a plan is never passed over for a paid key, nor a model or a provider."""
+    runs = itertools.groupby(attempts, lambda a: (a.model, a.key.provider, is_plan(a.key)))
+    return [attempt for _, run in runs for attempt in sorted(run, key=rank)]
+
+
+def stay_with_model(attempts, model):
+    """The attempts with those of a model first: who fell back stays there for a while."""
+    return sorted(attempts, key=lambda attempt: attempt.model != model)
+
+
+#: Prompt tokens whose cache is worth a second of waiting.
+TOKENS_PER_SECOND = 20_000
+
+
+def is_worth_waiting(left_s, tokens, most_s):
+    """Whether a conversation waits for its own key to come back, rather than move: to write its
+    cache anew takes time too, and counts towards the other key's limits."""
+    return left_s <= most_s and tokens >= TOKENS_PER_SECOND * left_s
+
+
 # ==============================================================================
 # Request bodies
 # ==============================================================================
@@ -1376,6 +1417,53 @@ class RequestBody:
         if match:
             return bytes(self.data[:match.start(1)]) + model.encode() + self.data[match.end(1):]
         return dump_body({**self.json, 'model': model})
+
+
+#: How long a prompt cache lives after its last use: as usual, and where `ttl` says 1h.
+CACHE_S, LONG_CACHE_S = 300, 3600
+SESSION_FIELD = 'x-claude-code-session-id'
+USER_ID = re.compile(rb'"user_id"\s*:\s*("(?:[^"\\]|\\.){1,1000}")')
+OPENINGS = (b'"system"', b'"messages"')
+#: How far the beginnings of a conversation are read.
+OPENING_BYTES, USER_ID_BYTES = 65_536, 4096
+
+
+def conversation_digest(headers, data):
+    """What a conversation is known by: its client's session, else the beginnings of one that has
+    its prompt cached; None for a request that belongs to none.  A megabyte is not parsed."""
+    session = headers.get(SESSION_FIELD) or session_of_user(data)
+    if not session and b'"cache_control"' in data:
+        session = ''.join(map(functools.partial(opening, data), OPENINGS))
+    return hashlib.sha256(session.encode('utf-8', 'replace')).hexdigest()[:16] if session else None
+
+
+def session_of_user(data):
+    """The session in metadata.user_id: a JSON text with `session_id`, or ..._session_ID."""
+    match = (USER_ID.search(data, 0, USER_ID_BYTES)
+             or USER_ID.search(data, max(0, len(data) - USER_ID_BYTES)))
+    if not match:
+        return None
+    user_id = json.loads(match.group(1), strict=False)
+    if user_id.startswith('{'):
+        with contextlib.suppress(ValueError):
+            return text_or_none(loads_object(user_id).get('session_id'))
+    return user_id.rpartition('_session_')[2] if '_session_' in user_id else None
+
+
+def opening(data, name):
+    """The system prompt, or the first message, as a text without cache marks: these move."""
+    start = data.find(name) + len(name)
+    text = bytes(data[start:start + OPENING_BYTES]).decode('utf-8', 'replace').lstrip(' \t\r\n:[')
+    try:
+        value, _ = json.JSONDecoder(strict=False).raw_decode(text)
+    except (ValueError, RecursionError):          # longer than that
+        return text
+    return re.sub(r', "cache_control": \{[^{}]*\}', '', json.dumps(value))
+
+
+def cache_lifetime_s(data):
+    """How long what this request caches lives after each use."""
+    return LONG_CACHE_S if b'"1h"' in data else CACHE_S
 
 
 def without_thinking(body, unwanted=lambda block: True):
@@ -4646,6 +4734,111 @@ def who_serves(config, profile, model, cooling, unusable=(), was_seen=False):
 
 
 # ==============================================================================
+# Conversations
+# ==============================================================================
+# Where conversations are warm: which key holds the prompt cache of which, and how busy each key
+# is.  Knows digests, never a word of a prompt.
+
+#: Conversations that are remembered, each with each model that it asks for.
+MAX_CONVERSATIONS = 10_000
+#: A conversation that fell back to a lower model stays there for so long: each change of model
+#: writes the cache anew.
+FALLBACK_STAY_S = 60
+#: The time in which a key's load is counted.
+LOAD_S = 60
+
+
+class Warm(NamedTuple):
+    """Where a conversation was served last, for one model that it asks for."""
+    ref: str
+    model: str                # that answered
+    until: float              # the cache lives so long; on Conversations' clock
+    tokens: int               # of its prompt, as far as an answer told
+    since: float              # at this key and model
+    client: str = ''          # its family: 'claude-code', 'python-sdk' ...
+    turns: int = 0
+    moves: int = 0
+    read: int = 0             # tokens from the cache, and written to it, all in all
+    written: int = 0
+    why: str = 'new'          # it is where it is
+
+
+class Conversations:
+    """(conversation's digest, asked model) -> Warm, the latest used last; and each key's load."""
+
+    def __init__(self, clock=time.monotonic):
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._warm = collections.OrderedDict()
+        self._loads = {}              # key's ref -> deque of (when, prompt tokens)
+        self._proved = {}             # model -> when it answered last
+
+    def find(self, digest, model):
+        """The Warm of a conversation for a model; None where it is new, or its cache is gone."""
+        if not digest:
+            return None
+        warm = self._warm.get((digest, model))
+        return warm if warm and warm.until > self._clock() else None
+
+    def committed(self, digest, asked, attempt, why, lifetime_s, client):
+        """An attempt answers a turn of a conversation."""
+        now = self._clock()
+        with self._lock:
+            self._proved[attempt.model] = now
+            if len(self._proved) > MAX_CONVERSATIONS:
+                self._proved.clear()
+            if not digest:
+                return
+            old = self._warm.pop((digest, asked), None)
+            place = attempt.key.ref, attempt.model
+            if old and (old.ref, old.model) == place:
+                warm = old._replace(until=now + lifetime_s, turns=old.turns + 1)
+            else:
+                moves = old.moves + (old.until > now) if old else 0
+                warm = Warm(*place, now + lifetime_s, old.tokens if old else 0, now, client,
+                            (old.turns if old else 0) + 1, moves, old.read if old else 0,
+                            old.written if old else 0, why)
+            self._warm[digest, asked] = warm
+            if len(self._warm) > MAX_CONVERSATIONS:
+                self._warm.popitem(last=False)
+
+    def finished(self, digest, asked, ref, usage):
+        """The usage of an answer: what its prompt took of the key's limits, and where it stood."""
+        read = usage.get('cache_read_input_tokens', 0)
+        written = usage.get('cache_creation_input_tokens', 0)
+        fresh = usage.get('input_tokens', 0) + written
+        with self._lock:
+            load = self._loads.setdefault(ref, collections.deque(maxlen=1000))
+            load.append((self._clock(), fresh))
+            warm = self._warm.get((digest, asked))
+            if warm and warm.ref == ref:
+                self._warm[digest, asked] = warm._replace(
+                    tokens=fresh + read or warm.tokens, read=warm.read + read,
+                    written=warm.written + written)
+
+    def was_proved_since(self, model, since):
+        """Whether a model answered anyone after a time."""
+        return self._proved.get(model, -math.inf) > since
+
+    def load(self, ref):
+        """(conversations that are warm at a key, prompt tokens of the last LOAD_S that count
+        towards its limits)."""
+        now = self._clock()
+        with self._lock:
+            count = len({digest for (digest, _), warm in self._warm.items()
+                         if warm.ref == ref and warm.until > now})
+            tokens = sum(t for when, t in self._loads.get(ref, ()) if now - when < LOAD_S)
+        return count, tokens
+
+    def snapshot(self):
+        """[(digest, asked model, Warm, seconds that its cache lives), ...], the latest first."""
+        now = self._clock()
+        with self._lock:
+            return [(digest, asked, warm, max(0.0, warm.until - now))
+                    for (digest, asked), warm in reversed(self._warm.items())]
+
+
+# ==============================================================================
 # Journal
 # ==============================================================================
 # What happened: the log file, the counters, the recent requests.  Nothing here may stop a
@@ -4884,6 +5077,11 @@ def is_rescued(record):
         len(record['attempts']) > 1 or record.get('fallback') or record.get('queued_ms'))
 
 
+#: The windows of a plan; at this use no new conversation begins in one, where another key can.
+WINDOWS, NEARLY_SPENT = ('5h', '7d'), 0.98
+DIGITS = re.compile(r'[0-9]{1,12}')
+
+
 class Metrics:
     """Counters since the start, the last hour by minutes, the last finished requests, and what
     each key's last answer told of its rate limits."""
@@ -4923,11 +5121,11 @@ class Metrics:
                     del self._minutes[next(iter(self._minutes))]
             self._minutes[minute].add(record)
 
-    def note_limits(self, ref, headers):
-        """Keeps an answer's header fields, if they tell of rate limits and no others were kept
-        in the last second; they are read when somebody asks."""
+    def note_limits(self, ref, headers, is_refusal=False):
+        """Keeps an answer's header fields, if they tell of rate limits; of answers that came
+        within a second the first, and each refusal's.  They are read when somebody asks."""
         now = self._now()
-        if 0 <= now - self._looked.get(ref, 0) < 1:       # below 0: the clock was set back
+        if 0 <= now - self._looked.get(ref, 0) < 1 and not is_refusal:    # below 0: set back
             return
         self._looked[ref] = now
         if tells_limits(headers):
@@ -4937,6 +5135,31 @@ class Metrics:
         """(unix seconds of the answer, [Limit, ...]) for a key; (None, []) without one."""
         noted, headers = self._limits.get(ref, (None, {}))
         return noted, read_limits(headers, upstream_now(headers, noted))
+
+    def is_nearly_spent(self, ref):
+        """Whether a window of a key is used but for a rest that its own conversations need."""
+        noted, limits = self.limits(ref)
+        return any(limit.name in WINDOWS and limit.used >= NEARLY_SPENT
+                   and (limit.resets_s is None or noted + limit.resets_s > self._now())
+                   for limit in limits)
+
+    def window_end(self, ref):
+        """Unix seconds when the first window of a key with quota left ends: what is left of it
+        then is lost; infinity where none is known."""
+        noted, limits = self.limits(ref)
+        ends = [noted + limit.resets_s for limit in limits
+                if limit.name in WINDOWS and limit.resets_s and limit.used < NEARLY_SPENT]
+        return min((end for end in ends if end > self._now()), default=math.inf)
+
+    def token_limit(self, ref):
+        """The input tokens a minute that a key may use, where its answers say so; else 0."""
+        _, headers = self._limits.get(ref, (None, {}))
+        limit = headers.get('anthropic-ratelimit-input-tokens-limit', '')
+        return int(limit) if DIGITS.fullmatch(limit) else 0
+
+    def organization(self, ref):
+        """The organization that a key's answers named; None where none did."""
+        return self._limits.get(ref, (None, {}))[1].get('anthropic-organization-id')
 
     def snapshot(self):
         """{'requests': 3, 'answered': 2, ..., 'by_key': {...}} and the recent, newest first."""
@@ -5862,6 +6085,19 @@ class ClientResponse:
                 '\r\n').encode('latin-1', 'replace')
 
 
+#: What clients call themselves, and their family.
+CLIENT_FAMILIES = (('claude-cli', 'claude-code'), ('anthropic/python', 'python-sdk'),
+                   ('anthropic/js', 'node-sdk'), ('aider', 'aider'), ('litellm', 'aider'),
+                   ('cline', 'cline'), ('opencode', 'opencode'), ('ai-sdk', 'ai-sdk'),
+                   ('curl/', 'curl'))
+
+
+@functools.lru_cache(maxsize=64)
+def client_family(user_agent):
+    name = user_agent.lower()
+    return next((family for mark, family in CLIENT_FAMILIES if mark in name), 'other')
+
+
 class ClientRequest:
     """A request that is to be answered by an upstream."""
 
@@ -5875,6 +6111,8 @@ class ClientRequest:
         betas = head.headers.get('anthropic-beta', '').split(',')
         self.betas = [beta.strip() for beta in betas if beta.strip()]
         self.credentials = read_credentials(head.headers, access_token)
+        self.session_field = head.headers.get(SESSION_FIELD)
+        self.client = client_family(head.headers.get('user-agent', ''))
         #: The field lines that every attempt sends, as text.
         self.forwarded_head = forwarded_lines(head.fields, head.headers)
 
@@ -5887,6 +6125,13 @@ class ClientRequest:
         """Whether the answer may hold the id of something that was made: a batch, a file."""
         return self.method == 'POST' and not (
             self.is_message or self.path in (COUNT_TOKENS_PATH, '/v1/complete'))
+
+    @functools.cached_property
+    def conversation_digest(self):
+        """What its conversation is known by; None of a request that belongs to none."""
+        if not self.is_message:
+            return None
+        return conversation_digest({SESSION_FIELD: self.session_field}, self.body.data)
 
     @functools.cached_property
     def feature(self):
@@ -6695,6 +6940,8 @@ class ClientSide:
         self.queued_s = 0.0
         self.secrets = {value.split(' ')[-1] for _, value in request.credentials}
         self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
+        self.sticky = None            # of a known conversation: 'stay', 'wait' or 'move'
+        self.moved_because = None
         self._request_id = None
         self._next_ping = self.started + PING_S
 
@@ -6743,6 +6990,8 @@ class ClientSide:
             asked = self.request.body.model
             if attempt.model and attempt.model != asked:
                 fields.append(('x-proxy-fallback', header_text(f'{asked} -> {attempt.model}')))
+            if self.sticky:
+                fields.append(('x-proxy-sticky', self.sticky))
         if self.was_queued:
             fields.append(('x-proxy-queued', math.ceil(self.queued_s)))
         if self._has_failures or len(self.attempts) > 1:
@@ -6769,6 +7018,12 @@ class ClientSide:
             'duration_ms': self.elapsed_ms}
         if self.was_queued:
             record['queued_ms'] = round(self.queued_s * 1000)
+        if request.conversation_digest:
+            record['conversation'] = request.conversation_digest[:8]
+        if self.sticky:
+            record['sticky'] = self.sticky
+        if self.moved_because:
+            record['moved_because'] = self.moved_because
         return record
 
     def keep_patient(self):
@@ -7005,7 +7260,7 @@ class AnswerReader:
     def _classify(self, status=None, error=NO_ERROR):
         attempt, upstream = self._attempt, self._upstream
         if attempt.key.id != CLIENT_REF:
-            self._metrics.note_limits(attempt.key.ref, upstream.headers)
+            self._metrics.note_limits(attempt.key.ref, upstream.headers, upstream.status >= 400)
         if status is None and 200 <= upstream.status < 300:       # nearly always
             return Outcome(ANSWERED, upstream.status, '', None)
         return judge(self._client, attempt, status or upstream.status, upstream.headers, error)
@@ -7533,6 +7788,10 @@ def describe_return(failure):
 # ==============================================================================
 # One request, from its plan to its answer.  Policy stands in RULES; here it is carried out.
 
+#: Limits a minute, which keys of one organization share.
+SHARED_LIMITS = ('rate_limited', 'throttled')
+
+
 class Makers:
     """Which key made a batch or a file, or was seen to know it: it is asked first."""
     LIMIT = 10_000            # the latest; of others every key is asked until one knows it
@@ -7561,6 +7820,7 @@ class Failover:
                  now=time.time, wait=threading.Event.wait, jitter=random.uniform):
         self.store, self.cooldowns, self.upstream = store, cooldowns, upstream
         self.journal, self.carrier = journal, carrier
+        self.conversations = Conversations(clock)
         self.clock, self.now, self.wait, self.jitter = clock, now, wait, jitter
         self.repairs = {}             # what answers -> (Needed, ...) of its 400s
         self.makers = Makers()
@@ -7608,6 +7868,26 @@ class Failover:
                 plans[profile.name, model] = plan
         return plan
 
+    def rank(self, strategy):
+        """The function by which keys of one kind are ordered for a new conversation: ref -> what
+        sorts first.  A key that is nearly spent keeps what is left for its own conversations."""
+        metrics, conversations = self.journal.metrics, self.conversations
+
+        def load(ref):
+            count, tokens = conversations.load(ref)
+            limit = metrics.token_limit(ref)
+            return (count + 1) / (limit or 1), tokens
+        by_strategy = {'order': lambda ref: 0, 'spread': load, 'drain': metrics.window_end}
+        return lambda ref: (metrics.is_nearly_spent(ref), by_strategy[strategy](ref))
+
+    def siblings(self, config, key):
+        """Other API keys of a key's organization: they share their limits a minute."""
+        organization = self.journal.metrics.organization
+        own = organization(key.ref) if key.provider == ANTHROPIC and not is_plan(key) else None
+        return [other for other in config.keys.values()
+                if own and other.ref != key.ref and other.provider == ANTHROPIC
+                and not is_plan(other) and organization(other.ref) == own]
+
     def note_token_problem(self, key, problem):
         """Logs why a key cannot be used: once, not with each request."""
         told = re.sub(r'\d+', '', problem)        # "expired 5 min ago", then 6 min
@@ -7652,6 +7932,12 @@ class Round:
         if rule is UNREACHABLE or self.resets.get(base_url, 0) > 1:
             self.dead_ends.add(base_url)
 
+    def forget(self, kind):
+        """Lets a kind be tried anew."""
+        self.given_up.pop(kind, None)
+        self.counts = {counted: count for counted, count in self.counts.items()
+                       if counted[0] != kind}
+
     def note_failure(self, failure):
         """The last one of an attempt counts."""
         self.failures = [f for f in self.failures if f.attempt != failure.attempt] + [failure]
@@ -7669,6 +7955,10 @@ class Serving:
         self._config = failover.store.current
         self._round = Round(Plan([], []))
         self._uses_last_resort = False
+        self._warm = None             # where its conversation is
+        self._stays_until = math.inf  # and how long it may wait for that key
+        self._patient_until = None    # how long it waits for the asked model
+        self._patience_s = 0.5        # its next pause
         self._ticket = None           # in the queue
         self._queue_deadline = math.inf
         self._repairs = {}            # what answers -> [Needed, ...]
@@ -7699,7 +7989,12 @@ class Serving:
             self._leave_queue()
             if self._translated and self._translated.dropped_calls:
                 self._log.warn('call_without_name', id=client.request_id)
-            self._failover.journal.finished(client.finished_record())
+            record = client.finished_record()
+            if 'output_tokens' in record:
+                self._failover.conversations.finished(
+                    self._request.conversation_digest, self._request.body.model,
+                    f'{record["provider"]}:{record["key"]}', record)
+            self._failover.journal.finished(record)
 
     # -- rounds ----------------------------------------------------------------
 
@@ -7709,18 +8004,32 @@ class Serving:
         self._round = Round(self._failover.plan(self._request, self._config))
         if self._uses_last_resort:
             self._round.take_last_resort()
-        return self._plans_before_extra_usage(self._round.attempts)
+        return self._preferred(self._round.attempts)
 
-    def _plans_before_extra_usage(self, attempts):
-        """A key whose answers are paid beside its plan comes after the others for its model."""
-        paid = self._cooldowns.paid()
-        if not paid:
+    def _preferred(self, attempts):
+        """The plan in the order that suits this conversation: where its cache is, if that key
+        is of the kind whose turn it is; a new one by the profile's strategy.  A key whose answers
+        are paid beside its plan comes after the others of its kind."""
+        failover, config, paid = self._failover, self._config, self._cooldowns.paid()
+        digest, asked = self._request.conversation_digest, self._request.body.model
+        if len(attempts) < 2 or not (digest or paid):
             return attempts
-        groups = {}                   # model -> [Attempt, ...] in the order of its keys
-        for attempt in attempts:
-            groups.setdefault(attempt.model, []).append(attempt)
-        return [attempt for group in groups.values()
-                for attempt in sorted(group, key=lambda attempt: attempt.key.ref in paid)]
+        warm = self._warm = self._find_warm()
+        own = warm.ref if warm else None
+        rank_new = failover.rank(config.profiles[self._request.profile_name].strategy)
+        attempts = order_attempts(attempts, lambda attempt: (
+            attempt.key.ref in paid, attempt.key.ref != own, rank_new(attempt.key.ref)))
+        is_fallen = warm and warm.model != asked and any(a.model == warm.model for a in attempts)
+        if is_fallen and self._clock() - warm.since < FALLBACK_STAY_S and (
+                not failover.conversations.was_proved_since(asked, warm.since)):
+            return stay_with_model(attempts, warm.model)
+        return attempts
+
+    def _find_warm(self):
+        if self._warm or self._config.sticky_ms == 0:
+            return self._warm
+        request = self._request
+        return self._failover.conversations.find(request.conversation_digest, request.body.model)
 
     def _next_attempts(self):
         """What is tried after all of a round failed; None when that was all."""
@@ -7757,23 +8066,83 @@ class Serving:
 
     def _try_all(self, attempts):
         """Tries these in their order; whether the client was answered."""
-        round = self._round
-        for index, attempt in enumerate(attempts):
-            if round.is_stopped:
-                break
+        index = 0
+        while index < len(attempts) and not self._round.is_stopped:
+            attempt, later = attempts[index], attempts[index + 1:]
+            if self._is_first_lower(attempts, index) and self._waits_for_model(attempts[:index]):
+                index = 0
+                continue
             if self._is_ruled_out(attempt):
                 self._cool_unasked(attempt)
+            elif self._try_in_turn(attempt, later):
+                return True
+            elif self._waits_to_stay(attempt):
                 continue
-            cooling = None if attempt in round.hopes else self._admit(attempt)
-            if cooling and (self._request.is_message or not cooling.outcome.rule.waits):
-                round.note_failure(Failure(attempt, cooling.outcome, None, is_cooling=True))
-                continue
-            try:
-                if self._try(attempt, attempts[index + 1:]):
-                    return True
-            finally:
-                self._cooldowns.leave(self)
+            index += 1
         return False
+
+    def _try_in_turn(self, attempt, later):
+        """The attempt, unless it cools; whether the client was answered."""
+        round = self._round
+        cooling = None if attempt in round.hopes else self._admit(attempt)
+        if cooling and (self._request.is_message or not cooling.outcome.rule.waits):
+            round.note_failure(Failure(attempt, cooling.outcome, None, is_cooling=True))
+            return False
+        try:
+            return self._try(attempt, later)
+        finally:
+            self._cooldowns.leave(self)
+
+    def _waits_to_stay(self, attempt):
+        """Waits for the key where the conversation's cache is, where that comes back so soon that
+        to move would cost more; whether it is to be tried once more."""
+        warm, most_s = self._warm, self._config.sticky_wait_ms / 1000
+        if not warm or (warm.ref, warm.model) != (attempt.key.ref, attempt.model):
+            return False
+        cooling, now = self._blocking(attempt), self._clock()
+        self._stays_until = min(self._stays_until, now + most_s)
+        if cooling is None or not cooling.outcome.rule.waits or cooling.outcome.hint_s is None:
+            return False
+        left_s, _ = self._cooldowns.remaining_s(cooling)
+        if not is_worth_waiting(left_s, warm.tokens, self._stays_until - now):
+            return False
+        self._warm = warm._replace(why='wait')
+        return self._wait_for({self._slot(attempt)}, self._stays_until)
+
+    def _is_first_lower(self, attempts, index):
+        """Whether the asked model's attempts are behind, and a lower one's begin."""
+        asked, attempt = self._request.body.model, attempts[index]
+        return (attempt.key.provider == ANTHROPIC and attempt.model != asked and index > 0
+                and attempts[index - 1].model == asked)
+
+    def _waits_for_model(self, attempts):
+        """Pauses before a lower model is asked, where the asked one is only overloaded or limited
+        for a moment; whether these attempts are to be made once more."""
+        now, round = self._clock(), self._round
+        if self._patient_until is None:
+            self._patient_until = now + self._config.fallback_patience_ms / 1000
+        seconds = [self._seconds_to_ask(attempt) for attempt in attempts]
+        pause_s = max(0.1, min(seconds))
+        if now + pause_s > self._patient_until:
+            return False
+        overloaded = [a for a, s in zip(attempts, seconds) if s == pause_s == self._patience_s]
+        if overloaded:                # then the next of its keys is asked, though it cools
+            attempt = overloaded[int(math.log2(2 * pause_s)) % len(overloaded)]
+            round.hopes = [attempt]
+            round.forget((self._server(attempt.key), attempt.model))
+            self._patience_s *= 2
+        self._pause(pause_s)
+        return True
+
+    def _seconds_to_ask(self, attempt):
+        """Until an attempt is worth another look; infinity where it is not."""
+        failures = [f for f in self._round.failures if f.attempt == attempt]
+        if failures and failures[0].outcome.rule.final is Final.OVERLOADED:
+            return self._patience_s
+        cooling = self._blocking(attempt)
+        if cooling is None or not cooling.outcome.rule.waits or cooling.place.server:
+            return math.inf
+        return self._cooldowns.remaining_s(cooling)[0]
 
     def _is_ruled_out(self, attempt):
         """Whether what others came to tells what this attempt would."""
@@ -7850,8 +8219,8 @@ class Serving:
             self._asks_whole = self._asks_whole or rule is EMPTY_STREAM
             if not self._tries_again(attempt, later, reply.outcome) or was_repeated:
                 break
-            was_repeated = True
-            self._pause()
+            was_repeated = True       # after a moment, so that many clients do not come at once
+            self._pause(self._failover.jitter(0.5, 1.0))
         self._give_up(attempt, reply)
         return False
 
@@ -7957,11 +8326,28 @@ class Serving:
                     reply.upstream.headers, self._failover.now()))
             if self._repaired:
                 self._remember_repairs()
-            if not self._request.is_message:
+            if self._request.is_message:
+                self._note_conversation(attempt)
+            else:
                 self._note_maker(attempt, reply)
         self._leave_queue()
         relay(self._client, attempt, reply, self._failover.carrier,
               functools.partial(self._cool, attempt))
+
+    def _note_conversation(self, attempt):
+        """Remembers where the conversation's cache is from now on."""
+        request, warm, client = self._request, self._warm, self._client
+        lifetime_s = cache_lifetime_s(request.body.data)
+        if self._config.sticky_ms is not None:
+            lifetime_s = self._config.sticky_ms / 1000
+        why = next((f.outcome.rule.name for f in self._round.failures
+                    if warm and f.attempt.key.ref == warm.ref), 'order')
+        if warm and (warm.ref, warm.model) == (attempt.key.ref, attempt.model):
+            client.sticky = 'wait' if warm.why == 'wait' else 'stay'
+        elif warm:
+            client.sticky, client.moved_because = 'move', why
+        self._failover.conversations.committed(request.conversation_digest, request.body.model,
+                                               attempt, why, lifetime_s, request.client)
 
     def _note_maker(self, attempt, reply):
         """Remembers which key made, or knows, what this answer is about."""
@@ -7978,9 +8364,8 @@ class Serving:
         return rule.again is Again.FIRST or rule.again is Again.ALONE and not any(
             other.model == attempt.model and not self._blocking(other) for other in later)
 
-    def _pause(self):
-        """0.5 to 1 s before the same key again, so that many clients do not come at once."""
-        exchange, end = self._exchange, self._clock() + self._failover.jitter(0.5, 1.0)
+    def _pause(self, seconds):
+        exchange, end = self._exchange, self._clock() + seconds
         while self._clock() < end:    # the queue's news wake it too
             exchange.wake.clear()
             exchange.check()
@@ -8010,7 +8395,11 @@ class Serving:
                 in_force and in_force.token != key.token):
             return 0          # not about messages; or of a token that was replaced meanwhile
         digest = secret_digest(self._token) if is_reference(key.token) and self._token else None
-        seconds = self._cooldowns.cool(key, slot, outcome, self._config.cooldown_ms / 1000, digest)
+        limit_s = self._config.cooldown_ms / 1000
+        seconds = self._cooldowns.cool(key, slot, outcome, limit_s, digest)
+        if rule.name in SHARED_LIMITS:
+            for other in self._failover.siblings(self._config, key):
+                self._cooldowns.cool(other, slot._replace(ref=other.ref), outcome, limit_s)
         if seconds:
             self._log.write(
                 'error' if rule.attention else 'warn', 'cooldown', key=key.id,
@@ -8063,13 +8452,17 @@ class Serving:
         queue_wait_s = self._config.queue_wait_ms / 1000
         if not (slots and self._request.is_message and queue_wait_s > 0):
             return False
+        self._queue_deadline = min(self._queue_deadline, self._clock() + queue_wait_s)
+        return self._wait_for(slots, self._queue_deadline)
+
+    def _wait_for(self, slots, deadline):
+        """Waits in the queue for one of these; False when that is not to be hoped for in time."""
         entered = self._clock()
         if self._ticket is None:
-            self._queue_deadline = entered + queue_wait_s
             self._ticket = self._cooldowns.join_queue(self._exchange.wake)
         self._cooldowns.await_slots(self._ticket, slots)
         try:
-            return self._wait_in_queue()
+            return self._wait_in_queue(deadline)
         finally:
             self._client.queued_s += self._clock() - entered
 
@@ -8085,14 +8478,14 @@ class Serving:
                        for slot in slots)
         return slots if all_cool else set()
 
-    def _wait_in_queue(self):
+    def _wait_in_queue(self, deadline):
         exchange = self._exchange
         while True:
             seconds, is_behind = self._cooldowns.seconds_to_turn(self._ticket)
             exchange.check()          # after the wake-up call was cleared, like what follows
             if self._failover.stopping:
                 return False
-            left = self._queue_deadline - self._clock()
+            left = deadline - self._clock()
             if left <= 0 or seconds > left and not is_behind:
                 return False
             if seconds == 0 or self._failover.store.current is not self._config:
