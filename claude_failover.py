@@ -2054,38 +2054,44 @@ def parse_reset(value, now):
     return seconds if 0 < seconds <= ABSURD_HINT_S else None
 
 
-UNIFIED = re.compile(r'anthropic-ratelimit-unified-(?:(.+)-)?status')
+UNIFIED = 'anthropic-ratelimit-unified-'
+WINDOW_STATUS = re.compile(UNIFIED + '(?:(.+)-)?status')
+#: The windows of all models, and the summary where it names no model family.
+KEY_WINDOWS = frozenset(('5h', '7d', ''))
+FAMILY_CLAIM = re.compile('(?:five_hour|seven_day)_(?!overage).+')
 REMAINING = re.compile(r'(anthropic-ratelimit-.+)-remaining')
 
 
 def rejected_windows(headers):
-    """{window: seconds-text of its reset} of the unified windows that are rejected.
+    """{window: its reset as a text} of the unified windows that are rejected.
 
-    Windows are found by the headers' shape, not from a list: '5h', '7d', '7d_opus' ...; ''
-    is the unnamed summary.  'overage' is no window: it says whether extra usage is bought.
+    Windows are found by the headers' shape, not from a list: '5h', '7d', '7d_opus' ...  The
+    summary stands for one ('', or the family that it claims) where no other is rejected.
+    'overage' is no window: it says whether extra usage is bought.
     """
-    windows = {}
+    summary_reset, windows = headers.get(UNIFIED + 'reset', ''), {}
     for name, value in headers.items():
-        match = UNIFIED.fullmatch(name)
+        match = WINDOW_STATUS.fullmatch(name)
         if match and value.strip().lower() == 'rejected' and match.group(1) != 'overage':
             reset_name = name[:-len('status')] + 'reset'
-            windows[match.group(1) or ''] = headers.get(reset_name, '')
-    return windows
+            windows[match.group(1) or ''] = headers.get(reset_name) or summary_reset
+    if '' in windows and len(windows) > 1:
+        del windows['']
+    claim = headers.get(UNIFIED + 'representative-claim', '')
+    return {claim: windows['']} if '' in windows and FAMILY_CLAIM.fullmatch(claim) else windows
 
 
-def whole_key_rejected(answer):
-    """Whether a window that covers every model is spent: 5h or 7d, or only the summary says so."""
-    windows = rejected_windows(answer.headers)
-    return bool(windows) and (not set(windows) - {''} or bool({'5h', '7d'} & set(windows)))
+def is_key_rejected(answer):
+    """Whether a window that covers every model is spent."""
+    return not KEY_WINDOWS.isdisjoint(rejected_windows(answer.headers))
 
 
 def seconds_to_window_reset(answer):
+    """Until the last of the key's spent windows is over, or the last of a family's."""
     windows = rejected_windows(answer.headers)
-    named = {w: reset for w, reset in windows.items() if w} or windows
-    resets = [parse_reset(reset, answer.now) for reset in named.values()]
-    resets.append(parse_reset(windows.get(''), answer.now) if not any(resets) else None)
-    known = [seconds for seconds in resets if seconds is not None]
-    return max(known) if known else retry_after_s(answer)
+    resets = [parse_reset(windows[window], answer.now)
+              for window in KEY_WINDOWS.intersection(windows) or windows]
+    return max(filter(None, resets), default=None) or retry_after_s(answer)
 
 
 def seconds_to_limit_reset(answer):
@@ -2202,23 +2208,16 @@ def is_relays_lack(answer):
     return answer.is_relays and says(NO_SUCH_MODEL)(answer)
 
 
-def lacks_extra_usage(answer):
-    """Whether a plan's own limit is passed, and what comes beyond it is not paid for."""
-    reason = answer.headers.get('anthropic-ratelimit-unified-overage-disabled-reason', '')
-    return says('extra usage')(answer) or answer.status == 429 and 'out_of_credits' in reason
-
-
 def extra_usage_ends_s(headers, now):
     """Seconds for which answers like this one are paid beside the plan; 0 for one that is not."""
-    prefix = 'anthropic-ratelimit-unified-'
-    is_paid = headers.get(f'{prefix}overage-in-use', '').strip().lower() == 'true' or (
-        headers.get(f'{prefix}status') == 'rejected'
-        and headers.get(f'{prefix}overage-status', '').startswith('allowed'))
+    is_paid = headers.get(UNIFIED + 'overage-in-use', '').strip().lower() == 'true' or (
+        headers.get(UNIFIED + 'status') == 'rejected'
+        and headers.get(UNIFIED + 'overage-status', '').startswith('allowed'))
     if not is_paid:
         return 0
     resets = [parse_reset(reset, now) for reset in (
-        headers.get(f'{prefix}reset'), *rejected_windows(headers).values())]
-    return max((reset for reset in resets if reset), default=300)
+        headers.get(UNIFIED + 'reset'), *rejected_windows(headers).values())]
+    return max(filter(None, resets), default=300)
 
 
 def lacks_rate_limit_fields(answer):
@@ -2257,6 +2256,9 @@ OVERLOADED = Rule('overloaded', (529,), Step.NEXT_KEY, Final.OVERLOADED, scope=S
 SERVER_ERROR = Rule('server_error', (408, 500, 502, 503, 504, *range(520, 528)), Step.NEXT_KEY,
                     Final.SERVER, scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3,
                     strikes=3, asks_again=ANY_TIME, words='server errors')
+EXTRA_USAGE = Rule('extra_usage', (400, 403), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=300,
+                   when=says('extra usage'), waits=False, asks_again=IN_PASSING,
+                   words='extra usage is used up')
 RELAYED = Rule('relayed', (), Step.RELAY)
 #: What one key does not know another may have made: only the last says so to the client.
 ELSEWHERE = Rule('elsewhere', (404,), Step.RELAY, when=lambda answer: bool(made_id(answer.path)))
@@ -2269,9 +2271,7 @@ RULES = (
     Rule('usage_limit', (400, 403), Step.NEXT_KEY, scope=Scope.KEY, cooldown_s=3600,
          when=says('reached your specified .{0,20}usage limits'), hint=seconds_to_regained_access,
          words='usage limit reached', **BY_A_PERSON),
-    Rule('extra_usage', (400, 403, 429), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=300,
-         when=lacks_extra_usage, waits=False, asks_again=IN_PASSING,
-         words='extra usage is used up'),
+    EXTRA_USAGE,
     Rule('disabled', (400, 403), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.KEY, cooldown_s=3600,
          when=says('organization (has been|is) disabled|oauth .{0,80}not (allowed|supported)'
                    '.{0,80}organization|organization .{0,80}not .{0,80}oauth'),
@@ -2288,12 +2288,16 @@ RULES = (
     Rule('other_limit', (429,), Step.NEXT_KEY, other_models=False,
          when=lambda answer: answer.path != MESSAGES_PATH),
     Rule('window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
-         when=whole_key_rejected, hint=seconds_to_window_reset, asks_again=LATER,
+         when=is_key_rejected, hint=seconds_to_window_reset, asks_again=LATER,
          words='5-hour or 7-day limit reached'),
     Rule('family_window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR,
          cooldown_s=300, when=lambda answer: bool(rejected_windows(answer.headers)),
          hint=seconds_to_window_reset, asks_again=LATER,
          words='limit of this model family reached'),
+    # Behind the windows: an account without credit says so in every answer.
+    EXTRA_USAGE._replace(statuses=(429,), when=lambda answer: EXTRA_USAGE.when(answer)
+                         or 'out_of_credits' in answer.headers.get(
+                             UNIFIED + 'overage-disabled-reason', '')),
     Rule('spend_limit', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=3600,
          when=says('enforced_spend_limit_reached'), words='spending limit reached',
          **BY_A_PERSON),

@@ -1085,6 +1085,14 @@ POLICY = (
     ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'allowed', 90000)), 7200),
     ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d', 'rejected', 90000)), 90000),
     ('window_spent', answer(429, anthropic_ratelimit_unified_7d_status='rejected'), None),
+    ('window_spent', answer(429, **unified('5h', 'rejected', 7200), **unified('7d_opus', 'rejected', 90000)), 7200),
+    ('window_spent', answer(429, **unified('5h', 'rejected', 7200),
+                            anthropic_ratelimit_unified_overage_disabled_reason='out_of_credits'), 7200),
+    *(('window_spent', answer(429, anthropic_ratelimit_unified_status='rejected', anthropic_ratelimit_unified_reset=int(START + 60),
+                              anthropic_ratelimit_unified_representative_claim=claim), 60)
+      for claim in ('five_hour', 'seven_day', 'seven_day_overage_included')),
+    ('family_window_spent', answer(429, anthropic_ratelimit_unified_status='rejected', anthropic_ratelimit_unified_reset=int(START + 60),
+                                   anthropic_ratelimit_unified_representative_claim='seven_day_opus'), 60),
     ('window_spent', answer(429, anthropic_ratelimit_unified_status='rejected',
                             anthropic_ratelimit_unified_reset=int(START + 60)), 60),
     ('window_spent', answer(429, retry_after=50, anthropic_ratelimit_unified_5h_status='rejected'), 50),
@@ -1106,6 +1114,8 @@ POLICY = (
     ('throttled', answer(429, x_should_retry='false'), None),
     ('throttled', answer(429, x_should_retry='true', anthropic_ratelimit_requests_remaining=5), None),
     ('other_limit', answer(429, retry_after=20, path='/v1/messages/count_tokens'), None),
+    ('other_limit', answer(429, path='/v1/messages/count_tokens',
+                           anthropic_ratelimit_unified_overage_disabled_reason='out_of_credits'), None),
     *(('server_error', answer(status), None) for status in (408, 500, 502, 503, 504, 520, 524)),
     ('overloaded', answer(529, 'Overloaded', 'overloaded_error'), None),
 )
