@@ -2377,7 +2377,8 @@ OPENAI_RULES = (
          asks_again=LATER, words='plan limit reached'),
     RATE_LIMITED._replace(hint=seconds_to_openai_reset),
     OVERLOADED._replace(statuses=(503, 529), doubles_to_s=30,
-                        when=says('server_is_overloaded|slow_down|at capacity')),
+                        when=lambda answer: answer.status == 529 or says(
+                            'overloaded|slow.down|at capacity')(answer)),
     # llama-cpp-python's way to say 400.
     Rule('rejected', (500,), Step.RELAY, when=says(r'\d validation errors?:')),
     SERVER_ERROR._replace(statuses=(408, *range(500, 600))),
