@@ -2005,10 +2005,15 @@ class Outcome(NamedTuple):
     limit_fields: tuple = ()          # ((name, value), ...) of the answer's rate limits
 
 
+def unix_seconds(moment):
+    """A datetime as unix seconds; without a zone (a field that came twice) it is UTC."""
+    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp()
+
+
 def upstream_now(headers, now):
-    """The unix seconds that an upstream's Date field tells; ours where it tells none."""
+    """The unix seconds of an upstream's Date field; `now` where it has none."""
     try:
-        return email.utils.parsedate_to_datetime(headers.get('date')).timestamp()
+        return unix_seconds(email.utils.parsedate_to_datetime(headers.get('date')))
     except (TypeError, ValueError, OverflowError):
         return now
 
@@ -2033,7 +2038,7 @@ def parse_retry_after(value, now):
         seconds = float(value)
     else:
         try:
-            seconds = max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
+            seconds = max(0.0, unix_seconds(email.utils.parsedate_to_datetime(value)) - now)
         except (TypeError, ValueError, IndexError, OverflowError):
             return None
     return seconds if seconds <= ABSURD_HINT_S else None
@@ -2042,13 +2047,13 @@ def parse_retry_after(value, now):
 def parse_reset(value, now):
     """Seconds until a rate-limit reset: unix seconds, or RFC 3339.  None when unreadable,
     past or absurd."""
-    value = (value or '').strip()
+    value = (value or '').partition(',')[0].strip()
     try:
         if re.fullmatch(r'[0-9]{1,12}(\.[0-9]{1,9})?', value):
             seconds = float(value) - now
         else:
-            moment = datetime.fromisoformat(value.replace('Z', '+00:00').replace('z', '+00:00'))
-            seconds = moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() - now
+            moment = datetime.fromisoformat(value.upper().replace('Z', '+00:00'))
+            seconds = unix_seconds(moment) - now
     except (ValueError, OverflowError):
         return None
     return seconds if 0 < seconds <= ABSURD_HINT_S else None

@@ -1207,6 +1207,15 @@ class ClassificationTest(unittest.TestCase):
             with self.subTest(value=value):
                 self.assertEqual(cf.parse_retry_after(value, START), seconds)
 
+    def test_a_date_field_that_came_twice_is_read_once_and_in_no_local_time(self):
+        self.addCleanup(time.tzset)
+        date = 'Tue, 14 Nov 2023 22:14:20 GMT'
+        with mock.patch.dict(os.environ, TZ='Asia/Tokyo'):
+            time.tzset()
+            self.assertEqual(cf.parse_retry_after(f'{date}, {date}', START), 60)
+            self.assertEqual(cf.upstream_now({'date': f'{date}, {date}'}, 0), START + 60)
+            self.assertEqual(cf.parse_reset('2023-11-14T22:14:20Z, 2023-11-14T22:14:20Z', START), 60)
+
     def test_resets_are_unix_seconds_or_rfc_3339(self):
         for value, seconds in (('1700000060', 60), ('2023-11-14T22:14:20Z', 60), ('2023-11-14T22:14:20+00:00', 60),
                                ('2023-11-14T23:14:20+01:00', 60), ('1699999999', None), ('nonsense', None),
