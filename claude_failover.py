@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """claude-failover: a local proxy that keeps Claude Code and other Anthropic clients answered.
 
-When a key is rate-limited the next key answers; when every key is spent for a model, a
+When a key is rate-limited the next key answers; when every key cools for a model, a
 fallback model answers; when a key is about to come back, the request waits for it; when
 Claude is exhausted, an OpenAI model answers, translated both ways.
 
@@ -16,10 +16,10 @@ One request, from top to bottom of its path (and from bottom to top of this file
       AnswerReader      reads an answer as far as it takes to know what it means
       classify          the Outcome: one row of RULES or OPENAI_RULES
       TranslatedStream  OpenAI's answer in Anthropic's words, event by event
-      Cooldowns         which key rests, for which model, until when; who waits for it
+      Cooldowns         which key cools, for which model, until when; who waits for it
       relay             the commit: after its first byte there is no failover any more
       StreamCarrier     passes on the events of all streams
-    final_failure       what the client is told when nothing is left
+    final_failure       what the client gets when nothing is left
     Journal.finished    one log line, the counters, the recent requests
 
 Words: a *key* is one credential; a *profile* is an order of keys with its own port; an
@@ -38,10 +38,10 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Targets                 where a key's requests go, and with which head
     Repairs                 what a refused request becomes
     Classification          RULES: what every upstream answer means
-    Event streams           whole server-sent events, and what they said on their way through
+    Event streams           whole server-sent events, and what is read from them
     Request translation     a Messages request in OpenAI's two wire formats
     Response translation    OpenAI's answers as Anthropic's: MessageEvents owns the grammar
-    Cooldowns               who rests until when, and the queue of those who wait
+    Cooldowns               what cools until when, and the queue of those who wait
     Conversations           where each one's prompt cache is, and how busy each key is
     Journal                 the log file, the counters, the recent requests
     Configuration store     the file: atomic, private, reloaded when it changes
@@ -52,15 +52,15 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Upstream                connections that are reused, answers that are read strictly
     Carrying streams        one thread that passes on the events of all streams
     Answers                 one answer: read until its meaning is known, then relayed
-    Failures                what a client is told when nothing is left to try
+    Failures                what a client gets when nothing is left to try
     Serving                 one request from its plan to its answer
     Autostart               the files by which launchd or systemd starts it at login
     Tool setup              how Claude Code and shells come to use the proxy, and undo
     API                     what the dashboard and scripts ask for
     HTTP server             the guard, ROUTES, a listener for each profile
     Service                 the App: puts the parts together, reloads, stops
-    Doctor                  what can be found out of a proxy and its surroundings
-    Demo                    the proxy between a client and upstreams that are made up
+    Doctor                  what is wrong with a proxy and its surroundings
+    Demo                    the proxy between a client and made-up upstreams
     Command line            COMMANDS: printing happens only here
     Main
 
@@ -102,7 +102,7 @@ import time
 import urllib.parse
 import zlib
 from datetime import datetime, timezone
-from typing import Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 try:
     import fcntl
@@ -181,10 +181,6 @@ NEXT_ADDRESS_S = 0.25
 TCP_ALIVE_S = 60
 TCP_ALIVE_PROBES = 5
 FIRST_BYTE_S = 600
-STREAM_FIRST_BYTE_S = 300
-#: The same of a server that is not Anthropic's or OpenAI's: a local model reads a long prompt for
-#: many minutes, and its client is pinged meanwhile.
-OTHER_FIRST_BYTE_S = 3600
 STREAM_IDLE_S = 300
 #: Waiting for the end of a body whose last event has come.
 LAST_CHUNK_S = 0.2
@@ -210,12 +206,6 @@ POLL_S = 0.02
 PING_S = 10
 #: SDKs obey retry-after up to this; beyond it `x-should-retry: false` stops them at once.
 CLIENT_PATIENCE_S = 60
-#: A hint further away than this is a mistake of the upstream's (the longest window is 7 days).
-ABSURD_HINT_S = 31 * 86400
-#: Objects and lists within one another in a field of the configuration: some five have a use.
-MAX_NESTING = 50
-#: Models in one chain of fallbacks.
-MAX_CHAIN = 5
 #: Different repairs of one request for one model.
 MAX_REPAIRS = 6
 #: Cooldowns that are remembered: far more than keys times models, but not without end.
@@ -254,7 +244,6 @@ OWN_REQUEST_FIELDS = HOP_BY_HOP | {
     'anthropic-beta', 'cookie'}
 OWN_RESPONSE_FIELDS = HOP_BY_HOP | {'content-length'}
 
-OAUTH_BETA = 'oauth-2025-04-20'
 MESSAGES_PATH = '/v1/messages'
 COUNT_TOKENS_PATH = '/v1/messages/count_tokens'
 MODELS_PATH = '/v1/models'
@@ -265,14 +254,13 @@ MODELS_PATH = '/v1/models'
 # ==============================================================================
 
 class FailoverError(Exception):
-    """An error that knows how it is answered: to API clients with `status` and `type` in
-    Anthropic's shape, on the command line with its text and `exit_status`.  What its text
-    quotes may be anything that a user typed: tokens in it are masked.  `details` go into the
-    answer's error too: `field` names what was wrong in a body."""
+    """An error that knows its answer: `status`, `type` and `details` in Anthropic's shape (their
+    `field` is what was wrong in a body), on the command line its text and `exit_status`.  The
+    text may quote what a user typed: tokens in it are masked."""
     status, type, exit_status = 500, 'api_error', 1
-    fields = ()               # header fields that the answer has besides
+    fields: Any = ()          # more header fields of the answer
 
-    def __init__(self, message, **details):
+    def __init__(self, message: str, **details):
         super().__init__(redact(message))
         self.details = details
 
@@ -285,7 +273,7 @@ class ConfigError(FailoverError):
 class UnknownKey(ConfigError):
     status, type = 404, 'not_found_error'
 
-    def __init__(self, key_id):
+    def __init__(self, key_id: str):
         super().__init__(f'There is no key {printable(key_id)!r}. See: {RUN} list-keys')
 
 
@@ -296,23 +284,24 @@ class UsageError(FailoverError):
 
 class BadRequest(FailoverError):
     """A client's request that is refused before it is planned."""
-    def __init__(self, message, status=400, type='invalid_request_error', fields=(), **details):
+    def __init__(self, message: str, status=400, type='invalid_request_error', fields: Any = (),
+                 **details):
         super().__init__(message, **details)
         self.status, self.type, self.fields = status, type, fields
 
 
 class Forbidden(FailoverError):
-    """A request that some web page or another name sent."""
+    """A request that may come from a foreign web page."""
     status, type = 403, 'permission_error'
 
 
 class NotSaved(FailoverError):
-    """A configuration that could not be written: the disk is full, or not to be written to."""
+    """A configuration that could not be written: the disk is full or read-only."""
     status = 507
 
 
 class ClientGone(Exception):
-    """The client left; nobody is there to be answered."""
+    """The client left; nobody hears an answer."""
 
 
 class UpstreamTimeout(Exception):
@@ -324,29 +313,29 @@ class UpstreamCut(Exception):
 
 
 class NothingYet(Exception):
-    """A socket that does not wait has nothing now."""
+    """A socket that does not block has nothing to read now."""
 
 
 class UpstreamClosed(UpstreamCut):
-    """It ended by an orderly close: the end of a body that has no other."""
+    """An orderly close, which ends a body that has no other end."""
 
 
 class UpstreamUnreachable(Exception):
     """No byte of an answer came.  `connected` tells a reset from a connection never made."""
-    def __init__(self, reason, connected):
+    def __init__(self, reason: str, connected: bool):
         super().__init__(reason)
         self.reason, self.connected = reason, connected
 
 
-def error_json(type, message, **details):
+def error_json(type: str, message: str, **details) -> bytes:
     """An error in Anthropic's shape, as bytes."""
     error = {'type': 'error', 'error': {'type': type, 'message': message, **details}}
     return json.dumps(error).encode()
 
 
-def error_reason(error):
-    """Why a connection failed, without a byte of what was sent: http.client's messages can
-    quote a header value, so only the operating system's own words and class names are used."""
+def error_reason(error: BaseException) -> str:
+    """Why a connection failed, by the system's own words and class names: http.client's messages
+    can quote a header value that was sent."""
     if isinstance(error, socket.gaierror):
         return 'name resolution failed'
     verify_message = getattr(error, 'verify_message', None)      # ssl.SSLCertVerificationError
@@ -357,7 +346,7 @@ def error_reason(error):
     return getattr(error, 'strerror', None) or type(error).__name__
 
 
-def where_raised(error):
+def where_raised(error: BaseException) -> str:
     """'proxy:1234 < _serve_one:1200': functions and lines of a traceback, without any value."""
     frames, step = [], error.__traceback__
     while step:
@@ -366,16 +355,14 @@ def where_raised(error):
     return ' < '.join(reversed(frames))
 
 
-def is_reference(token):
-    """Whether a token says where the secret stands (`env:NAME`, `file:PATH`), and is none."""
+def is_reference(token: str) -> bool:
+    """Whether a token only names where the secret is: `env:NAME`, `file:PATH`."""
     return token.startswith(('env:', 'file:'))
 
 
-def mask_token(token):
-    """A token as it may be shown: its kind and last four characters, fewer when it is short.
-
-    References are not secret and are shown whole.
-    """
+def mask_token(token: str) -> str:
+    """A token as it may be shown: its kind, and the last four characters of a long one.
+    References are not secret and are shown whole."""
     if is_reference(token):
         return printable(token)
     kind = re.match(r'sk-ant-[a-z]{1,5}|sk-proj|sk|eyJ', token)
@@ -383,19 +370,19 @@ def mask_token(token):
     return printable(f'{kind.group() if kind else ""}...{end}')
 
 
-def is_jwt(token):
+def is_jwt(token: str) -> bool:
     """Whether a token is a JSON Web Token: a login, not an API key."""
     return token.startswith('eyJ') and token.count('.') == 2
 
 
-def is_same_secret(given, secret):
-    """Whether two texts are the same, in constant time; JSON's may be such as UTF-8 has not."""
+def is_same_secret(given: str, secret: str) -> bool:
+    """Whether two texts are the same, in constant time; JSON may hold what UTF-8 cannot."""
     return hmac.compare_digest(given.encode('utf-8', 'surrogatepass'),
                                secret.encode('utf-8', 'surrogatepass'))
 
 
-def jwt_claims(token):
-    """What a JSON Web Token (RFC 7519) says of itself, unverified; {} when it is unreadable."""
+def jwt_claims(token: str) -> dict:
+    """The claims of a JSON Web Token (RFC 7519), unverified; {} when it is unreadable."""
     try:
         part = token.split('.')[1]
         return loads_object(base64.urlsafe_b64decode(part + '=' * (-len(part) % 4)))
@@ -406,32 +393,30 @@ def jwt_claims(token):
 #: OpenAI's, Anthropic's, OpenRouter's, DeepSeek's (sk-), logins, Groq's, xAI's and others.
 SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|(?:gsk_|xai-|hf_|pplx-|nvapi-|AIza)[A-Za-z0-9_-]{16,}'
                     r'|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
-
-
-#: One of these is in every match of SECRET: texts without them are not searched by it.
+#: One of these is in every match of SECRET: a text without them need not be searched.
 SECRET_MARKS = ('sk-', 'gsk_', 'xai-', 'hf_', 'pplx-', 'nvapi-', 'AIza', 'eyJ')
 
 
-def redact(text):
-    """A text (a whole line of the log, say) with all that looks like a token masked."""
+def redact(text: str) -> str:
+    """A text with all that looks like a token masked."""
     if not any(map(text.__contains__, SECRET_MARKS)):
         return text
     return SECRET.sub(lambda match: mask_token(match.group()), text)
 
 
-def printable(text):
+def printable(text: object) -> str:
     """Text without control characters, so that it cannot steer a terminal or split a line."""
     return ''.join(c if c.isprintable() else ' ' if c in '\t\r\n' else
                    '\N{REPLACEMENT CHARACTER}' for c in str(text))
 
 
 @functools.lru_cache(maxsize=256)     # models' names
-def header_text(text):
-    """Text as one header value: visible ASCII and spaces, and no more than a name's length."""
+def header_text(text: object) -> str:
+    """Text as one header value: visible ASCII and spaces, at most 600 of them."""
     return re.sub(r'[^ -~]', '?', str(text)[:600])
 
 
-def format_duration(seconds):
+def format_duration(seconds: float) -> str:
     """Seconds as a person says them: '45 s', '12 min', '3 h 5 min', '2 d 4 h'."""
     seconds = max(0, round(seconds))
     if seconds < 100:
@@ -446,39 +431,35 @@ def format_duration(seconds):
     return f'{days} d {hours} h' if hours else f'{days} d'
 
 
-def count_of(number, noun):
+def count_of(number: int, noun: str) -> str:
     """'1 answer', '2 answers'."""
     return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
 
 
-def local_url(port):
+def local_url(port: int) -> str:
     return f'http://localhost:{port}'
 
 
-def tilde(path):
+def tilde(path: str) -> str:
     """A path as it is written with ~ for the home folder."""
     home = os.path.expanduser('~')
     return '~' + path[len(home):] if path.startswith(home + os.sep) else path
 
 
-def utc_text(unix_s):
+def utc_text(unix_s: float) -> str:
     """A unix time as '2026-03-01T12:00:00.123Z'."""
-    return f'{utc_seconds(int(unix_s))}.{int(unix_s * 1000) % 1000:03d}Z'
-
-
-@functools.lru_cache(maxsize=4)       # a log writes many lines in one second
-def utc_seconds(unix_s):
-    return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(unix_s))
+    moment = datetime.fromtimestamp(unix_s, timezone.utc)
+    return moment.replace(tzinfo=None).isoformat(timespec='milliseconds') + 'Z'
 
 
 @functools.lru_cache(maxsize=4)       # many answers leave in one second
-def http_date(unix_s):
+def http_date(unix_s: int) -> str:
     """A unix time as RFC 9110 section 5.6.7 has it: 'Sun, 01 Mar 2026 12:00:00 GMT'."""
     return email.utils.formatdate(unix_s, usegmt=True)
 
 
-def loads_object(data):
-    """The JSON object in `data`.  Raises ValueError for anything else, however odd."""
+def loads_object(data: str | bytes | bytearray) -> dict:
+    """The JSON object in `data`.  Raises ValueError for anything else."""
     try:
         value = json.loads(data)
     except RecursionError as error:
@@ -488,37 +469,37 @@ def loads_object(data):
     return value
 
 
-def is_whole(value):
+def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def as_dict(value):
+def as_dict(value: object) -> dict:
     """Foreign JSON where an object should be: {} when it is none."""
     return value if isinstance(value, dict) else {}
 
 
-def as_list(value):
+def as_list(value: object) -> list:
     return value if isinstance(value, list) else []
 
 
-def text_or_none(value):
+def text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def dump_body(body):
+def dump_body(body: object) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False, separators=(',', ':')).encode()
     except UnicodeEncodeError:        # half an emoji: only an escape can carry it
         return json.dumps(body, separators=(',', ':')).encode()
 
 
-def make_private_folder(folder):
+def make_private_folder(folder: str) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
-def make_private(target):
-    """Takes a file (its path, or its number where it is open) or folder from other users' reach;
-    the mode that it had, None where that was private already.  Raises OSError."""
+def make_private(target: str | int) -> int | None:
+    """Closes a folder or file (its path or descriptor) to other users; its mode before, None
+    where that was private already.  Raises OSError."""
     found = os.stat(target).st_mode
     is_ours = stat.S_ISREG(found) or stat.S_ISDIR(found)      # not /dev/null, by a link to it
     if not (is_ours and found & 0o077 and os.name != 'nt'):   # Windows has no such modes
@@ -527,11 +508,11 @@ def make_private(target):
     return stat.S_IMODE(found)
 
 
-def write_atomically(path, data, mode=0o600):
-    """Replaces the file by `data`, whole or not at all; private unless it had another mode.
+def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Replaces the file by `data`, whole or not at all.
 
-    The temporary file stands in the real folder of the file, so that a symbolic link (a
-    dotfiles repository) stays one and the final rename stays within one file system.
+    The temporary file is beside the real file: a symbolic link (into a dotfiles repository)
+    stays one, and the rename stays within one file system.
     """
     path = os.path.realpath(path)
     temporary = f'{path}.{os.getpid()}.{threading.get_ident()}.tmp'
@@ -550,8 +531,8 @@ def write_atomically(path, data, mode=0o600):
 
 
 @contextlib.contextmanager
-def folder_locked(path):
-    """Locks the folder of a file against other processes of ours."""
+def folder_locked(path: str) -> Iterator[None]:
+    """Locks the folder of a file against other processes of this program."""
     folder = os.path.dirname(os.path.realpath(path))
     try:
         make_private_folder(folder)
@@ -566,14 +547,14 @@ def folder_locked(path):
         os.close(descriptor)          # and with it the lock goes
 
 
-def remove_leftovers(path):
-    """Removes the temporary files of this file whose processes were killed while they saved it.
-    Who saves it at this moment has its folder locked."""
+def remove_leftovers(path: str) -> None:
+    """Removes this file's temporary files, left by processes that were killed while they saved
+    it; one that saves it now holds the lock."""
     folder, name = os.path.split(os.path.realpath(path))
     temporary = re.compile(re.escape(name) + r'\.[0-9]+\.[0-9]+\.tmp')
     with folder_locked(path):
         for found in filter(temporary.fullmatch, os.listdir(folder)):
-            with contextlib.suppress(OSError):    # a folder, or one that must not be changed
+            with contextlib.suppress(OSError):    # a folder, or a read-only place
                 os.unlink(os.path.join(folder, found))
 
 
@@ -585,6 +566,8 @@ def remove_leftovers(path):
 #
 # Values are NamedTuples: as frozen as a dataclass, and at start-up 15 ms cheaper.
 
+#: Objects and lists within one another in the configuration: some five have a use.
+MAX_NESTING = 50
 NAME = re.compile(r'[A-Za-z0-9._-]{1,64}')
 TOKEN = re.compile(r'[!-~]+')
 LONE_SURROGATE = re.compile('[\ud800-\udfff]')
@@ -625,7 +608,7 @@ class Config(NamedTuple):
     document: dict            # as read, with unknown fields; never changed in place
     profiles: dict            # name -> Profile
     keys: dict                # ref -> Key, of both providers
-    has_other_providers: bool         # answers may come from others than Anthropic itself
+    has_other_providers: bool # answers may come from others than Anthropic itself
     model_fallback: dict
     openai_model_fallback: bool
     openai_model_mapping: dict
@@ -649,54 +632,47 @@ class Config(NamedTuple):
         return f'Config({len(self.profiles)} profiles, {len(self.keys)} keys)'
 
 
+#: Answers None for a right value, else what it must be.
+Check = Callable[[Any], 'str | None']
+
+
 class Setting(NamedTuple):
-    """One top-level field: `check(value)` answers None, or what the value must be."""
+    """One top-level field."""
     name: str
-    default: object
+    default: Any
     unit: str
-    check: Callable
+    check: Check
     help: str
 
 
-def whole_number(least, unit):
-    def check(value):
-        if not is_whole(value) or value < least:
-            return f'must be a whole number of {unit}, {least} or more'
-    return check
+def must(be: str, holds: Callable[[Any], bool]) -> Check:
+    """The Check of a condition."""
+    return lambda value: None if holds(value) else f'must be {be}'
+
+
+def whole_number(least: int, unit: str) -> Check:
+    return must(f'a whole number of {unit}, {least} or more',
+                lambda value: is_whole(value) and value >= least)
 
 
 def one_of(*choices):
-    def check(value):
-        if value not in choices:
-            return 'must be one of ' + ', '.join(choices)
-    return check
+    return must('one of ' + ', '.join(choices), choices.__contains__)
 
 
-def check_switch(value):
-    if not isinstance(value, bool):
-        return 'must be true or false'
+check_switch = must('true or false', lambda value: isinstance(value, bool))
+check_text = must('a text', lambda value: isinstance(value, str))
+check_texts = must('a list of texts', lambda value: isinstance(value, list) and all(
+    isinstance(text, str) and text for text in value))
+check_access_token = must(
+    'a text of visible ASCII characters, or be left out',
+    lambda value: isinstance(value, str) and TOKEN.fullmatch(value) is not None)
 
 
 def check_model_map(value):
-    if not isinstance(value, dict) or not all(isinstance(v, str) and v for v in value.values()):
+    if not isinstance(value, dict) or check_texts(list(value.values())):
         return 'must be an object of model names, like {"claude-opus-*": "claude-sonnet-*"}'
     if any('*' in name[:-1] for name in value):
         return 'may have * only at the end of a name'
-
-
-def check_text(value):
-    if not isinstance(value, str):
-        return 'must be a text'
-
-
-def check_texts(value):
-    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        return 'must be a list of texts'
-
-
-def check_access_token(value):
-    if value is not None and not (isinstance(value, str) and TOKEN.fullmatch(value)):
-        return 'must be a text of visible ASCII characters, or be left out'
 
 
 def is_near(host):
@@ -713,7 +689,7 @@ def is_near(host):
     return address.is_private or address.is_loopback or address.is_link_local
 
 
-def check_base_url(value):
+def check_base_url(value: Any) -> str | None:
     wanted = 'must be a URL like https://api.example.com or http://localhost:8000/v1'
     if not isinstance(value, str) or not TOKEN.fullmatch(value):
         return wanted
@@ -732,7 +708,7 @@ def check_base_url(value):
 
 SETTINGS = (
     Setting('modelFallback', {'claude-opus-*': 'claude-sonnet-*'}, 'model -> model',
-            check_model_map, 'the model that answers when every key is spent for another'),
+            check_model_map, 'the model that answers when every key cools for another'),
     Setting('openaiModelFallback', False, 'true or false', check_switch,
             'whether OpenAI keys may answer for Claude'),
     Setting('openaiModelMapping',
@@ -748,7 +724,7 @@ SETTINGS = (
     Setting('codexBaseUrl', 'https://chatgpt.com/backend-api/codex', 'URL', check_base_url,
             'where ChatGPT logins are used'),
     Setting('cooldownMs', 3_600_000, 'ms', whole_number(0, 'milliseconds'),
-            'the longest that any limit rests a key before it is simply tried again'),
+            'the longest that any limit cools a key before it is simply tried again'),
     Setting('queueWaitMs', 90_000, 'ms', whole_number(0, 'milliseconds'),
             'how long a request may wait for a key to come back; 0 switches the queue off'),
     Setting('stickyMs', None, 'ms', whole_number(0, 'milliseconds'),
@@ -775,40 +751,39 @@ SETTINGS = (
 KEY_FIELDS = {ANTHROPIC: 'keys', OPENAI: 'openaiKeys'}
 ORDER_FIELDS = {ANTHROPIC: 'keyOrder', OPENAI: 'openaiKeyOrder'}
 
-
-#: What a key may say beside its token.  Of the types, which are both providers' words as the
-#: Node program wrote them, only OAuth's matter: otherwise the token tells.
+#: A key's optional fields.  Its type is the Node program's word; only OAuth's two matter, the
+#: token shows the others.
 KEY_FIELD_CHECKS = {
     'type': one_of('api-key', 'oauth', 'api_key', 'oauth_token'), 'label': check_text,
     'baseUrl': check_base_url, 'modelMapping': check_model_map,
     'api': one_of(CHAT_COMPLETIONS, RESPONSES)}
 KNOWN_KEY_FIELDS = ('token', 'addedAt', *KEY_FIELD_CHECKS)
-KNOWN_PROFILE_FIELDS = ('port', 'keyOrder', 'openaiKeyOrder', 'priorityOrder',
-                        'openaiModelMapping', 'strategy')
+KNOWN_FIELDS = {
+    'profiles': ('port', *ORDER_FIELDS.values(), 'priorityOrder', 'openaiModelMapping',
+                 'strategy'),
+    **dict.fromkeys(KEY_FIELDS.values(), KNOWN_KEY_FIELDS)}
 STRATEGIES = ('order', 'spread', 'drain')
 
 
-def unknown_fields(config):
+def unknown_fields(config: Config) -> list:
     """['queueWaitMS', 'profiles.work.keyorder', ...]: kept, but perhaps misspelt."""
-    known = {'profiles', *KEY_FIELDS.values(), *(setting.name for setting in SETTINGS)}
-    unknown = [name for name in config.document if name not in known]
-    for field, known_here in (('profiles', KNOWN_PROFILE_FIELDS), ('keys', KNOWN_KEY_FIELDS),
-                              ('openaiKeys', KNOWN_KEY_FIELDS)):
-        for name, entry in object_field(config.document, field).items():
-            unknown += [f'{field}.{name}.{own}' for own in entry if own not in known_here]
-    return unknown
+    known = {*KNOWN_FIELDS, *(setting.name for setting in SETTINGS)}
+    return [name for name in config.document if name not in known] + [
+        f'{field}.{name}.{own}' for field, known_here in KNOWN_FIELDS.items()
+        for name, entry in object_field(config.document, field).items()
+        for own in entry if own not in known_here]
 
 
-def attribute_name(setting_name):
+def attribute_name(setting_name: str) -> str:
     """'queueWaitMs' -> 'queue_wait_ms'."""
     return re.sub('[A-Z]', lambda m: '_' + m.group().lower(), setting_name)
 
 
-def parse_config(document):
+def parse_config(document: Any) -> Config:
     """The Config in a JSON document.  Raises ConfigError naming the field and the remedy."""
     if not isinstance(document, dict):
         raise ConfigError('The configuration must be a JSON object: { ... }.')
-    refuse_deep(document)
+    texts = list(texts_in(document))
     keys = {}
     for provider, field in KEY_FIELDS.items():
         for id, entry in object_field(document, field).items():
@@ -818,48 +793,36 @@ def parse_config(document):
     profiles = {name: parse_profile(name, entry, keys) for name, entry in entries.items()}
     refuse_shared_ports(profiles)
     values = {attribute_name(s.name): setting_value(document, s) for s in SETTINGS}
-    refuse_half_characters(document)
+    refuse_half_characters(texts)
     has_other_providers = any(key.provider == OPENAI or key.base_url for key in keys.values())
     return Config(document, profiles, keys, has_other_providers, **values)
 
 
-def refuse_deep(document):
-    """Raises ConfigError for what is read, but could not be copied and written: that goes by
-    recursion."""
-    for name, value in document.items():
-        level = [value]
-        for _ in range(MAX_NESTING):
-            containers = (entry.values() if isinstance(entry, dict) else entry
-                          for entry in level if isinstance(entry, (dict, list)))
-            level = list(itertools.chain.from_iterable(containers))
-        if any(isinstance(entry, (dict, list)) for entry in level):
-            raise ConfigError(f'The field {printable(name)[:60]} is nested too deeply.',
-                              field=name)
-
-
-def refuse_half_characters(document):
-    """Raises ConfigError for a text that no file can hold in UTF-8: JSON's \\u can write one half
-    of a surrogate pair without the other."""
-    for path, text in texts_in(document):
-        if LONE_SURROGATE.search(text):
-            name = '.'.join(printable(step) for step in path)
-            field = path[2:3] or path[:1]         # of an entry, or of the document
-            raise ConfigError(f'{name} holds half a character (a lone surrogate): write it anew.',
-                              field=field[0])
-
-
 def texts_in(document):
-    """Yields (path, text) of every text and every name, like (('keys', 'a', 'label'), 'Work')."""
+    """Yields (path, text) of every text and name, like (('keys', 'a', 'label'), 'Work').  Raises
+    ConfigError for nesting that recursion, and so copying and writing, could not follow."""
     places = [((), document)]
     while places:
         path, value = places.pop()
         if isinstance(value, str):
             yield path, value
-        elif isinstance(value, list):
-            places += [((*path, index), entry) for index, entry in enumerate(value)]
-        elif isinstance(value, dict):
-            places += [((*path, name), entry) for name, entry in value.items()]
-            places += [((*path, name), name) for name in value]
+        elif isinstance(value, (dict, list)):
+            if len(path) > MAX_NESTING:
+                raise ConfigError(f'The field {printable(path[0])[:60]} is nested too deeply.',
+                                  field=path[0])
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            for name, entry in entries:
+                places += [((*path, name), entry), ((*path, name), name)]
+
+
+def refuse_half_characters(texts):
+    """Raises ConfigError for a text that no file can hold in UTF-8: JSON's \\u can write one half
+    of a surrogate pair without the other."""
+    for path, text in texts:
+        if LONE_SURROGATE.search(text):
+            raise ConfigError(
+                f'{".".join(map(printable, path))} holds half a character (a lone surrogate): '
+                'write it anew.', field=path[2 if len(path) > 2 else 0])      # an entry's
 
 
 def object_field(document, field):
@@ -923,7 +886,7 @@ def parse_profile(name, entry, keys):
     if not isinstance(entry, dict):
         raise ConfigError(f'{field} must be an object with a "port".')
     port = entry.get('port')
-    if not is_whole(port) or not 0 <= port <= 65535:
+    if port is None or not is_whole(port) or not 0 <= port <= 65535:
         raise ConfigError(f'{field}.port must be a number from 1 to 65535 without quotes '
                           f'(0: any free one), not {json.dumps(port)[:60]}.', field='port')
     check_field(field, entry, 'openaiModelMapping', check_model_map)
@@ -933,8 +896,8 @@ def parse_profile(name, entry, keys):
 
 
 def parse_order(field, entry, keys):
-    """The refs of a profile in order; keys that it does not name follow at the end, those of
-    one provider after that provider's where there is no order of both."""
+    """The refs of a profile in order.  Keys that it does not name follow at the end, or after
+    the others of their provider where there is no order of both."""
     if entry.get('priorityOrder') is not None:
         order = order_list(f'{field}.priorityOrder', entry['priorityOrder'])
         refuse_missing(f'{field}.priorityOrder', order, {*keys, CLIENT_REF})
@@ -976,7 +939,7 @@ def refuse_shared_ports(profiles):
                               field='port')
 
 
-def dump_config(config):
+def dump_config(config: Config) -> bytes:
     """The file's bytes for a Config."""
     return (json.dumps(config.document, indent=2, ensure_ascii=False) + '\n').encode()
 
@@ -1240,7 +1203,10 @@ class Plan(NamedTuple):
     last_resort: list         # [Attempt, ...] what is tried when that gave no answer
 
 
-def map_model(mapping, model):
+MAX_CHAIN = 5                 # models
+
+
+def map_model(mapping: dict, model: str) -> str | None:
     """The name that `mapping` gives a model; None when no row matches.
 
     The exact name wins, then the longest pattern ending in `*`; a `*` in the value stands
@@ -1255,7 +1221,7 @@ def map_model(mapping, model):
     return mapping[pattern].replace('*', model[len(pattern) - 1:])
 
 
-def model_chain(mapping, model):
+def model_chain(mapping: dict, model: str | None) -> list:
     """[model, its fallback, the fallback's fallback, ...]: cycles cut, at most MAX_CHAIN."""
     chain = []
     while model and model not in chain and len(chain) < MAX_CHAIN:
@@ -1517,6 +1483,9 @@ def drop_unsigned_thinking(data):
 # ==============================================================================
 # Where a key's requests go, and with which head.  Pure: a token comes in as a value.
 
+OAUTH_BETA = 'oauth-2025-04-20'
+
+
 class Target(NamedTuple):
     """Where an attempt goes."""
     wire: str                 # MESSAGES, CHAT_COMPLETIONS or RESPONSES
@@ -1552,6 +1521,9 @@ def parse_base_url(url):
     return BaseUrl(parts.scheme, parts.hostname, port, parts.netloc, path)
 
 
+#: Of a stream, to its first content.  A local model reads a long prompt for many minutes, and
+#: its client is pinged meanwhile.
+STREAM_FIRST_BYTE_S, OTHER_FIRST_BYTE_S = 300, 3600
 OWN_HOSTS = frozenset(parse_base_url(setting.default).host for setting in SETTINGS
                       if setting.check is check_base_url)
 
@@ -2003,6 +1975,10 @@ class Outcome(NamedTuple):
     repair: Needed | None = None      # of a REPAIR step
     ends_s: float | None = None       # when the limit itself ends: then, or later
     limit_fields: tuple = ()          # ((name, value), ...) of the answer's rate limits
+
+
+#: A hint further away is a mistake of the upstream's: the longest window is 7 days.
+ABSURD_HINT_S = 31 * 86400
 
 
 def unix_seconds(moment):
