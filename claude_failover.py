@@ -1994,11 +1994,16 @@ def upstream_now(headers, now):
         return now
 
 
+def sane_hint(seconds):
+    return seconds if seconds is not None and seconds <= ABSURD_HINT_S else None
+
+
 def retry_after_s(answer):
     """Seconds to wait from retry-after-ms or retry-after, the first of each; None without one."""
     milliseconds = parse_duration(answer.headers.get('retry-after-ms', '').partition(',')[0])
-    if milliseconds is not None and milliseconds <= ABSURD_HINT_S * 1000:
-        return milliseconds / 1000
+    seconds = None if milliseconds is None else sane_hint(milliseconds / 1000)
+    if seconds is not None:
+        return seconds
     return parse_retry_after(answer.headers.get('retry-after'), answer.now)
 
 
@@ -2017,7 +2022,7 @@ def parse_retry_after(value, now):
             seconds = max(0.0, unix_seconds(email.utils.parsedate_to_datetime(value)) - now)
         except (TypeError, ValueError, IndexError, OverflowError):
             return None
-    return seconds if seconds <= ABSURD_HINT_S else None
+    return sane_hint(seconds)
 
 
 def parse_reset(value, now):
@@ -2102,29 +2107,23 @@ class Limit(NamedTuple):
     name: str                 # '5h', '7d', 'requests', 'input tokens' ...
     used: float               # 0 to 1
     resets_s: float | None    # seconds from then
-    status: str | None        # 'allowed', 'allowed_warning', 'rejected' of the unified ones
+    status: str | None = None # 'allowed', 'allowed_warning', 'rejected' of the unified ones
 
 
-LIMIT_FIELD = re.compile(
-    r'anthropic-ratelimit-unified-(?P<unified>.+)-utilization|'
-    r'anthropic-ratelimit-(?P<plain>(?!unified).+)-remaining|'
-    r'x-ratelimit-remaining-(?P<openai>.+)|x-codex-(?P<codex>.+)-used-percent')
-
-
-def read_limits(headers, now):
+def read_limits(headers: dict, now: float) -> list:
     """[Limit, ...] of Anthropic's, OpenAI's and Codex's header fields, in their order."""
     limits = []
     for field, value in headers.items():
-        match = LIMIT_FIELD.fullmatch(field)
-        if match:
-            with contextlib.suppress(ValueError, ZeroDivisionError):      # an unreadable number
-                limits.append(READ_LIMIT[match.lastgroup](headers, match.group(match.lastgroup),
-                                                          float(value), now))
+        for pattern, read in LIMIT_FIELDS:
+            match = pattern.fullmatch(field)
+            if match:
+                with contextlib.suppress(ValueError, ZeroDivisionError):  # an unreadable number
+                    limits.append(read(headers, match.group(1), float(value), now))
     return [limit for limit in limits if math.isfinite(limit.used)]
 
 
 def unified_limit(headers, name, used, now):
-    field = f'anthropic-ratelimit-unified-{name}-'
+    field = f'{UNIFIED}{name}-'
     return Limit(name, used, parse_reset(headers.get(field + 'reset'), now),
                  headers.get(field + 'status'))
 
@@ -2132,25 +2131,26 @@ def unified_limit(headers, name, used, now):
 def plain_limit(headers, name, remaining, now):
     field = f'anthropic-ratelimit-{name}-'
     used = 1 - remaining / float(headers.get(field + 'limit', 0))
-    reset = parse_reset(headers.get(field + 'reset'), now)
-    return Limit(name.replace('-', ' '), used, reset, None)
+    return Limit(name.replace('-', ' '), used, parse_reset(headers.get(field + 'reset'), now))
 
 
 def openai_limit(headers, name, remaining, now):
     used = 1 - remaining / float(headers.get(f'x-ratelimit-limit-{name}', 0))
-    return Limit(name, used, parse_duration(headers.get(f'x-ratelimit-reset-{name}')), None)
+    return Limit(name, used, sane_hint(parse_duration(headers.get(f'x-ratelimit-reset-{name}'))))
 
 
 def codex_limit(headers, name, percent, now):
     field = f'x-codex-{name}-'
     hours = float(headers.get(field + 'window-minutes', 0)) / 60
     called = f'{hours / 24:g}d' if hours >= 48 else f'{hours:g}h' if hours else name
-    return Limit(called, percent / 100, parse_duration(headers.get(field + 'reset-after-seconds')),
-                 None)
+    resets_s = sane_hint(parse_duration(headers.get(field + 'reset-after-seconds')))
+    return Limit(called, percent / 100, resets_s)
 
 
-READ_LIMIT = {'unified': unified_limit, 'plain': plain_limit, 'openai': openai_limit,
-              'codex': codex_limit}
+LIMIT_FIELDS = tuple((re.compile(pattern), read) for pattern, read in (
+    ('anthropic-ratelimit-unified-(.+)-utilization', unified_limit),
+    ('anthropic-ratelimit-(?!unified)(.+)-remaining', plain_limit),
+    ('x-ratelimit-remaining-(.+)', openai_limit), ('x-codex-(.+)-used-percent', codex_limit)))
 
 
 def tells_limits(headers):
@@ -2323,7 +2323,7 @@ def seconds_to_openai_reset(answer):
               and headers.get(name.replace('-reset-', '-remaining-'), '0').strip() == '0']
     match = re.search(r'try again in ((?:[\d.]+(?:ms|[dhms]))+)', answer.message, re.IGNORECASE)
     resets.append(parse_duration(match.group(1)) if match else None)
-    return max((s for s in resets if s is not None and s <= ABSURD_HINT_S), default=None)
+    return max((s for s in map(sane_hint, resets) if s is not None), default=None)
 
 
 def seconds_to_plan_reset(answer):

@@ -1262,6 +1262,12 @@ class ClassificationTest(unittest.TestCase):
                 self.assertEqual(cf.tells_limits(headers), True)
         self.assertFalse(cf.tells_limits({'content-type': 'x'}))
 
+    def test_a_limit_that_resets_in_a_million_years_has_no_reset(self):
+        for field, value in (('x-ratelimit-reset-requests', '9' * 14), ('x-ratelimit-reset-requests', '9' * 400),
+                             ('x-codex-primary-reset-after-seconds', '9' * 400)):
+            headers = {'x-ratelimit-remaining-requests': '1', 'x-ratelimit-limit-requests': '2', 'x-codex-primary-used-percent': '50', field: value}
+            self.assertEqual([(limit.used, limit.resets_s) for limit in cf.read_limits(headers, START)], [(0.5, None)] * 2)
+
 
 # ==============================================================================
 # Event streams
