@@ -947,15 +947,13 @@ def dump_config(config: Config) -> bytes:
 # ==============================================================================
 # Configuration edits
 # ==============================================================================
-# Each answers a new Config; parse_config checks the outcome, so an edit cannot save what a
-# start would refuse.
+# Each returns a new Config.  parse_config checks it, so an edit cannot save what a start would
+# refuse.
 
-def add_key(config, provider, token, label, added_at, base_url=None):
+def add_key(config: Config, provider: str, token: str, label: str, added_at: str,
+            base_url: str | None = None) -> tuple[Config, Key]:
     """(Config with the key, the new Key).  It follows the provider's other keys in every
-    profile.  The first OpenAI key switches openaiModelFallback on.
-
-    Raises ConfigError when the token is there already or cannot be one.
-    """
+    profile; the first OpenAI key switches openaiModelFallback on.  Raises ConfigError."""
     token = new_token(config, provider, token, base_url)
     refuse_token_as_label(label)
     document = document_with_profiles(config)
@@ -975,7 +973,7 @@ def add_key(config, provider, token, label, added_at, base_url=None):
 
 
 def new_token(config, provider, token, base_url):
-    """A token that may become a key's.  Raises ConfigError when it is there already, or is
+    """The token without blanks.  Raises ConfigError when a key has it already, or when it is
     another provider's."""
     token = token.strip()
     if not token:
@@ -1007,14 +1005,14 @@ def token_type(provider, token):
     return 'oauth' if token.startswith('sk-ant-oat') else 'api-key'
 
 
-def ids_in_order(order, provider):
+def ids_in_order(order: tuple, provider: str) -> list:
     """['work', ...]: one provider's keys among the refs of an order."""
     return [ref.partition(':')[2] for ref in order if ref.startswith(f'{provider}:')]
 
 
 def append_to_orders(profile, order, provider, id):
-    """Writes the order in force into a profile's entry, the new key behind its provider's.
-    Older files hold a keyOrder beside a priorityOrder: both are kept in step."""
+    """Writes the order in force into a profile's entry, the new key behind its provider's.  The
+    Node program's files hold a keyOrder beside a priorityOrder: both are kept in step."""
     profile[ORDER_FIELDS[provider]] = [*ids_in_order(order, provider), id]
     if profile.get('priorityOrder') is not None:
         # OpenAI keys at the end are the last resort, and stay behind a new Claude key.
@@ -1031,7 +1029,7 @@ def free_id(label, taken):
     return next(id for id in candidates if id not in taken and id != 'reorder')
 
 
-def refs_called(config, key_id):
+def refs_called(config: Config, key_id: str) -> list:
     """[ref, ...] of the keys with an id, or of the one with a ref.  Raises UnknownKey."""
     refs = [ref for ref, key in config.keys.items() if key_id in (ref, key.id)]
     if not refs:
@@ -1039,11 +1037,9 @@ def refs_called(config, key_id):
     return refs
 
 
-def remove_key(config, key_id):
-    """The Config without this key, taken out of every profile's orders too.
-
-    `key_id` is an id, or 'anthropic:ID' or 'openai:ID' where both have one.  Raises UnknownKey.
-    """
+def remove_key(config: Config, key_id: str) -> Config:
+    """The Config without this key, taken out of every profile's orders too.  Raises UnknownKey,
+    and ConfigError for an id that two keys have: 'anthropic:ID' or 'openai:ID' says which."""
     refs = refs_called(config, key_id)
     if len(refs) > 1:
         raise ConfigError(f'Two keys are called {key_id}: say which, {" or ".join(refs)}.')
@@ -1057,7 +1053,7 @@ def remove_key(config, key_id):
     return parse_config(document)
 
 
-def edit_key(config, ref, changes):
+def edit_key(config: Config, ref: str, changes: dict) -> Config:
     """The Config in which a key has another label, token or baseUrl: {'label': 'Work', ...};
     None takes a base URL away.  Raises UnknownKey, ConfigError."""
     if ref not in config.keys:
@@ -1076,7 +1072,8 @@ def edit_key(config, ref, changes):
     return parse_config(document)
 
 
-def add_profile(config, name, port=None, orders=None):
+def add_profile(config: Config, name: str, port: int | None = None,
+                orders: dict | None = None) -> Config:
     """The Config with another profile, on the next free port when none is given.  `orders`
     may hold keyOrder, openaiKeyOrder or priorityOrder.  Raises ConfigError."""
     refuse_profile_name(config, name)
@@ -1087,7 +1084,7 @@ def add_profile(config, name, port=None, orders=None):
     return parse_config(document)
 
 
-def edit_profile(config, name, changes):
+def edit_profile(config: Config, name: str, changes: dict) -> Config:
     """The Config in which a profile has another name, port or order.  Raises UnknownProfile,
     ConfigError."""
     refuse_unknown_profile(config, name)
@@ -1102,7 +1099,7 @@ def edit_profile(config, name, changes):
     return parse_config(document)
 
 
-def remove_profile(config, name):
+def remove_profile(config: Config, name: str) -> Config:
     """The Config without a profile.  Raises UnknownProfile, and ConfigError for the last one."""
     refuse_unknown_profile(config, name)
     if len(config.profiles) == 1:
@@ -1112,7 +1109,7 @@ def remove_profile(config, name):
     return parse_config(document)
 
 
-def order_keys(config, name, provider, ids):
+def order_keys(config: Config, name: str, provider: str, ids: list) -> Config:
     """The Config in which a profile has one provider's keys in this order, each at a place where
     that provider had one.  Raises UnknownProfile, ConfigError."""
     refuse_unknown_profile(config, name)
@@ -1126,7 +1123,7 @@ def order_keys(config, name, provider, ids):
                          [next(wanted) if ref in places else ref for ref in order])
 
 
-def order_profile(config, name, refs):
+def order_profile(config: Config, name: str, refs: list) -> Config:
     """The Config in which a profile has this order of both providers.  Orders of one provider
     are kept in step, for the Node program.  Raises UnknownProfile, ConfigError."""
     refuse_unknown_profile(config, name)
@@ -1143,7 +1140,7 @@ class UnknownProfile(ConfigError):
     status, type = 404, 'not_found_error'
 
 
-def refuse_unknown_profile(config, name):
+def refuse_unknown_profile(config: Config, name: str) -> None:
     if name not in config.profiles:
         raise UnknownProfile(f'There is no profile {printable(name)!r}. There are: '
                              f'{", ".join(map(printable, config.profiles))}.', field='profile')
@@ -1164,11 +1161,9 @@ def document_with_profiles(config):
     return document
 
 
-def change_settings(config, changes):
+def change_settings(config: Config, changes: dict) -> Config:
     """The Config with other top-level settings, {name: value}; None brings back a default.
-
-    Raises ConfigError for an unknown name or a wrong value.
-    """
+    Raises ConfigError for an unknown name or a wrong value."""
     known = {setting.name for setting in SETTINGS}
     document = copy.deepcopy(config.document)
     for name, value in changes.items():
@@ -1200,7 +1195,7 @@ class Attempt(NamedTuple):
 
 class Plan(NamedTuple):
     attempts: list            # [Attempt, ...] what is tried, and what the queue waits for
-    last_resort: list         # [Attempt, ...] what is tried when that gave no answer
+    last_resort: list         # [Attempt, ...] what is tried when those gave no answer
 
 
 MAX_CHAIN = 5                 # models
@@ -1237,45 +1232,45 @@ OPENAI_NAME = re.compile(r'gpt-|chatgpt-|o\d')
 def map_to_openai(config, profile, key, model):
     """The model that an OpenAI key is asked for: by its own mapping, else the profile's, else
     the general one, else the name itself."""
+    is_own_name = OPENAI_NAME.match(model)
     for mapping in (key.model_mapping, profile.model_mapping, config.openai_model_mapping):
-        is_own_name = OPENAI_NAME.match(model)
         mapped = mapping.get(model) if is_own_name else map_model(mapping, model)
         if mapped:
             return mapped
     return model
 
 
-def is_served(config, key):
+def is_served(config: Config, key: Key) -> bool:
     """Whether requests may be sent to a key's provider."""
     return key.provider == ANTHROPIC or config.openai_model_fallback
 
 
-def uses_clients_own(config, profile):
+def uses_clients_own(config: Config, profile: Profile) -> bool:
     """Whether the client's own credential has a place in this profile's plans."""
     return CLIENT_REF in profile.order or not any(
         is_served(config, key) for key in config.keys.values())
 
 
-#: What one key makes, and keys of other organizations do not know: batches, files and the like.
+#: Batches, files and the like belong to the organization whose key made them.
 MADE = re.compile(r'/v1/(?:messages/batches|(?!(?:messages|models|complete|chat)/)[a-z_]+)'
                   r'/([^/]+)(?:/.*)?')
 MADE_ID = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"')
 
 
-def made_id(path):
-    """The id of what a path is about, where one key alone may know it; else None."""
+def made_id(path: str) -> str | None:
+    """The id of the made thing that a path is about, or None."""
     match = MADE.fullmatch(path)
     return match and match.group(1)
 
 
-def plan_attempts(config, profile, models, client_key):
+def plan_attempts(config: Config, profile: Profile, models: list, client_key: Key | None) -> Plan:
     """The Plan: every Claude key of the profile for the first model, then for the next; OpenAI
     keys at their place for the first model, and behind the last Claude key as last resort.
     Without a Claude key they are what there is.
 
     `models` is a chain, or [None] for a request that names no model.  `client_key` stands
-    for the client's own credential (None: it sent none); it is used at its place in the
-    order, and where no key is configured at all.
+    for the client's own credential (None: it sent none), at its place in the order, or alone
+    where no key is configured.
     """
     known = {**config.keys, CLIENT_REF: client_key}
     keys = [known[ref] for ref in profile.order if known[ref]]
@@ -1329,12 +1324,11 @@ def is_worth_waiting(left_s, tokens, most_s):
 MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*"([A-Za-z0-9._:@/\[\]-]{1,256})"')
 STREAM_NAME, STREAM_FIELD = b'"stream"', re.compile(rb'"stream"\s*:\s*true')
 EDGE_BYTES = 1024
-#: What stands for a signature in thinking that came from OpenAI: nothing, or its encrypted
+#: What the signature of thinking from OpenAI begins with: it holds nothing, or encrypted
 #: reasoning, which goes back to OpenAI and never to Anthropic.
 NO_PAYLOAD, PAYLOAD = 'cfo0:', 'cfo1:'
-OWN_MARKS = (NO_PAYLOAD, PAYLOAD)
-#: A thinking block that no Anthropic server signed: its signature is empty, as compact and as
-#: spaced JSON has it, or our mark.  Plain searches cost a tenth of a pattern's.
+#: In a body with thinking that Anthropic did not sign: an empty signature, in compact or spaced
+#: JSON, or one of ours.  Plain searches cost a tenth of a pattern's.
 UNSIGNED = (b'"signature":""', b'"signature": ""', b'"signature":null', b'"signature": null',
             b'"cfo0:', b'"cfo1:')
 
@@ -1342,40 +1336,35 @@ UNSIGNED = (b'"signature":""', b'"signature": ""', b'"signature":null', b'"signa
 class RequestBody:
     """A request's bytes, parsed only when something needs it."""
 
-    def __init__(self, data):
+    def __init__(self, data: bytes | bytearray):
         self.data = data
         match = MODEL_FIRST.match(data)
         #: The model that is asked for, or None.
         self.model = match.group(1).decode() if match else text_or_none(self.json.get('model'))
 
     @functools.cached_property
-    def json(self):
-        """The JSON object, {} when the body is none: the upstream will say so in its words."""
+    def json(self) -> dict:
+        """The JSON object; {} when the body is none, of which the upstream will complain."""
         try:
             return loads_object(self.data)
         except ValueError:
             return {}
 
     @property
-    def seems_streamed(self):
-        """Whether a stream is probably wanted: good enough for a timeout, and cheap.  Clients
-        name it near one end, and searching a megabyte takes milliseconds."""
+    def is_streamed(self) -> bool:
+        return self.json.get('stream') is True
+
+    @functools.cached_property
+    def wants_stream(self) -> bool:
+        """Whether a stream is wanted.  Clients say so near one end of the body; it is parsed only
+        where they do not, as that takes milliseconds for a megabyte."""
         data = self.data
         for start in data.find(STREAM_NAME, 0, EDGE_BYTES), data.rfind(STREAM_NAME, -EDGE_BYTES):
             if start >= 0 and STREAM_FIELD.match(data, start):
                 return True
-        return False
+        return STREAM_NAME in data and self.is_streamed
 
-    @property
-    def is_streamed(self):
-        return self.json.get('stream') is True
-
-    @functools.cached_property
-    def wants_stream(self):
-        """Whether a stream is wanted, wherever that stands; parsed where it is not at an edge."""
-        return self.seems_streamed or STREAM_NAME in self.data and self.is_streamed
-
-    def for_model(self, model):
+    def for_model(self, model: str) -> bytes | bytearray:
         """The same bytes with another model."""
         if model == self.model:
             return self.data
@@ -1432,9 +1421,9 @@ def cache_lifetime_s(data):
     return LONG_CACHE_S if b'"1h"' in data else CACHE_S
 
 
-def without_thinking(body, unwanted=lambda block: True):
-    """The body without the unwanted thinking blocks of assistant turns; a turn that held
-    nothing else goes too, since the API refuses an empty one."""
+def without_thinking(body, is_unwanted=lambda block: True):
+    """The body without the unwanted thinking blocks of assistant turns, and without turns that
+    held nothing else: the API refuses empty ones."""
     if not isinstance(body.get('messages'), list):
         return body
     messages = []
@@ -1442,7 +1431,7 @@ def without_thinking(body, unwanted=lambda block: True):
         content = message.get('content') if isinstance(message, dict) else None
         if isinstance(content, list) and message.get('role') == 'assistant':
             kept = [block for block in content
-                    if not (is_thinking(block) and unwanted(block))]
+                    if not (is_thinking(block) and is_unwanted(block))]
             if content and not kept:
                 continue
             message = {**message, 'content': kept}
@@ -1450,8 +1439,8 @@ def without_thinking(body, unwanted=lambda block: True):
     return {**body, 'messages': messages}
 
 
-def without_fast_mode(data, betas):
-    """(body bytes, beta names) of a request that leaves its speed to the model."""
+def without_fast_mode(data: bytes, betas: list) -> tuple[bytes, list]:
+    """(body bytes, beta names) of a request without fast mode."""
     body = {name: value for name, value in loads_object(data).items() if name != 'speed'}
     return dump_body(body), [beta for beta in betas if not beta.startswith('fast-mode')]
 
@@ -1462,12 +1451,12 @@ def is_thinking(block):
 
 def is_unsigned(block):
     seal = block.get('signature' if block.get('type') == 'thinking' else 'data')
-    return not seal or str(seal).startswith(OWN_MARKS)
+    return not seal or str(seal).startswith((NO_PAYLOAD, PAYLOAD))
 
 
-def drop_unsigned_thinking(data):
-    """The body's bytes without thinking that Anthropic did not sign (another provider's
-    answer is in the history); the same bytes where there is none."""
+def drop_unsigned_thinking(data: bytes | bytearray) -> bytes | bytearray:
+    """The body's bytes without thinking that Anthropic did not sign, of another provider's
+    answers; the same bytes where there is none."""
     if b'thinking"' not in data or not any(mark in data for mark in UNSIGNED):
         return data
     try:
