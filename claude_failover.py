@@ -1473,6 +1473,11 @@ def drop_unsigned_thinking(data: bytes | bytearray) -> bytes | bytearray:
 # Where a key's requests go, and with which head.  Pure: a token comes in as a value.
 
 OAUTH_BETA = 'oauth-2025-04-20'
+#: Seconds that a stream may take to its first content.  Another server than the providers' own
+#: may read a long prompt for many minutes; its client is pinged meanwhile.
+STREAM_FIRST_BYTE_S, OTHER_FIRST_BYTE_S = 300, 3600
+#: Behind an OpenAI base URL, by wire format.
+WIRE_PATHS = {CHAT_COMPLETIONS: '/chat/completions', RESPONSES: '/responses'}
 
 
 class Target(NamedTuple):
@@ -1484,13 +1489,9 @@ class Target(NamedTuple):
     is_openai: bool = False   # OpenAI's own host, which knows all its fields
 
     @property
-    def answerer(self):
+    def answerer(self) -> tuple:
         """Who answers there, as far as it says what a request may hold."""
         return self.base_url, self.model
-
-
-#: Behind an OpenAI base URL, by wire format.
-WIRE_PATHS = {CHAT_COMPLETIONS: '/chat/completions', RESPONSES: '/responses'}
 
 
 class BaseUrl(NamedTuple):
@@ -1502,22 +1503,18 @@ class BaseUrl(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def parse_base_url(url):
+def parse_base_url(url: str) -> BaseUrl:
     parts = urllib.parse.urlsplit(url)
     port = parts.port or (443 if parts.scheme == 'https' else 80)
-    path = parts.path.rstrip('/')
-    path = path[:-3] if path.endswith('/v1') else path      # our targets begin with /v1
-    return BaseUrl(parts.scheme, parts.hostname, port, parts.netloc, path)
+    path = parts.path.rstrip('/').removesuffix('/v1')       # our targets begin with /v1
+    return BaseUrl(parts.scheme, parts.hostname or '', port, parts.netloc, path)
 
 
-#: Of a stream, to its first content.  A local model reads a long prompt for many minutes, and
-#: its client is pinged meanwhile.
-STREAM_FIRST_BYTE_S, OTHER_FIRST_BYTE_S = 300, 3600
 OWN_HOSTS = frozenset(parse_base_url(setting.default).host for setting in SETTINGS
                       if setting.check is check_base_url)
 
 
-def stream_first_byte_s(config, base_url):
+def stream_first_byte_s(config: Config, base_url: str) -> float:
     """Seconds that a stream of a server may take to its first content."""
     if config.first_byte_ms is not None:
         return config.first_byte_ms / 1000
@@ -1525,26 +1522,26 @@ def stream_first_byte_s(config, base_url):
     return STREAM_FIRST_BYTE_S if is_own else OTHER_FIRST_BYTE_S
 
 
-def is_login(key, token):
+def is_login(key: Key, token: str) -> bool:
     """Whether an OpenAI key is a ChatGPT login, which goes to Codex.  With a server of its own
     a JSON Web Token is that server's API key."""
     return key.provider == OPENAI and not key.base_url and is_jwt(token)
 
 
-def account_id(claims):
+def account_id(claims: dict) -> str | None:
     """The ChatGPT account in a login's claims, or None."""
     account = as_dict(claims.get('https://api.openai.com/auth')).get('chatgpt_account_id')
     return account if isinstance(account, str) and TOKEN.fullmatch(account) else None
 
 
-def find_target(config, key, token, model):
+def find_target(config: Config, key: Key, token: str, model: str | None) -> Target:
     """The Target of an attempt."""
     if key.provider == ANTHROPIC:
         return Target(MESSAGES, key.base_url or config.anthropic_base_url, model)
     if is_login(key, token):
         return Target(RESPONSES, config.codex_base_url, model, is_codex=True)
     base_url = key.base_url or config.openai_base_url
-    is_openai = urllib.parse.urlsplit(base_url).hostname == 'api.openai.com'
+    is_openai = parse_base_url(base_url).host == 'api.openai.com'
     return Target(key.api or config.openai_api, base_url, model, is_openai=is_openai)
 
 
@@ -1553,10 +1550,11 @@ class UpstreamRequest(NamedTuple):
     base: BaseUrl
     method: str
     head: bytes
-    body: bytes
+    body: bytes | bytearray
 
 
-def build_request(request, key, base_url, token, data, betas):
+def build_request(request, key: Key, base_url: str, token: str, data: bytes | bytearray,
+                  betas: list) -> UpstreamRequest:
     """The UpstreamRequest of one attempt; `data` and `betas` may differ from the client's."""
     base = parse_base_url(base_url)
     credentials = request.credentials
@@ -1586,62 +1584,58 @@ def key_field(token, is_bearer):
     return ('authorization', f'Bearer {token}') if is_bearer else ('x-api-key', token)
 
 
-def request_head(first_line, fields):
+def request_head(first_line: str, fields) -> bytes:
     """The bytes of a request's head."""
     lines = [first_line, *(f'{name}: {value}' for name, value in fields)]
     return ('\r\n'.join(lines) + '\r\n\r\n').encode('latin-1')
 
 
-def build_openai_request(target, token, body, session):
-    """The UpstreamRequest of a translated attempt; none of the client's header fields go out.
-    `session` names the conversation to Codex, or is None."""
-    base = parse_base_url(target.base_url)
+def own_fields(target, token, is_bearer=True):
+    """[(name, value), ...] of each request that is ours: no field of a client's goes with it."""
+    host = ('host', parse_base_url(target.base_url).host_field)
+    account = ('chatgpt-account-id', account_id(jwt_claims(token)))
+    return [host, key_field(token, is_bearer), ('accept-encoding', 'identity'),
+            ('user-agent', f'{PROGRAM}/{VERSION}'), *([account] if target.is_codex else [])]
+
+
+def build_openai_request(target: Target, token: str, body: dict,
+                         session: str | None) -> UpstreamRequest:
+    """The UpstreamRequest of a translated attempt.  `session` names the conversation to Codex."""
     data = dump_body(body)
-    fields = [('host', base.host_field), ('authorization', f'Bearer {token}'),
+    fields = [*own_fields(target, token),
               ('content-type', 'application/json'), ('content-length', len(data)),
-              ('accept', 'text/event-stream' if body.get('stream') else 'application/json'),
-              ('accept-encoding', 'identity'), ('user-agent', f'{PROGRAM}/{VERSION}')]
+              ('accept', 'text/event-stream' if body.get('stream') else 'application/json')]
     if target.is_codex:
-        fields += [('chatgpt-account-id', account_id(jwt_claims(token))),
-                   ('openai-beta', 'responses=experimental'), ('originator', PROGRAM)]
+        fields += [('openai-beta', 'responses=experimental'), ('originator', PROGRAM)]
         fields += [('session_id', session)] if session else []
-    head = request_head(f'POST {openai_path(target)} HTTP/1.1', fields)
-    return UpstreamRequest(base, 'POST', head, data)
+    head = request_head(f'POST {openai_path(target, WIRE_PATHS[target.wire])} HTTP/1.1', fields)
+    return UpstreamRequest(parse_base_url(target.base_url), 'POST', head, data)
 
 
-def openai_path(target):
+def openai_path(target, end):
     """The path behind a base URL, whose own path and query stay: only a bare host gets /v1."""
     parts = urllib.parse.urlsplit(target.base_url)
-    path, end = parts.path.rstrip('/') or '/v1', WIRE_PATHS[target.wire]
-    path = path if path.endswith(end) else path + end
+    path = (parts.path.rstrip('/') or '/v1').removesuffix(WIRE_PATHS[target.wire]) + end
     return f'{path}?{parts.query}' if parts.query else path
 
 
-def models_path(target):
+def models_path(target: Target) -> str:
     """Where a target's server lists its models."""
-    path = urllib.parse.urlsplit(target.base_url).path.rstrip('/')
     if target.wire == MESSAGES:
         return f'{parse_base_url(target.base_url).path}{MODELS_PATH}?limit=1'
-    if target.is_codex:
-        return f'{path}/models?client_version={VERSION}'
-    end = WIRE_PATHS[target.wire]
-    return (path[:-len(end)] if path.endswith(end) else path or '/v1') + '/models'
+    path = openai_path(target, '/models')
+    return f'{path}?client_version={VERSION}' if target.is_codex else path
 
 
-def build_key_test(target, key, token):
+def build_key_test(target: Target, key: Key, token: str) -> UpstreamRequest:
     """The UpstreamRequest of a KeyTest."""
-    base = parse_base_url(target.base_url)
-    fields = [('host', base.host_field), ('accept-encoding', 'identity'),
-              ('user-agent', f'{PROGRAM}/{VERSION}')]
-    if target.wire == MESSAGES:
-        fields += [('anthropic-version', '2023-06-01'), key_field(token, is_oauth(key, token))]
-        fields += [('anthropic-beta', OAUTH_BETA)] if is_oauth(key, token) else []
-    else:
-        fields.append(key_field(token, is_bearer=True))
-    if target.is_codex:
-        fields.append(('chatgpt-account-id', account_id(jwt_claims(token))))
+    is_messages = target.wire == MESSAGES
+    is_bearer = not is_messages or is_oauth(key, token)
+    fields = own_fields(target, token, is_bearer)
+    fields += [('anthropic-version', '2023-06-01')] if is_messages else []
+    fields += [('anthropic-beta', OAUTH_BETA)] if is_messages and is_bearer else []
     head = request_head(f'GET {models_path(target)} HTTP/1.1', fields)
-    return UpstreamRequest(base, 'GET', head, b'')
+    return UpstreamRequest(parse_base_url(target.base_url), 'GET', head, b'')
 
 
 # ==============================================================================

@@ -4779,8 +4779,10 @@ class UpstreamTest(SocketTest):
                 ('https://api.openai.com/v1', '/v1/chat/completions'), ('https://x/openai/v1/', '/openai/v1/chat/completions'),
                 ('https://x/v1/chat/completions', '/v1/chat/completions'),
                 ('https://x/deployments/d?api-version=1', '/deployments/d/chat/completions?api-version=1')):
-            self.assertEqual(cf.openai_path(cf.Target(cf.CHAT_COMPLETIONS, base_url)), path)
-        self.assertEqual(cf.openai_path(CODEX), '/backend-api/codex/responses')
+            target = cf.Target(cf.CHAT_COMPLETIONS, base_url)
+            self.assertEqual(cf.openai_path(target, '/chat/completions'), path)
+            self.assertEqual(cf.models_path(target), path.replace('/chat/completions', '/models'))
+        self.assertEqual(cf.openai_path(CODEX, '/responses'), '/backend-api/codex/responses')
 
     def test_openai_gets_its_own_header_fields_alone(self):
         wanted = cf.build_openai_request(CHAT, 'sk-proj-x', {'stream': True, 'text': '\u4e16'}, 'session')
