@@ -1641,20 +1641,20 @@ def build_key_test(target: Target, key: Key, token: str) -> UpstreamRequest:
 # ==============================================================================
 # Repairs
 # ==============================================================================
-# What a refused request becomes.  An upstream's complaint is learnt from, not a list of models.
+# What a refused request becomes: learnt from the upstream's complaint, not from a list of models.
 
 class Repair(NamedTuple):
     """How to send a request without one thing that a model lacks.
 
-    `pattern` finds the complaint in a 400's message; `edit(body, subject)` and, for a beta,
-    the header lose the subject, which is the pattern's first group or ''.
+    `pattern` finds the complaint in a 400's message, and its groups the subject, which
+    `edit(body, subject)` (or, of a beta, the header) loses.
     """
     name: str
     pattern: str
     edit: Callable = lambda body, subject: body
 
 
-def without_path(value, path):
+def without_path(value: Any, path: list) -> Any:
     """`value` without the field at `path` (names; a number means every item of that list).
     Names that are not there are skipped: Anthropic's error paths also hold type tags."""
     if not path:
@@ -1688,9 +1688,9 @@ def smaller(number, text):
 
 
 class Needed(NamedTuple):
-    """A repair that a complaint asks for; `subject` is what the pattern's groups found."""
+    """A repair that a complaint asks for."""
     name: str
-    subject: str
+    subject: str              # what the pattern's groups found
 
 
 #: Repairs of one conversation: they say nothing about the model.
@@ -1722,24 +1722,22 @@ REPAIRS = CONVERSATION_REPAIRS + MODEL_REPAIRS
 PASSING_REPAIRS = ('room', *(repair.name for repair in CONVERSATION_REPAIRS))
 
 
-def is_about_model(name, subject):
+def is_about_model(name: str, subject: str) -> bool:
     """Whether a repair helps with any conversation on the same model."""
     return name not in PASSING_REPAIRS and not subject.startswith(('messages', 'input'))
 
 
-#: What a request to OpenAI is about: without it, it would ask for something else.
+#: What a request to OpenAI cannot lose without asking for something else.
 ESSENTIAL = frozenset((
     'model', 'messages', 'input', 'instructions', 'stream', 'tools', 'tool_choice', 'store',
     'response_format', 'text', 'format', 'role', 'content', 'type', 'name', 'function',
     'parameters', 'arguments', 'id', 'call_id', 'tool_call_id', 'tool_calls', 'output'))
-
-
 TOKEN_LIMITS = {'max_tokens': 'max_completion_tokens', 'max_completion_tokens': 'max_tokens'}
 
 
 def without_parameter(body, subject):
-    """Without the parameter that OpenAI names like 'reasoning.effort' or 'tools[0].strict'.
-    The limit of tokens has an old and a new name: each is tried in place of the other."""
+    """Without the parameter that OpenAI calls 'reasoning.effort' or 'tools[0].strict'; the limit
+    of tokens, which has an old and a new name, gets the other."""
     other_name = TOKEN_LIMITS.get(subject)
     if other_name and subject in body:
         body = {**body, other_name: body[subject]}
@@ -1747,9 +1745,8 @@ def without_parameter(body, subject):
 
 
 def with_output_limit(body, subject):
-    """With at most this many output tokens, or with what a context leaves for them ('8192 100':
-    its size, and what the input takes)."""
-    limit, *taken = (int(number) for number in subject.split())
+    """With at most so many output tokens ('8192'), less what the input takes ('8192 100')."""
+    limit, *taken = map(int, subject.split())
     limit = max(1, limit - sum(taken))
     names = ('max_completion_tokens', 'max_output_tokens', 'max_tokens')
     return {**body, **{name: min(body[name], limit) for name in names if name in body}}
@@ -1758,9 +1755,9 @@ def with_output_limit(body, subject):
 EFFORTS = ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
 
 
-def nearest_effort(effort, accepted):
-    """The highest accepted effort that is not above this one, else the lowest above `none`;
-    None when there is none."""
+def nearest_effort(effort: str, accepted) -> str | None:
+    """The highest accepted effort that is not above this one, else the lowest; None without
+    any but `none`."""
     ranked = [name for name in EFFORTS if name in accepted and name != 'none']
     below = [name for name in ranked if EFFORTS.index(name) <= EFFORTS.index(effort)]
     return (below[-1:] or ranked[:1] or [None])[0]
@@ -1792,8 +1789,7 @@ def with_short_descriptions(body, subject):
     return {**body, 'tools': [cut(tool) for tool in as_list(body.get('tools'))]}
 
 
-#: The same for OpenAI and its many likenesses; the body is one that was translated.  The last
-#: rows read what the likes of vLLM and llama.cpp say.
+#: The same for OpenAI and compatible servers; the body is a translated one.
 OPENAI_REPAIRS = (
     Repair('use_responses', r'use (?:the )?/?v1/responses'),
     Repair('output_limit', r'at most (\d{1,9}) (?:completion|output) tokens', with_output_limit),
@@ -1830,7 +1826,7 @@ def find_openai_repair(message):
     """The same for OpenAI's 400s; None also where a repair would leave nothing to ask for."""
     needed = find_repair(message, OPENAI_REPAIRS)
     if needed and needed.name == 'room':
-        size, *taken = (int(number) for number in needed.subject.split())
+        size, *taken = map(int, needed.subject.split())
         return needed if sum(taken) < size else None
     if needed and needed.name == 'parameter':
         names = re.findall(r'[A-Za-z_]\w*', needed.subject)
@@ -1838,7 +1834,7 @@ def find_openai_repair(message):
     return needed
 
 
-def edit_body(body, needed, repairs=REPAIRS):
+def edit_body(body: dict, needed, repairs=REPAIRS) -> dict:
     """The body after some [Needed, ...]."""
     by_name = {repair.name: repair for repair in repairs}
     for name, subject in needed:
@@ -1846,14 +1842,14 @@ def edit_body(body, needed, repairs=REPAIRS):
     return body
 
 
-def apply_repairs(needed, data, betas):
+def apply_repairs(needed, data: bytes, betas: list) -> tuple[bytes, list]:
     """(body bytes, beta names) of a Messages request after some [Needed, ...]."""
     unwanted = {subject for name, subject in needed if name == 'beta'}
     body = edit_body(loads_object(data), needed)
     return dump_body(body), [beta for beta in betas if beta not in unwanted]
 
 
-def changes_request(needed, target, body):
+def changes_request(needed: Needed, target: Target, body: dict) -> bool:
     """Whether a repair of OPENAI_REPAIRS would send another request than this."""
     if needed.name == 'use_responses':
         return target.wire == CHAT_COMPLETIONS
@@ -1863,8 +1859,8 @@ def changes_request(needed, target, body):
 # ==============================================================================
 # Classification
 # ==============================================================================
-# What an upstream's answer means.  Knows statuses, headers and texts; does not know which
-# other keys there are: a rule says "this key and model, for 30 seconds", Failover acts.
+# What an upstream's answer means.  Knows statuses, headers and texts, but no other key: a rule
+# says "this key and model, for 30 seconds", Serving acts.
 
 class Step(enum.Enum):
     """What follows an answer."""
@@ -1882,9 +1878,8 @@ class Scope(enum.Enum):
 
 
 class Final(enum.Enum):
-    """How the client hears of it when nothing is left to try: status, Anthropic's type, words.
-    Where attempts failed differently the first of these counts.  Nothing that a client could
-    wait for changes a hopeless one."""
+    """What the client gets when nothing is left to try: status, Anthropic's type, words.  Where
+    attempts failed differently the first of these counts.  Waiting changes no hopeless one."""
     TIMEOUT = (504, 'timeout_error', 'the upstream gave no answer')
     LIMITED = (429, 'rate_limit_error', 'every key is exhausted')
     OVERLOADED = (529, 'overloaded_error', 'the model is overloaded')
@@ -1904,8 +1899,8 @@ class Again(enum.Enum):
     ALONE = 2                 # only if no other key is ready
 
 
-#: When a cooldown is asked all the same, by a request that has nothing else left: at once and
-#: always; at once and then in passing (HOPE_S); after these seconds, the last of them repeated.
+#: When a request that has nothing else left asks what cools all the same: at once and always; at
+#: once and then in passing (HOPE_S); after these seconds, the last of them repeated.
 ANY_TIME, IN_PASSING, LATER = (0,), (0, 0), (300, 600, 900, 3600)
 
 
@@ -1926,10 +1921,10 @@ class Answer(NamedTuple):
 class Rule(NamedTuple):
     """One row of the policy: an answer with one of `statuses` (empty: any) for which `when`
     finds something means `step`; a REPAIR's `when` finds what is Needed.  What cools is `scope`
-    (None: nothing), for what `hint(answer)` reads from the answer, else `cooldown_s`, doubling up
-    to `doubles_to_s` while it repeats; a row with `needs_hint` fits only where there is one."""
+    (None: nothing), for the seconds that `hint(answer)` reads, else for `cooldown_s`, doubling up
+    to `doubles_to_s` while it repeats."""
     name: str
-    statuses: tuple           # or a range
+    statuses: tuple | range
     step: Step
     final: Final = Final.VERBATIM
     when: Callable = lambda answer: True
@@ -1937,11 +1932,10 @@ class Rule(NamedTuple):
     cooldown_s: float = 0
     doubles_to_s: float = 0
     hint: Callable = lambda answer: None
-    needs_hint: bool = False
     again: Again = Again.NEVER
-    tries: int = 1_000        # so many such answers for one model, and it is given up
+    tries: int = 1_000        # after so many such answers a model is given up
     strikes: int = 1          # cools at so many in a row
-    asks_again: tuple = ()    # a cooldown that a person may end: ANY_TIME, IN_PASSING or LATER
+    asks_again: tuple = ()    # where the end is not certain: ANY_TIME, IN_PASSING or LATER
     other_models: bool = True
     other_providers: bool = True
     waits: bool = True        # whether a request may queue for the end of such a cooldown
@@ -1954,7 +1948,7 @@ class Outcome(NamedTuple):
     rule: Rule
     status: int               # 0 when there was no answer
     message: str
-    hint_s: float | None = None       # after which it may be tried again, as the upstream says
+    hint_s: float | None = None       # after which the upstream lets it be tried again
     repair: Needed | None = None      # of a REPAIR step
     ends_s: float | None = None       # when the limit itself ends: then, or later
     limit_fields: tuple = ()          # ((name, value), ...) of the answer's rate limits
@@ -1962,6 +1956,7 @@ class Outcome(NamedTuple):
 
 #: A hint further away is a mistake of the upstream's: the longest window is 7 days.
 ABSURD_HINT_S = 31 * 86400
+NUMBER = re.compile(r'([0-9]{1,12}(?:\.[0-9]{1,9})?)\s*(?:,|$)')
 
 
 def unix_seconds(moment):
@@ -1969,7 +1964,7 @@ def unix_seconds(moment):
     return moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp()
 
 
-def upstream_now(headers, now):
+def upstream_now(headers: dict, now: float) -> float:
     """The unix seconds of an upstream's Date field; `now` where it has none."""
     try:
         return unix_seconds(email.utils.parsedate_to_datetime(headers.get('date')))
@@ -1996,31 +1991,26 @@ def parse_retry_after(value, now):
     Reads delay-seconds, also with a fraction, and HTTP-date (RFC 9110 section 10.2.3); a
     past date gives 0.  A field that came twice counts once.
     """
-    value = (value or '').strip()
-    value = value.partition(',')[0].strip() if value[:1].isdigit() else value
-    if re.fullmatch(r'[0-9]{1,12}(\.[0-9]{1,9})?', value):
-        seconds = float(value)
-    else:
-        try:
-            seconds = max(0.0, unix_seconds(email.utils.parsedate_to_datetime(value)) - now)
-        except (TypeError, ValueError, IndexError, OverflowError):
-            return None
-    return sane_hint(seconds)
+    number = NUMBER.match((value or '').strip())
+    if number:
+        return sane_hint(float(number.group(1)))
+    try:
+        return sane_hint(max(0.0, unix_seconds(email.utils.parsedate_to_datetime(value)) - now))
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
 
 
 def parse_reset(value, now):
     """Seconds until a rate-limit reset: unix seconds, or RFC 3339.  None when unreadable,
     past or absurd."""
     value = (value or '').partition(',')[0].strip()
+    number = NUMBER.match(value)
     try:
-        if re.fullmatch(r'[0-9]{1,12}(\.[0-9]{1,9})?', value):
-            seconds = float(value) - now
-        else:
-            moment = datetime.fromisoformat(value.upper().replace('Z', '+00:00'))
-            seconds = unix_seconds(moment) - now
+        resets = float(number.group(1)) if number else unix_seconds(
+            datetime.fromisoformat(value.upper().replace('Z', '+00:00')))
     except (ValueError, OverflowError):
         return None
-    return seconds if 0 < seconds <= ABSURD_HINT_S else None
+    return sane_hint(resets - now) if resets > now else None
 
 
 UNIFIED = 'anthropic-ratelimit-unified-'
@@ -2068,13 +2058,10 @@ def seconds_to_limit_reset(answer):
     seconds = retry_after_s(answer)
     if seconds is not None:
         return seconds
-    resets = []
-    for name, value in answer.headers.items():
-        match = REMAINING.fullmatch(name)
-        if match and value.strip() == '0':
-            reset = parse_reset(answer.headers.get(match.group(1) + '-reset'), answer.now)
-            resets.append(reset or 0)
-    return max(resets, default=0) or None
+    spent = [match.group(1) for match in map(REMAINING.fullmatch, answer.headers)
+             if match and answer.headers[match.group()].strip() == '0']
+    resets = [parse_reset(answer.headers.get(f'{limit}-reset'), answer.now) for limit in spent]
+    return max(filter(None, resets), default=None)
 
 
 def seconds_to_regained_access(answer):
@@ -2086,7 +2073,7 @@ def seconds_to_regained_access(answer):
 
 
 class Limit(NamedTuple):
-    """One rate limit as an answer's header fields told of it."""
+    """One rate limit as an answer's header fields have it."""
     name: str                 # '5h', '7d', 'requests', 'input tokens' ...
     used: float               # 0 to 1
     resets_s: float | None    # seconds from then
@@ -2136,12 +2123,12 @@ LIMIT_FIELDS = tuple((re.compile(pattern), read) for pattern, read in (
     ('x-ratelimit-remaining-(.+)', openai_limit), ('x-codex-(.+)-used-percent', codex_limit)))
 
 
-def tells_limits(headers):
+def tells_limits(headers: dict) -> bool:
     return any(name.startswith(('anthropic-ratelimit-', 'x-ratelimit-', 'x-codex-'))
                for name in headers)
 
 
-def rate_limit_fields(headers):
+def rate_limit_fields(headers: dict) -> tuple:
     """((name, value), ...) of the fields from which Claude Code shows when a limit ends."""
     return tuple((name, value) for name, value in headers.items()
                  if name.startswith('anthropic-ratelimit-'))
@@ -2172,7 +2159,7 @@ def is_relays_lack(answer):
     return answer.is_relays and says(NO_SUCH_MODEL)(answer)
 
 
-def extra_usage_ends_s(headers, now):
+def extra_usage_ends_s(headers: dict, now: float) -> float:
     """Seconds for which answers like this one are paid beside the plan; 0 for one that is not."""
     is_paid = headers.get(UNIFIED + 'overage-in-use', '').strip().lower() == 'true' or (
         headers.get(UNIFIED + 'status') == 'rejected'
@@ -2194,18 +2181,18 @@ def find_conversation_repair(answer):
 
 
 def find_fallback_repair(answer):
-    """Claude Code mends such 400s of the model that it asked for by itself, by their wording;
-    of a fallback it does not know."""
+    """What a fallback's 400 needs; those of the model that it asked for Claude Code mends itself,
+    by their wording."""
     return find_repair(answer.message, MODEL_REPAIRS) if answer.is_fallback else None
 
 
 #: The policy, first match first.  A new status or wording is a row.
 ANSWERED = Rule('answered', range(200, 400), Step.RELAY)
-#: Of a proxy, a company's gateway or a border: not the key's server speaks, or not of the key.
+#: By a proxy, a company's gateway or a country's border, which know nothing of the key.
 NETWORK_REFUSED = Rule('network_refused', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.SERVER,
                        cooldown_s=15, strikes=3, asks_again=ANY_TIME,
                        words='refused on the way there')
-#: What only a person can mend: nobody waits for it, and it is asked again in passing.
+#: What only a person can mend: no request waits for it, and it is asked again in passing.
 BY_A_PERSON = {'waits': False, 'asks_again': IN_PASSING, 'attention': True}
 NO_MODEL = Rule('unknown_model', (404,), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=3600,
                 other_providers=False, waits=False, asks_again=IN_PASSING, words='no such model')
@@ -2265,7 +2252,8 @@ RULES = (
     Rule('spend_limit', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=3600,
          when=says('enforced_spend_limit_reached'), words='spending limit reached',
          **BY_A_PERSON),
-    RATE_LIMITED._replace(hint=seconds_to_limit_reset, needs_hint=True),
+    RATE_LIMITED._replace(hint=seconds_to_limit_reset,
+                          when=lambda answer: seconds_to_limit_reset(answer) is not None),
     Rule('request_limited', (429,), Step.NEXT_KEY, tries=2, other_models=False,
          when=lambda answer: lacks_rate_limit_fields(answer)
          and answer.headers.get('x-should-retry', '').lower() == 'true'),
@@ -2343,7 +2331,7 @@ OPENAI_RULES = (
     OVERLOADED._replace(statuses=(503, 529), doubles_to_s=30,
                         when=lambda answer: answer.status == 529 or says(
                             'overloaded|slow.down|at capacity')(answer)),
-    # llama-cpp-python's way to say 400.
+    # llama-cpp-python's 400.
     Rule('rejected', (500,), Step.RELAY, when=says(r'\d validation errors?:')),
     SERVER_ERROR._replace(statuses=(408, *range(500, 600))),
     Rule('unreadable', range(300, 400), Step.NEXT_KEY, Final.SERVER),
@@ -2357,7 +2345,7 @@ UNREACHABLE = Rule('unreachable', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.S
 RESET = UNREACHABLE._replace(name='reset', words='connection was lost')
 TIMED_OUT = Rule('timed_out', (), Step.STOP, Final.TIMEOUT)
 NO_TOKEN = Rule('no_token', (), Step.NEXT_KEY, Final.UNAUTHORIZED, waits=False, attention=True)
-#: llama-cpp-python tells its errors only to those who want no stream.
+#: llama-cpp-python reports its errors only where no stream is wanted.
 EMPTY_STREAM = Rule('empty_stream', (), Step.NEXT_KEY, Final.SERVER, again=Again.FIRST)
 #: A 200 that is empty, a page, or no message in any other way.
 NO_MESSAGE = Rule('no_message', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.PAIR, cooldown_s=15,
@@ -2366,8 +2354,8 @@ NO_MESSAGE = Rule('no_message', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.PAI
 BROKE_OFF = Rule('broke_off', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.PAIR, cooldown_s=10,
                  asks_again=ANY_TIME, words='answer broke off')
 UNTRANSLATABLE = Rule('untranslatable', (), Step.NEXT_KEY, waits=False)
-#: A model or provider that was not asked for refuses what is asked: another may take it.  No
-#: client must hear of that, and compact what the asked model holds.
+#: A model or provider that was not asked for refuses the request: another may take it.  A client
+#: that heard of it would compact what the asked model holds.
 UNFIT = Rule('unfit', (), Step.NEXT_KEY, tries=1, waits=False)
 
 #: The status behind an error's type, in `error` events and in our own errors (docs: errors).
@@ -2375,18 +2363,19 @@ STATUS_OF_ERROR = {
     'invalid_request_error': 400, 'authentication_error': 401, 'billing_error': 402,
     'permission_error': 403, 'not_found_error': 404, 'request_too_large': 413,
     'rate_limit_error': 429, 'timeout_error': 504, 'overloaded_error': 529}
-#: The status behind OpenAI's error codes and types, which stand in the events of a stream.
+#: The status behind OpenAI's error codes and types in the events of a stream.
 STATUS_OF_OPENAI_ERROR = {
-    'rate_limit_exceeded': 429, 'rate_limit_error': 429, 'tokens': 429, 'requests': 429,
-    'insufficient_quota': 429, 'usage_limit_reached': 429,
-    'usage_not_included': 429, 'billing_hard_limit_reached': 429, 'context_length_exceeded': 400,
-    'invalid_prompt': 400, 'cyber_policy': 400, 'bio_policy': 400, 'invalid_request_error': 400,
-    'invalid_value': 400, 'authentication_error': 401, 'invalid_api_key': 401,
-    'permission_error': 403, 'model_not_found': 404, 'server_is_overloaded': 529,
-    'slow_down': 529, 'overloaded_error': 529}
+    **dict.fromkeys(('context_length_exceeded', 'invalid_prompt', 'cyber_policy', 'bio_policy',
+                     'invalid_request_error', 'invalid_value'), 400),
+    'authentication_error': 401, 'invalid_api_key': 401, 'permission_error': 403,
+    'model_not_found': 404,
+    **dict.fromkeys(('rate_limit_exceeded', 'rate_limit_error', 'tokens', 'requests',
+                     'insufficient_quota', 'usage_limit_reached', 'usage_not_included',
+                     'billing_hard_limit_reached'), 429),
+    'server_is_overloaded': 529, 'slow_down': 529, 'overloaded_error': 529}
 
 
-def error_status(details):
+def error_status(details: dict) -> int:
     """The HTTP status that an OpenAI error inside a stream stands for."""
     for name in (details.get('code'), details.get('type')):
         name = str(name)
@@ -2401,31 +2390,28 @@ def error_status(details):
     return 529 if 'at capacity' in str(details.get('message')) else 500
 
 
-def error_type(status):
+def error_type(status: int) -> str:
     """Anthropic's error type for a status."""
     types = {status: type for type, status in STATUS_OF_ERROR.items()}
     return types.get(status, 'api_error' if status >= 500 else 'invalid_request_error')
 
 
-def classify(answer, rules=RULES):
-    """The Outcome of an Answer, by the first of the rules that fits: the last of them fits all."""
-    for rule in rules:
-        if rule.statuses and answer.status not in rule.statuses:
-            continue
-        found = rule.when(answer)
-        hint_s = rule.hint(answer) if found else None
-        if found and not (rule.needs_hint and hint_s is None):
-            break
+def classify(answer: Answer, rules: tuple = RULES) -> Outcome:
+    """The Outcome of an Answer, by the first rule that fits; the last fits all."""
+    rule, found = next((rule, found) for rule in rules
+                       if not rule.statuses or answer.status in rule.statuses
+                       if (found := rule.when(answer)))
     repair = found if rule.step is Step.REPAIR else None
-    ends_s, soonest_s = hint_s, retry_after_s(answer)
+    hint_s = ends_s = rule.hint(answer)
+    soonest_s = retry_after_s(answer)
     if hint_s is not None and soonest_s is not None:
         hint_s = min(hint_s, soonest_s)       # it may be asked then, though the limit goes on
     return Outcome(rule, answer.status, redact(answer.message), hint_s, repair, ends_s)
 
 
 class ErrorText(NamedTuple):
-    """What an error body says, cut to what a person would read: patterns are searched in it, on
-    a thread that holds up the others meanwhile."""
+    """What an error body says, cut to what a person would read: the search for patterns holds up
+    other threads."""
     type: str                 # with the code behind it, where there is one
     message: str
     details: dict = {}        # the `error` object itself
@@ -2434,7 +2420,7 @@ class ErrorText(NamedTuple):
 NO_ERROR = ErrorText('', '')
 
 
-def read_error(body):
+def read_error(body: bytes | bytearray) -> ErrorText:
     """The ErrorText of an error body: of one in no known shape its beginning.
 
     Reads Anthropic's and OpenAI's `error` object, a bare `message` (vLLM), an `error` that is
@@ -2443,7 +2429,7 @@ def read_error(body):
     try:
         document = loads_object(body)
     except ValueError:
-        return ErrorText('', printable(bytes(body[:200]).decode('utf-8', 'replace')).strip())
+        return ErrorText('', body_start(body).strip())
     error = document.get('error', document.get('detail', document))
     if isinstance(error, list):
         error = '; '.join(describe_complaint(as_dict(entry)) for entry in error)
@@ -2452,14 +2438,16 @@ def read_error(body):
     return describe_error(as_dict(error), body)
 
 
-def describe_error(error, body=b''):
+def body_start(body):
+    return printable(bytes(body[:200]).decode('utf-8', 'replace'))
+
+
+def describe_error(error: dict, body: bytes | bytearray = b'') -> ErrorText:
     """The ErrorText of an `error` object."""
     code = as_dict(error.get('details')).get('error_code') or error.get('code')
     type = f'{error.get("type") or ""} {code or ""}'.strip()
     message = error.get('message')
-    if message is None:
-        message = printable(bytes(body[:200]).decode('utf-8', 'replace'))
-    message = str(message)[:MAX_MESSAGE_CHARS]
+    message = body_start(body) if message is None else str(message)[:MAX_MESSAGE_CHARS]
     parameter = text_or_none(error.get('param'))
     if parameter and parameter not in message:        # OpenAI's; its message is vague without
         message += f' (parameter {parameter[:100]})'
