@@ -341,7 +341,7 @@ def error_reason(error: BaseException) -> str:
     verify_message = getattr(error, 'verify_message', None)      # ssl.SSLCertVerificationError
     if verify_message:
         return f'certificate not accepted: {verify_message} (SSL_CERT_FILE names a CA file)'
-    if isinstance(error, TimeoutError) or type(error).__name__ == 'timeout':
+    if isinstance(error, (TimeoutError, socket.timeout)):     # one class since Python 3.10
         return 'timed out'
     return getattr(error, 'strerror', None) or type(error).__name__
 
@@ -801,7 +801,7 @@ def parse_config(document: Any) -> Config:
 def texts_in(document):
     """Yields (path, text) of every text and name, like (('keys', 'a', 'label'), 'Work').  Raises
     ConfigError for nesting that recursion, and so copying and writing, could not follow."""
-    places = [((), document)]
+    places: list[tuple[tuple, Any]] = [((), document)]
     while places:
         path, value = places.pop()
         if isinstance(value, str):
@@ -864,18 +864,18 @@ def parse_key(provider, field, id, entry):
         raise ConfigError(f'{field}.token must name a variable ("env:NAME") or a whole path '
                           '("file:/path" or "file:~/path").', field='token')
     for name, check in KEY_FIELD_CHECKS.items():
-        check_field(field, entry, name, check)
+        refuse_wrong(f'{field}.{name}', entry.get(name), check)
     oauth = entry.get('type') in ('oauth', 'oauth_token')
     return Key(f'{provider}:{id}', id, provider, token, entry.get('label') or id, oauth,
                entry.get('baseUrl'), entry.get('api'), entry.get('modelMapping') or {},
                entry.get('addedAt'))
 
 
-def check_field(field, entry, name, check):
-    """Raises ConfigError for a wrong optional field; null is as good as absent."""
-    complaint = None if entry.get(name) is None else check(entry[name])
+def refuse_wrong(field, value, check):
+    """Raises ConfigError for the wrong value of an optional field."""
+    complaint = None if value is None else check(value)
     if complaint:
-        raise ConfigError(f'{field}.{name} {complaint}.', field=name)
+        raise ConfigError(f'{field} {complaint}.', field=field.rpartition('.')[2])
 
 
 def parse_profile(name, entry, keys):
@@ -889,8 +889,8 @@ def parse_profile(name, entry, keys):
     if port is None or not is_whole(port) or not 0 <= port <= 65535:
         raise ConfigError(f'{field}.port must be a number from 1 to 65535 without quotes '
                           f'(0: any free one), not {json.dumps(port)[:60]}.', field='port')
-    check_field(field, entry, 'openaiModelMapping', check_model_map)
-    check_field(field, entry, 'strategy', one_of(*STRATEGIES))
+    refuse_wrong(f'{field}.openaiModelMapping', entry.get('openaiModelMapping'), check_model_map)
+    refuse_wrong(f'{field}.strategy', entry.get('strategy'), one_of(*STRATEGIES))
     return Profile(name, port, tuple(parse_order(field, entry, keys)),
                    entry.get('openaiModelMapping') or {}, entry.get('strategy') or 'order')
 
@@ -898,27 +898,21 @@ def parse_profile(name, entry, keys):
 def parse_order(field, entry, keys):
     """The refs of a profile in order.  Keys that it does not name follow at the end, or after
     the others of their provider where there is no order of both."""
-    if entry.get('priorityOrder') is not None:
-        order = order_list(f'{field}.priorityOrder', entry['priorityOrder'])
+    order = entry.get('priorityOrder')
+    if order is not None:
         refuse_missing(f'{field}.priorityOrder', order, {*keys, CLIENT_REF})
         return dict.fromkeys([*order, *keys])      # each once, the first place wins
     order = []
     for provider, order_field in ORDER_FIELDS.items():
-        ids = order_list(f'{field}.{order_field}', entry.get(order_field) or [])
+        ids = entry.get(order_field) or []
         refuse_missing(f'{field}.{order_field}', ids, keys, f'{provider}:')
         order += [f'{provider}:{id}' for id in ids]
         order += [ref for ref, key in keys.items() if key.provider == provider]
     return dict.fromkeys(order)
 
 
-def order_list(field, value):
-    complaint = check_texts(value)
-    if complaint:
-        raise ConfigError(f'{field} {complaint}.', field=field.rpartition('.')[2])
-    return value
-
-
 def refuse_missing(field, names, known, prefix=''):
+    refuse_wrong(field, names, check_texts)
     for name in names:
         if prefix + name in known:
             continue
@@ -1967,7 +1961,7 @@ def unix_seconds(moment):
 def upstream_now(headers: dict, now: float) -> float:
     """The unix seconds of an upstream's Date field; `now` where it has none."""
     try:
-        return unix_seconds(email.utils.parsedate_to_datetime(headers.get('date')))
+        return unix_seconds(email.utils.parsedate_to_datetime(headers.get('date', '')))
     except (TypeError, ValueError, OverflowError):
         return now
 
