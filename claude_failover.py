@@ -391,7 +391,8 @@ def jwt_claims(token: str) -> dict:
 
 
 #: OpenAI's, Anthropic's, OpenRouter's, DeepSeek's (sk-), logins, Groq's, xAI's and others.
-SECRET = re.compile(r'sk-[A-Za-z0-9_-]{8,}|(?:gsk_|xai-|hf_|pplx-|nvapi-|AIza)[A-Za-z0-9_-]{16,}'
+SECRET = re.compile(r'(?:sk-(?:ant|proj)-|(?<![a-z]{2})sk-)[A-Za-z0-9_-]{8,}'   # no desk-lamps
+                    r'|(?:gsk_|xai-|hf_|pplx-|nvapi-|AIza)[A-Za-z0-9_-]{16,}'
                     r'|eyJ[A-Za-z0-9_-]{8,}(\.[A-Za-z0-9_-]+)*')
 #: One of these is in every match of SECRET: a text without them need not be searched.
 SECRET_MARKS = ('sk-', 'gsk_', 'xai-', 'hf_', 'pplx-', 'nvapi-', 'AIza', 'eyJ')
@@ -2148,11 +2149,6 @@ NO_SUCH_MODEL = (
     r'not found|not supported when using codex)|模型.{0,80}(不存在|无可用渠道)')
 
 
-def is_relays_lack(answer):
-    """Whether a server that is not Anthropic's own says that it does not have the model."""
-    return answer.is_relays and says(NO_SUCH_MODEL)(answer)
-
-
 def extra_usage_ends_s(headers: dict, now: float) -> float:
     """Seconds for which answers like this one are paid beside the plan; 0 for one that is not."""
     is_paid = headers.get(UNIFIED + 'overage-in-use', '').strip().lower() == 'true' or (
@@ -2168,10 +2164,6 @@ def extra_usage_ends_s(headers: dict, now: float) -> float:
 def lacks_rate_limit_fields(answer):
     return 'retry-after' not in answer.headers and not any(
         name.startswith('anthropic-ratelimit-') for name in answer.headers)
-
-
-def find_conversation_repair(answer):
-    return find_repair(answer.message, CONVERSATION_REPAIRS)
 
 
 def find_fallback_repair(answer):
@@ -2221,11 +2213,13 @@ RULES = (
          when=says('organization (has been|is) disabled|oauth .{0,80}not (allowed|supported)'
                    '.{0,80}organization|organization .{0,80}not .{0,80}oauth'),
          words='not allowed by its organization', **BY_A_PERSON),
-    Rule('bad_thinking', (400,), Step.REPAIR, when=find_conversation_repair),
+    Rule('bad_thinking', (400,), Step.REPAIR,
+         when=lambda answer: find_repair(answer.message, CONVERSATION_REPAIRS)),
     Rule('unsupported_field', (400,), Step.REPAIR, when=find_fallback_repair),
     AUTH_FAILED,
     BILLING,
-    NO_MODEL._replace(statuses=(400, 403, 404), when=is_relays_lack),
+    NO_MODEL._replace(statuses=(400, 403, 404),
+                      when=lambda answer: answer.is_relays and says(NO_SUCH_MODEL)(answer)),
     Rule('forbidden', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.PAIR, cooldown_s=600,
          when=says('permission_error'), words='access is not allowed', **BY_A_PERSON),
     NETWORK_REFUSED,

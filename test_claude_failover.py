@@ -501,7 +501,10 @@ class SmallToolsTest(ScratchTest):
     def test_a_text_without_a_mark_of_a_token_holds_none(self):
         for token in (token_of('a'), openai_token_of('a'), make_login(), *(f'{mark}{"x" * 20}' for mark in cf.SECRET_MARKS)):
             self.assertNotIn(token, cf.redact(f'before {token} after'))
-        self.assertEqual(cf.redact('a plain text'), 'a plain text')
+        for text in ('a plain text', 'desk-macbook-air', 'the task-runner2 of disk-cleanup-tool'):
+            self.assertEqual(cf.redact(text), text)
+        for before in ('\\n', '%3d', 'token=', 'Bearer'):
+            self.assertNotIn(token_of('a')[-12:], cf.redact(f'{before}{token_of("a")}'))
 
     def test_control_characters_become_visible_not_active(self):
         self.assertNotIn('\x1b', cf.printable('\x1b[31mred\r\nx'))
@@ -706,6 +709,7 @@ class ConfigurationEditsTest(unittest.TestCase):
         self.assertEqual(config.profiles['other'].order, ('client', 'anthropic:b', 'anthropic:a', 'anthropic:key'))
 
     def test_a_token_is_no_label(self):
+        self.assertEqual(self.add(make_config(), label='desk-macbook-air')[1].label, 'desk-macbook-air')
         with self.assertRaisesRegex(cf.ConfigError, 'label looks like a token'):
             self.add(make_config(), 'mine', token_of('a'), base_url='http://localhost:1')
         with self.assertRaises(cf.UnknownKey) as caught:
