@@ -837,15 +837,10 @@ def object_field(document, field):
 
 def setting_value(document, setting):
     value = document.get(setting.name)
-    if value is None:                # JSON's null is the Node program's "not set"
-        return setting.default
-    complaint = setting.check(value)
-    if complaint:
-        # What may hold a password is not repeated.
-        is_secret = setting.name == 'accessToken' or '@' in str(value) or '?' in str(value)
-        shown = '' if is_secret else f', not {json.dumps(value)[:60]}'
-        raise ConfigError(f'{setting.name} {complaint}{shown}.', field=setting.name)
-    return value
+    may_hold_secret = setting.name == 'accessToken' or '@' in str(value) or '?' in str(value)
+    refuse_wrong(setting.name, value, setting.check,
+                 '' if may_hold_secret else f', not {json.dumps(value)[:60]}')
+    return setting.default if value is None else value
 
 
 def parse_key(provider, field, id, entry):
@@ -872,11 +867,11 @@ def parse_key(provider, field, id, entry):
                entry.get('addedAt'))
 
 
-def refuse_wrong(field, value, check):
-    """Raises ConfigError for the wrong value of an optional field."""
+def refuse_wrong(field, value, check, shown=''):
+    """Raises ConfigError for a wrong value; null is the Node program's "not set"."""
     complaint = None if value is None else check(value)
     if complaint:
-        raise ConfigError(f'{field} {complaint}.', field=field.rpartition('.')[2])
+        raise ConfigError(f'{field} {complaint}{shown}.', field=field.rpartition('.')[2])
 
 
 def parse_profile(name, entry, keys):
@@ -912,7 +907,7 @@ def parse_order(field, entry, keys):
     return dict.fromkeys(order)
 
 
-def refuse_missing(field, names, known, prefix=''):
+def refuse_missing(field: str, names: list, known, prefix: str = '') -> None:
     refuse_wrong(field, names, check_texts)
     for name in names:
         if prefix + name in known:
@@ -1416,7 +1411,7 @@ def cache_lifetime_s(data):
     return LONG_CACHE_S if b'"1h"' in data else CACHE_S
 
 
-def without_thinking(body, is_unwanted=lambda block: True):
+def without_thinking(body: dict, is_unwanted=lambda block: True) -> dict:
     """The body without the unwanted thinking blocks of assistant turns, and without turns that
     held nothing else: the API refuses empty ones."""
     if not isinstance(body.get('messages'), list):
@@ -1585,7 +1580,7 @@ def request_head(first_line: str, fields) -> bytes:
     return ('\r\n'.join(lines) + '\r\n\r\n').encode('latin-1')
 
 
-def own_fields(target, token, is_bearer=True):
+def common_fields(target, token, is_bearer=True):
     """[(name, value), ...] of each request that is ours: no field of a client's goes with it."""
     host = ('host', parse_base_url(target.base_url).host_field)
     account = ('chatgpt-account-id', account_id(jwt_claims(token)))
@@ -1597,7 +1592,7 @@ def build_openai_request(target: Target, token: str, body: dict,
                          session: str | None) -> UpstreamRequest:
     """The UpstreamRequest of a translated attempt.  `session` names the conversation to Codex."""
     data = dump_body(body)
-    fields = [*own_fields(target, token),
+    fields = [*common_fields(target, token),
               ('content-type', 'application/json'), ('content-length', len(data)),
               ('accept', 'text/event-stream' if body.get('stream') else 'application/json')]
     if target.is_codex:
@@ -1626,7 +1621,7 @@ def build_key_test(target: Target, key: Key, token: str) -> UpstreamRequest:
     """The UpstreamRequest of a KeyTest."""
     is_messages = target.wire == MESSAGES
     is_bearer = not is_messages or is_oauth(key, token)
-    fields = own_fields(target, token, is_bearer)
+    fields = common_fields(target, token, is_bearer)
     fields += [('anthropic-version', '2023-06-01')] if is_messages else []
     fields += [('anthropic-beta', OAUTH_BETA)] if is_messages and is_bearer else []
     head = request_head(f'GET {models_path(target)} HTTP/1.1', fields)
@@ -1649,7 +1644,7 @@ class Repair(NamedTuple):
     edit: Callable = lambda body, subject: body
 
 
-def without_path(value: Any, path: list) -> Any:
+def without_path(value: Any, path: list | tuple) -> Any:
     """`value` without the field at `path` (names; a number means every item of that list).
     Names that are not there are skipped: Anthropic's error paths also hold type tags."""
     if not path:
@@ -1666,11 +1661,14 @@ def without_path(value: Any, path: list) -> Any:
     return {**value, name: without_path(value[name], rest)}
 
 
-def without_thinking_edits(body):
-    """Without `context_management` edits about thinking: they need `thinking` itself."""
-    management = body.get('context_management')
-    if not isinstance(management, dict):
-        return body
+def leave_out(*path):
+    return lambda body, subject: without_path(body, path)
+
+
+def leave_out_thinking(body, subject):
+    """Without the `thinking` field, and the `context_management` edits that need it."""
+    body = without_path(body, ['thinking'])
+    management = as_dict(body.get('context_management'))
     edits = [edit for edit in as_list(management.get('edits'))
              if 'thinking' not in str(as_dict(edit).get('type'))]
     if edits:
@@ -1693,8 +1691,7 @@ CONVERSATION_REPAIRS = (
     Repair('signature', r'signature.{0,5} in .{0,3}(?:redacted_)?thinking|thinking\.signature',
            lambda body, subject: without_thinking(body)),
     Repair('missing_thinking', r'must start with a thinking block|expected .{0,3}thinking.{0,60}'
-           r'found', lambda body, subject: without_thinking_edits(without_path(
-               body, ['thinking']))),
+           r'found', leave_out_thinking),
 )
 #: Repairs for a model, whatever the conversation.
 MODEL_REPAIRS = (
@@ -1706,12 +1703,9 @@ MODEL_REPAIRS = (
            lambda body, subject: {**body, 'max_tokens': smaller(body.get('max_tokens'), subject)}),
     Repair('effort', r'\beffort\b', lambda body, subject: without_path(without_path(
         body, ['output_config', 'effort']), ['messages', '0', 'output_config', 'effort'])),
-    Repair('output_config', r'output_config',
-           lambda body, subject: without_path(body, ['output_config'])),
-    Repair('context_management', r'context_management',
-           lambda body, subject: without_path(body, ['context_management'])),
-    Repair('thinking', r'thinking', lambda body, subject: without_thinking_edits(
-        without_path(body, ['thinking']))),
+    Repair('output_config', r'output_config', leave_out('output_config')),
+    Repair('context_management', r'context_management', leave_out('context_management')),
+    Repair('thinking', r'thinking', leave_out_thinking),
 )
 REPAIRS = CONVERSATION_REPAIRS + MODEL_REPAIRS
 PASSING_REPAIRS = ('room', *(repair.name for repair in CONVERSATION_REPAIRS))
@@ -1808,7 +1802,7 @@ OPENAI_REPAIRS = (
 )
 
 
-def find_repair(message, repairs=REPAIRS):
+def find_repair(message: str, repairs: tuple = REPAIRS) -> Needed | None:
     """What a 400's message needs by the first repair that fits, or None."""
     for repair in repairs:
         match = re.search(repair.pattern, message[:MAX_MESSAGE_CHARS], re.IGNORECASE)
@@ -1817,7 +1811,7 @@ def find_repair(message, repairs=REPAIRS):
     return None
 
 
-def find_openai_repair(message):
+def find_openai_repair(message: str) -> Needed | None:
     """The same for OpenAI's 400s; None also where a repair would leave nothing to ask for."""
     needed = find_repair(message, OPENAI_REPAIRS)
     if needed and needed.name == 'room':
