@@ -1318,7 +1318,7 @@ EDGE_BYTES = 1024
 #: reasoning, which goes back to OpenAI and never to Anthropic.
 NO_PAYLOAD, PAYLOAD = 'cfo0:', 'cfo1:'
 #: In a body with thinking that Anthropic did not sign: an empty signature, in compact or spaced
-#: JSON, or one of ours.  Plain searches cost a tenth of a pattern's.
+#: JSON, or one of these.  Plain searches cost a tenth of a pattern's.
 UNSIGNED = (b'"signature":""', b'"signature": ""', b'"signature":null', b'"signature": null',
             b'"cfo0:', b'"cfo1:')
 
@@ -1334,7 +1334,7 @@ class RequestBody:
 
     @functools.cached_property
     def json(self) -> dict:
-        """The JSON object; {} when the body is none, of which the upstream will complain."""
+        """The JSON object; {} for a body of another kind, which the upstream will refuse."""
         try:
             return loads_object(self.data)
         except ValueError:
@@ -1581,7 +1581,7 @@ def request_head(first_line: str, fields) -> bytes:
 
 
 def common_fields(target, token, is_bearer=True):
-    """[(name, value), ...] of each request that is ours: no field of a client's goes with it."""
+    """[(name, value), ...] of a request that holds none of the client's header fields."""
     host = ('host', parse_base_url(target.base_url).host_field)
     account = ('chatgpt-account-id', account_id(jwt_claims(token)))
     return [host, key_field(token, is_bearer), ('accept-encoding', 'identity'),
@@ -1966,7 +1966,7 @@ def sane_hint(seconds):
 
 
 def retry_after_s(answer):
-    """Seconds to wait from retry-after-ms or retry-after, the first of each; None without one."""
+    """Seconds to wait from retry-after-ms, else from retry-after; None without either."""
     milliseconds = parse_duration(answer.headers.get('retry-after-ms', '').partition(',')[0])
     seconds = None if milliseconds is None else sane_hint(milliseconds / 1000)
     if seconds is not None:
@@ -2385,8 +2385,8 @@ def classify(answer: Answer, rules: tuple = RULES) -> Outcome:
                        if (found := rule.when(answer)))
     repair = found if rule.step is Step.REPAIR else None
     hint_s = ends_s = rule.hint(answer)
-    soonest_s = retry_after_s(answer)
-    if hint_s is not None and soonest_s is not None:
+    soonest_s = None if hint_s is None else retry_after_s(answer)
+    if soonest_s is not None:
         hint_s = min(hint_s, soonest_s)       # it may be asked then, though the limit goes on
     return Outcome(rule, answer.status, redact(answer.message), hint_s, repair, ends_s)
 
