@@ -2274,8 +2274,9 @@ def seconds_to_openai_reset(answer):
     resets = [parse_duration(value) for name, value in headers.items()
               if name.startswith('x-ratelimit-reset-')
               and headers.get(name.replace('-reset-', '-remaining-'), '0').strip() == '0']
-    match = re.search(r'try again in ((?:[\d.]+(?:ms|[dhms]))+)', answer.message, re.IGNORECASE)
-    resets.append(parse_duration(match.group(1)) if match else None)
+    match = re.search(r'(?:try again|retry) (?:in|after) ((?:[\d.]+ ?(?:ms|[dhms]))+)',
+                      answer.message, re.IGNORECASE)
+    resets.append(parse_duration(match.group(1).replace(' ', '')) if match else None)
     return max((s for s in map(sane_hint, resets) if s is not None), default=None)
 
 
@@ -2288,8 +2289,13 @@ def seconds_to_plan_reset(answer):
     return parse_reset(str(details.get('resets_at')), answer.now)
 
 
-TOO_LONG = (r'context_length_exceeded|maximum context length|context window|prompt is too long|'
-            r'exceeds? the (available|maximum) context')
+#: How servers of all kinds say that the prompt alone is too long, and that nothing is paid for.
+TOO_LONG = (
+    r'context_length_exceeded|(maximum|the) context length|context.?window|prompt is too long|'
+    r'exceeds? the (available|maximum) context|longer than the maximum model length|'
+    r'(prompt|input)( token count| length)?( of)?[\d() ]* exceeds|inputs\W{1,3}must have less')
+NO_MONEY = (r'insufficient_quota|billing_hard_limit_reached|spend_limit_exceeded|'
+            r'insufficient balance|balance is insufficient|n.t have any credits')
 
 #: The policy for OpenAI and compatible servers, first match first.
 OPENAI_RULES = (
@@ -2301,18 +2307,17 @@ OPENAI_RULES = (
     Rule('context_too_long', (400, 413, 422), Step.RELAY, when=says(TOO_LONG)),
     NETWORK_REFUSED._replace(when=lambda answer: not answer.details or says(
         'request_forbidden|unsupported_country|request not allowed')(answer)),
+    Rule('out_of_quota', (403, 429), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY,
+         cooldown_s=3600, when=says(NO_MONEY), words='quota is used up', **BY_A_PERSON),
     AUTH_FAILED._replace(statuses=(401, 403)),
     BILLING,
-    Rule('out_of_quota', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=3600,
-         when=says(r'insufficient_quota|billing_hard_limit_reached|spend_limit_exceeded'),
-         words='quota is used up', **BY_A_PERSON),
     Rule('plan_limit', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
          when=says('usage_limit_reached|usage_not_included'), hint=seconds_to_plan_reset,
          asks_again=LATER, words='plan limit reached'),
     RATE_LIMITED._replace(hint=seconds_to_openai_reset),
-    OVERLOADED._replace(statuses=(503, 529), doubles_to_s=30,
+    OVERLOADED._replace(statuses=(498, 503, 529), doubles_to_s=30,
                         when=lambda answer: answer.status == 529 or says(
-                            'overloaded|slow.down|at capacity')(answer)),
+                            'overloaded|slow.down|at capacity|capacity.exceeded')(answer)),
     # llama-cpp-python's 400.
     Rule('rejected', (500,), Step.RELAY, when=says(r'\d validation errors?:')),
     SERVER_ERROR._replace(statuses=(408, *range(500, 600))),
