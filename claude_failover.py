@@ -1781,7 +1781,9 @@ def with_short_descriptions(body, subject):
 #: The same for OpenAI and compatible servers; the body is a translated one.
 OPENAI_REPAIRS = (
     Repair('use_responses', r'use (?:the )?/?v1/responses'),
-    Repair('output_limit', r'at most (\d{1,9}) (?:completion|output) tokens', with_output_limit),
+    Repair('output_limit', r'at most (\d{1,9}) (?:completion|output) tokens|_tokens.{0,3} must be '
+                           r'less than or equal to \W?(\d{1,9})|range of \w+_tokens should be '
+                           r'\[\d+, ?(\d{1,9})', with_output_limit),
     Repair('room', r'maximum context length is (\d{1,9}) tokens.{0,60}requested \d+ tokens '
                    r'\((\d{1,9}) in the messages(?:, (\d{1,9}) in the functions)?',
            with_output_limit),
@@ -1792,13 +1794,14 @@ OPENAI_REPAIRS = (
            with_short_descriptions),
     Repair('parameter', r'(?:unsupported|unknown|not supported|not permitted).*'
                         r'\(parameter ([\w.\[\]-]+)\)$', without_parameter),
-    Repair('parameter', r'(?:unsupported|unknown|unrecognized|unexpected) (?:request )?'
-                        r'(?:parameter|argument|keyword argument|field|property|value)s?'
+    Repair('parameter', r'(?:not support|unsupported|unknown|unrecognized|unexpected) (?:request '
+                        r')?(?:parameter|argument|keyword argument|field|property|value|name)s?'
                         r'(?: supplied)?:? *[`\'"]?([A-Za-z_][\w.\[\]-]*)', without_parameter),
     Repair('parameter', r'(?:^|[\s.])([A-Za-z_][\w.]*): extra (?:inputs|fields) (?:are )?not '
                         r'permitted', without_parameter),
-    Repair('parameter', r'[`\'"]([A-Za-z_][\w.\[\]-]*)[`\'"] (?:parameter )?is (?:not '
-                        r'(?:supported|allowed|permitted)|unsupported)', without_parameter),
+    Repair('parameter', r'[`\'"]([A-Za-z_][\w.\[\]-]*)[`\'"] (?:cannot both|(?:parameter '
+                        r')?is (?:not (?:supported|allowed|permitted)|unsupported|immutable))',
+           without_parameter),
 )
 
 
