@@ -2393,9 +2393,9 @@ def classify(answer: Answer, rules: tuple = RULES) -> Outcome:
                        if (found := rule.when(answer)))
     repair = found if rule.step is Step.REPAIR else None
     hint_s = ends_s = rule.hint(answer)
-    soonest_s = None if hint_s is None else retry_after_s(answer)
-    if soonest_s is not None:
-        hint_s = min(hint_s, soonest_s)       # it may be asked then, though the limit goes on
+    if ends_s is not None:            # it may be asked sooner, though the limit goes on
+        soonest_s = retry_after_s(answer)
+        hint_s = ends_s if soonest_s is None else min(ends_s, soonest_s)
     return Outcome(rule, answer.status, redact(answer.message), hint_s, repair, ends_s)
 
 
