@@ -1583,9 +1583,9 @@ def request_head(first_line: str, fields) -> bytes:
 def common_fields(target, token, is_bearer=True):
     """[(name, value), ...] of a request that holds none of the client's header fields."""
     host = ('host', parse_base_url(target.base_url).host_field)
-    account = ('chatgpt-account-id', account_id(jwt_claims(token)))
+    account = [('chatgpt-account-id', account_id(jwt_claims(token)))] if target.is_codex else []
     return [host, key_field(token, is_bearer), ('accept-encoding', 'identity'),
-            ('user-agent', f'{PROGRAM}/{VERSION}'), *([account] if target.is_codex else [])]
+            ('user-agent', f'{PROGRAM}/{VERSION}'), *account]
 
 
 def build_openai_request(target: Target, token: str, body: dict,
