@@ -51,6 +51,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Client connections      request heads and bodies read strictly, answers written once
     Upstream                connections that are reused, answers that are read strictly
     Carrying streams        one thread that passes on the events of all streams
+    Compressed answers      what came compressed, as it is read
     Answers                 one answer: read until its meaning is known, then relayed
     Failures                what a client gets when nothing is left to try
     Serving                 one request from its plan to its answer
@@ -150,10 +151,6 @@ SEND_BYTES = 256 * 1024
 RECEIVE_BYTES = 64 * 1024
 #: Of a plain answer's beginning, so that one that is none is seen before it is the client's.
 HELD_BYTES = 64 * 1024
-#: What one read of a compressed body gives at the most: a megabyte of it may be a thousand.
-DECODED_BYTES = 256 * 1024
-#: Codings of a body that lie in one another; more than one is odd already.
-MAX_CODINGS = 4
 #: Chunks of a request body: 32 MB in pieces of 330 bytes.
 MAX_CHUNKS = 100_000
 #: Interim answers (100, 103) before an upstream's real one.
@@ -6261,7 +6258,13 @@ class UpstreamResponse:
 
     def read_all(self, limit):
         """The rest of the body, at most about `limit` bytes of it."""
-        return read_all(self, limit)
+        body = bytearray()
+        while len(body) < limit:
+            piece = self.read()
+            if not piece:
+                break
+            body += piece
+        return bytes(body)
 
     def _receive(self):
         try:
@@ -6345,17 +6348,6 @@ class UpstreamResponse:
             self.when_closed(self._sock)
         else:
             self._sock.close()
-
-
-def read_all(upstream, limit):
-    """The rest of a body, at most about `limit` bytes of it."""
-    body = bytearray()
-    while len(body) < limit:
-        piece = upstream.read()
-        if not piece:
-            break
-        body += piece
-    return bytes(body)
 
 
 class Upstream:
@@ -6807,8 +6799,11 @@ class StreamCarrier:
         threading.Thread(target=self._run, name='carrier', daemon=True).start()
 
     def carry(self, upstream, events, response):
-        """Passes on a stream until its own thread has to go on with it; the bytes of its failure,
-        where it is for that.  Raises what upstream.read and response.write raise."""
+        """Passes on a stream until its own thread has to go on with it (at once where it has to
+        be decoded); the bytes of its failure, where it is for that.  Raises what upstream.read
+        and response.write raise."""
+        if not isinstance(upstream, UpstreamResponse):
+            return b''
         carried = Carried(upstream, events, response)
         with upstream.not_waiting() as sock:
             if carried.pass_on():
@@ -6825,6 +6820,123 @@ class StreamCarrier:
                 if not key.data.pass_on():
                     self._selector.unregister(key.fileobj)
                     key.data.is_over.put(True)
+
+
+# ==============================================================================
+# Compressed answers
+# ==============================================================================
+# Identity is asked for; what comes compressed all the same is undone as it is read.
+
+INFLATED_CODINGS = ('gzip', 'x-gzip', 'deflate')
+#: Those that need more than the standard library.  What else a field may say (identity, none,
+#: utf-8) compresses nothing.
+OPAQUE_CODINGS = ('br', 'zstd', 'compress', 'x-compress', 'dcb', 'dcz')
+#: Codings of a body that lie in one another; more than one is odd already.
+MAX_CODINGS = 4
+#: What one read of a compressed body gives at the most: a megabyte of it may be a thousand.
+DECODED_BYTES = 256 * 1024
+
+
+def decoded(upstream: UpstreamResponse) -> UpstreamResponse | Uncoded | None:
+    """The answer as it is read; None where its body cannot be decoded here."""
+    field = upstream.headers.get('content-encoding')
+    if field is None:                             # nearly always
+        return upstream
+    names = [name.strip().lower() for name in field.split(',')]
+    codings = [name for name in names if name in INFLATED_CODINGS]
+    if len(codings) > MAX_CODINGS or any(name in OPAQUE_CODINGS for name in names):
+        return None
+    answer = Uncoded(upstream)
+    for coding in reversed(codings):              # the last one was applied last
+        answer = Inflated(answer, coding)
+    return answer
+
+
+class Uncoded:
+    """An answer without its content-encoding field: what it names is undone, or was nothing."""
+    length = None                 # of the body as it is read
+
+    def __init__(self, upstream):
+        self._upstream = upstream
+        self.headers = {n: v for n, v in upstream.headers.items() if n != 'content-encoding'}
+        self.fields = [(n, v) for n, v in upstream.fields if n.lower() != 'content-encoding']
+        self.forwarded_head = ''.join(f'{name}: {value}\r\n' for name, value in self.fields)
+
+    def __getattr__(self, name):
+        return getattr(self._upstream, name)
+
+
+class Inflated(Uncoded):
+    """An answer whose body is inflated as it comes."""
+
+    def __init__(self, upstream, coding):
+        super().__init__(upstream)
+        self._pieces = inflated(upstream.read, coding)
+        self._piece = None            # that `wait` found; b'' where more has to be received
+
+    read_all = UpstreamResponse.read_all
+
+    def read(self):
+        piece, self._piece = self._piece, None
+        return piece or next(filter(None, self._pieces), b'')
+
+    def wait(self, seconds):
+        deadline = time.monotonic() + seconds
+        while not self._piece:
+            left_s = max(0, deadline - time.monotonic())
+            if self._piece is not None and not self._upstream.wait(left_s):
+                return False
+            self._piece = next(self._pieces, None)
+            if self._piece is None:
+                break                 # it has ended
+        return True
+
+
+def inflated(read, coding):
+    """Yields the body that `read` gives, inflated, in pieces; b'' each time before it reads.
+
+    What the body is tells its own beginning: servers mistake gzip, zlib and raw deflate for one
+    another, or name one and send none.  Raises UpstreamCut.
+    """
+    data = b''
+    for member in itertools.count():              # gzip may have several
+        while len(data) < 2:
+            yield b''
+            piece = read()
+            if not piece and data and not member:
+                raise UpstreamCut('its compressed body is not whole')
+            if not piece:
+                return
+            data += piece
+        is_gzip = data[:2] == b'\x1f\x8b'
+        is_zlib = data[0] & 15 == 8 and int.from_bytes(data[:2], 'big') % 31 == 0
+        if member and not is_gzip or not (is_gzip or is_zlib or coding == 'deflate'):
+            while data:
+                if not member:        # not compressed; else padding behind the last member
+                    yield data
+                yield b''
+                data = read()
+            return
+        window = zlib.MAX_WBITS | 32 if is_gzip or is_zlib else -zlib.MAX_WBITS
+        data = yield from inflated_member(zlib.decompressobj(window), data, read)
+
+
+def inflated_member(inflater, data, read):
+    """The same for what one inflater reads, whose first bytes came; returns those behind it."""
+    while not inflater.eof:
+        try:
+            piece = inflater.decompress(data, DECODED_BYTES)
+        except zlib.error as error:
+            raise UpstreamCut('its compression is broken') from error
+        data = inflater.unconsumed_tail
+        if piece:
+            yield piece
+        elif not inflater.eof:
+            yield b''
+            data = read()
+            if not data:
+                raise UpstreamCut('its compressed body is not whole')
+    return inflater.unused_data
 
 
 # ==============================================================================
@@ -7021,142 +7133,6 @@ class ClientSide:
         error = read_error(body)
         self.response.write(error_event(error.type.split(' ')[0] or 'api_error', error.message))
         return self.response.finish()
-
-
-# -- decoding ------------------------------------------------------------------
-
-INFLATED_CODINGS = ('gzip', 'x-gzip', 'deflate')
-#: Those that need more than the standard library.  What else a field may say (identity, none,
-#: utf-8) compresses nothing.
-OPAQUE_CODINGS = ('br', 'zstd', 'compress', 'x-compress', 'dcb', 'dcz')
-
-
-def decoded(upstream):
-    """The answer as it is read: decoded where it came compressed though identity was asked for.
-    None where that cannot be done here."""
-    field = upstream.headers.get('content-encoding')
-    if field is None:                             # nearly always
-        return upstream
-    names = [name.strip().lower() for name in field.split(',')]
-    codings = [name for name in names if name in INFLATED_CODINGS]
-    if len(codings) > MAX_CODINGS or any(name in OPAQUE_CODINGS for name in names):
-        return None
-    upstream = Uncoded(upstream)
-    for coding in reversed(codings):              # the last one was applied last
-        upstream = Inflated(upstream, coding)
-    return upstream
-
-
-class Uncoded:
-    """An upstream's answer without its content-encoding field: what it names is undone here, or
-    was nothing."""
-
-    length = None                 # of the body as it is given on
-
-    def __init__(self, upstream):
-        self._upstream = upstream
-        self.headers = {n: v for n, v in upstream.headers.items() if n != 'content-encoding'}
-        self.fields = [(n, v) for n, v in upstream.fields if n.lower() != 'content-encoding']
-        self.forwarded_head = ''.join(f'{name}: {value}\r\n' for name, value in self.fields)
-
-    def __getattr__(self, name):
-        return getattr(self._upstream, name)
-
-
-class Inflated(Uncoded):
-    """An answer whose body is inflated as it comes.  What it is tells its own beginning: servers
-    mistake gzip, zlib and raw deflate for one another, or name one and send none."""
-
-    def __init__(self, upstream, coding):
-        super().__init__(upstream)
-        self._coding = coding
-        self._inflater = None         # of the member that is being read; gzip may have several
-        self._members = 0             # read so far
-        self._input = b''             # received, not yet inflated
-        self._output = b''            # inflated, not yet read
-        self._has_more = False        # the inflater has more to give without any input
-        self._is_over = False
-
-    @property
-    def ended(self):
-        is_last = self._is_over or self._upstream.ended and not self._can_go_on
-        return is_last and not self._output
-
-    @property
-    def _can_go_on(self):
-        """Whether no more needs to be received for the next step."""
-        return self._has_more or len(self._input) >= (1 if self._inflater else 2)
-
-    def has_received(self):
-        return bool(self._output) or self._can_go_on or self._upstream.has_received()
-
-    def wait(self, seconds):
-        deadline = time.monotonic() + seconds
-        while not (self._output or self._is_over):
-            if not (self._can_go_on or self._upstream.wait(max(0, deadline - time.monotonic()))):
-                return False
-            self._inflate_some()
-        return True
-
-    def read(self):
-        while not (self._output or self._is_over):
-            self._inflate_some()
-        piece, self._output = self._output, b''
-        return piece
-
-    def read_all(self, limit):
-        return read_all(self, limit)
-
-    def _inflate_some(self):
-        data = self._input
-        if not self._can_go_on:
-            piece = self._upstream.read()
-            if not piece:
-                return self._end()
-            data += piece
-        if not self._inflater and len(data) > 1:
-            self._inflater = self._find_inflater(data)
-        if not self._inflater:
-            self._input = data
-            return None
-        try:
-            self._output = self._inflater.decompress(data, DECODED_BYTES)
-        except zlib.error as error:
-            raise UpstreamCut('its compression is broken') from error
-        self._input = self._inflater.unconsumed_tail
-        self._has_more = len(self._output) == DECODED_BYTES
-        if self._inflater.eof:
-            self._input, self._has_more = self._inflater.unused_data, False
-            self._inflater, self._members = None, self._members + 1
-        return None
-
-    def _find_inflater(self, data):
-        """What reads a member with this beginning."""
-        is_gzip, is_zlib = data[:2] == b'\x1f\x8b', int.from_bytes(data[:2], 'big') % 31 == 0
-        if self._members and not is_gzip:
-            return NOTHING            # padding behind the last member
-        if is_gzip or is_zlib and data[0] & 15 == 8:
-            return zlib.decompressobj(zlib.MAX_WBITS | 32)    # finds out which of the two
-        return zlib.decompressobj(-zlib.MAX_WBITS) if self._coding == 'deflate' else ALL
-
-    def _end(self):
-        self._is_over = True
-        is_begun = self._inflater not in (None, ALL, NOTHING)
-        if is_begun or self._input and not self._members:
-            raise UpstreamCut('its compressed body is not whole')
-
-
-class Uncompressed(NamedTuple):
-    """Stands in for an inflater where nothing was deflated; `most` of each piece is taken."""
-    most: int | None
-    eof: bool = False
-    unconsumed_tail: bytes = b''
-
-    def decompress(self, data, limit):
-        return data[:self.most]
-
-
-ALL, NOTHING = Uncompressed(None), Uncompressed(0)
 
 
 # -- reading -------------------------------------------------------------------

@@ -6494,7 +6494,6 @@ class ServingTest(unittest.TestCase):
         sizes = []
         upstream = cf.decoded(FakeUpstreamResponse(Play(200, {'content-encoding': 'gzip'}, bomb)))
         while sum(sizes) < 60_000_000:
-            self.assertTrue(upstream.has_received() or not sizes)
             sizes.append(len(upstream.read()))
         self.assertEqual((upstream.read(), max(sizes) <= cf.DECODED_BYTES), (b'', True))
         play = Play(400, {'content-encoding': 'gzip'}, bomb)
