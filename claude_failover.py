@@ -139,53 +139,24 @@ MAX_ERROR_BODY_BYTES = 4 * 1024 * 1024
 MAX_MESSAGE_CHARS = 2000
 #: An event longer than this is passed on in parts; the longest real one is a tool's input.
 MAX_EVENT_BYTES = 4 * 1024 * 1024
-#: Field lines of heads up to this size are kept as read; clients' have some 1.5 KB.
-MAX_KNOWN_HEAD_BYTES = 4096
-#: Bodies below this travel in one packet train with their head: one system call less.
-JOIN_BYTES = 64 * 1024
-#: What a larger request body is given before it comes.
-PREPARED_BYTES = 1024 * 1024
-#: Over TLS a larger body goes on in pieces of this size, with a look for an early answer between.
-SEND_BYTES = 256 * 1024
 #: What one receive asks for.
 RECEIVE_BYTES = 64 * 1024
 #: Of a plain answer's beginning, so that one that is none is seen before it is the client's.
 HELD_BYTES = 64 * 1024
-#: Chunks of a request body: 32 MB in pieces of 330 bytes.
-MAX_CHUNKS = 100_000
-#: Interim answers (100, 103) before an upstream's real one.
-MAX_INTERIM = 20
 #: Each connection is a thread with two sockets; a client that opens more is out of control.
 MAX_CONNECTIONS = 2000
 #: Threads that wait for the next connection.
 IDLE_WORKERS = 32
 
-#: Waiting for a client: each read of a head or body, the whole head, the whole body, between
-#: two requests, and for a client that does not read its answer.
-CLIENT_READ_S = 20
-CLIENT_HEAD_S = 30
-CLIENT_BODY_S = 300
-CLIENT_IDLE_S = 600
-CLIENT_WRITE_S = 300
 #: Waiting for an upstream: the connection, the whole head of a plain answer and of a stream,
 #: whose first byte is what takes long (thinking is silent), and between two events.
 CONNECT_S = 10
-#: The same where the last connection was not made in time: a black hole mostly stays one.
-CONNECT_AGAIN_S = 4
-#: How long an address may be silent until the next is tried beside it (RFC 8305 section 5).
-NEXT_ADDRESS_S = 0.25
-#: Silence after which, and so often, TCP asks whether the other side is there; as the SDKs do.
-TCP_ALIVE_S = 60
-TCP_ALIVE_PROBES = 5
 FIRST_BYTE_S = 600
 STREAM_IDLE_S = 300
 #: Waiting for the end of a body whose last event has come.
 LAST_CHUNK_S = 0.2
 #: Older idle connections are not trusted: a laptop that slept, a NAT that forgot, look alike.
 POOL_IDLE_S = 30
-POOL_SIZE = 64
-#: How often the watcher looks; a client that left is noticed within this.
-WATCH_S = 0.25
 #: How often the configuration file is looked at.
 RELOAD_S = 5
 #: Memory is given back with the first of so many looks: 5 s after the start, then each 10 min.
@@ -213,33 +184,13 @@ MAX_PLANS = 256
 MAX_TOLD_ATTEMPTS = 30
 #: A shorter credential is a word (`none`, `x`), which a text may hold without quoting it.
 MIN_SECRET_CHARS = 8
-#: Log lines that may wait to be written, and how long they wait, so that many go together.
-MAX_LOG_LINES = 10_000
-MAX_LOG_BATCH = 32
-LOG_DELAY_S = 0.05
-#: Requests that /health lists.
-RECENT_REQUESTS = 100
-#: The minutes of which the dashboard draws a picture, and the times to first byte kept of one.
-HISTORY_MINUTES = 60
-MAX_TTFBS = 500
-#: News that may wait for one dashboard: some seconds of a busy log.
-MAX_NEWS = 1000
 #: How often a dashboard hears of the state at the most, and of nothing at the least.
 STATUS_S = 1
 KEEP_ALIVE_S = 15
-#: How much of the log's end is read to show its last lines: some 1,000 of them.
-LOG_TAIL_BYTES = 512 * 1024
 
 HOP_BY_HOP = frozenset((
     'connection', 'keep-alive', 'proxy-authenticate', 'proxy-authorization', 'proxy-connection',
     'te', 'trailer', 'transfer-encoding', 'upgrade'))
-#: Not passed upstream as they came: ours to write, or nobody's business (a cookie of
-#: another program on this host).  accept-encoding becomes identity: a compressed error
-#: cannot be classified, and usage is read from the stream.
-OWN_REQUEST_FIELDS = HOP_BY_HOP | {
-    'host', 'content-length', 'x-api-key', 'authorization', 'accept-encoding', 'expect',
-    'anthropic-beta', 'cookie'}
-OWN_RESPONSE_FIELDS = HOP_BY_HOP | {'content-length'}
 
 MESSAGES_PATH = '/v1/messages'
 COUNT_TOKENS_PATH = '/v1/messages/count_tokens'
@@ -4790,6 +4741,20 @@ class Conversations:
 
 LEVELS = ('debug', 'info', 'warn', 'error')
 LINE_ENCODER = json.JSONEncoder(default=str)
+#: Log lines that may wait to be written, and how long they wait, so that many go together.
+MAX_LOG_LINES = 10_000
+MAX_LOG_BATCH = 32
+LOG_DELAY_S = 0.05
+#: How much of the log's end is read to show its last lines: some 1,000 of them.
+LOG_TAIL_BYTES = 512 * 1024
+#: Requests that /health lists.
+RECENT_REQUESTS = 100
+#: The minutes of which the dashboard draws a picture, and the times to first byte kept of one.
+HISTORY_MINUTES = 60
+MAX_TTFBS = 500
+#: News that may wait for one dashboard: some seconds of a busy log.
+MAX_NEWS = 1000
+OUTCOMES = ('answered', 'failed', 'refused', 'client_gone')
 
 
 class Subscription:
@@ -5010,9 +4975,6 @@ class Minute:
             return counts
         return {**counts, 'ttfb_p50_ms': ordered[len(ordered) // 2],
                 'ttfb_p95_ms': ordered[int(len(ordered) * 0.95)]}
-
-
-OUTCOMES = ('answered', 'failed', 'refused', 'client_gone')
 
 
 def is_rescued(record):
@@ -5414,6 +5376,10 @@ def has_new_secret(key, digest):
 # Exchanges
 # ==============================================================================
 
+#: How often the watcher looks; a client that left is noticed within this.
+WATCH_S = 0.25
+
+
 def readable(sockets, seconds=0):
     """Those of some sockets that have bytes, an end or an error waiting, or get them in time."""
     if not hasattr(select, 'poll'):               # Windows
@@ -5580,6 +5546,8 @@ class Watcher:
 FIELD_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?')
 LENGTH = re.compile(r'[0-9]{1,18}')
+#: Field lines of heads up to this size are kept as read; clients' have some 1.5 KB.
+MAX_KNOWN_HEAD_BYTES = 4096
 
 
 class Field(NamedTuple):
@@ -5727,6 +5695,25 @@ BARE_LF = re.compile(rb'(?<!\r)\n')
 #: How an API path begins: clients put a base URL that ends in /v1, in / or in neither before it.
 API_PATH = re.compile(r'/+(?:(?:v1/+)+|(?=(?:messages|models|files|complete)(?:[/?]|$)))')
 DOT_SEGMENT = re.compile(r'(?i)(?:^|/|%2f|%5c)(?:\.|%2e){1,2}(?=/|%2f|%5c|$)')
+#: Not passed upstream as they came: ours to write, or nobody's business (a cookie of
+#: another program on this host).  accept-encoding becomes identity: a compressed error
+#: cannot be classified, and usage is read from the stream.
+OWN_REQUEST_FIELDS = HOP_BY_HOP | {
+    'host', 'content-length', 'x-api-key', 'authorization', 'accept-encoding', 'expect',
+    'anthropic-beta', 'cookie'}
+#: Waiting for a client: each read of a head or body, the whole head, the whole body, between
+#: two requests, and for a client that does not read its answer.
+CLIENT_READ_S = 20
+CLIENT_HEAD_S = 30
+CLIENT_BODY_S = 300
+CLIENT_IDLE_S = 600
+CLIENT_WRITE_S = 300
+#: What a body that has not come yet is given at first.
+PREPARED_BYTES = 1024 * 1024
+#: Chunks of a request body: 32 MB in pieces of 330 bytes.
+MAX_CHUNKS = 100_000
+#: Of the names under which clients' own keys cool.
+CLIENT_SALT = os.urandom(32)
 
 
 class RequestHead(NamedTuple):
@@ -6111,9 +6098,6 @@ class ClientRequest:
         return Key(f'client:{digest}', CLIENT_REF, ANTHROPIC, '', CLIENT_REF)
 
 
-CLIENT_SALT = os.urandom(32)
-
-
 def read_credentials(headers, access_token=None):
     """[(field, value), ...] of the client's own credential; our access token is none."""
     credentials = []
@@ -6141,6 +6125,22 @@ ODD_LENGTH = re.compile(rb'(?i)\r\n(?:content-length|transfer-encoding)'
                         rb'(?:[^:\r\n]*[ \t]:|:[^\r\n]*\r\n[ \t])')
 #: macOS's own bundle, for Pythons that were installed without one.
 SYSTEM_CA_FILE = '/etc/ssl/cert.pem'
+OWN_RESPONSE_FIELDS = HOP_BY_HOP | {'content-length'}
+#: Interim answers (100, 103) before the real one.
+MAX_INTERIM = 20
+#: As CONNECT_S, where the last connection was not made in time: a black hole mostly stays one.
+CONNECT_AGAIN_S = 4
+#: How long an address may be silent until the next is tried beside it (RFC 8305 section 5).
+NEXT_ADDRESS_S = 0.25
+#: Silence after which, and so often, TCP asks whether the other side is there; as the SDKs do.
+TCP_ALIVE_S = 60
+TCP_ALIVE_PROBES = 5
+#: Idle connections that are kept to one server.
+POOL_SIZE = 64
+#: Bodies below this travel in one packet train with their head: one system call less.
+JOIN_BYTES = 64 * 1024
+#: Over TLS a larger body goes on in pieces of this size, with a look for an early answer between.
+SEND_BYTES = 256 * 1024
 
 
 def goes_to_client(name):
