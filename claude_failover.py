@@ -4758,8 +4758,8 @@ OUTCOMES = ('answered', 'failed', 'refused', 'client_gone')
 
 
 class Subscription:
-    """What one dashboard still has to hear: ('log', JSON text), ...  One that does not keep up
-    is given up, never waited for."""
+    """News that one dashboard has not read yet: ('log', JSON text), ...  One that does not keep
+    up is dropped, never waited for."""
 
     def __init__(self):
         self._news = queue.Queue(MAX_NEWS)
@@ -4771,7 +4771,7 @@ class Subscription:
         except queue.Full:
             self.is_over = True
 
-    def next(self, seconds):
+    def next(self, seconds: float) -> tuple[str, str] | None:
         """The next piece of news, or None when none comes in that time."""
         try:
             return self._news.get(timeout=seconds)
@@ -4780,18 +4780,19 @@ class Subscription:
 
 
 class EventBus:
-    """Passes news on to the dashboards that are open; without one it costs a look."""
+    """Passes news on to the dashboards that are open."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        self.subscriptions = ()       # replaced whole, so that publishers need no lock
+        #: Replaced whole, so that publishers need no lock.
+        self.subscriptions: tuple[Subscription, ...] = ()
 
-    def publish(self, event, text):
+    def publish(self, event: str, text: str) -> None:
         for subscription in self.subscriptions:
             subscription.offer(event, text)
 
     @contextlib.contextmanager
-    def subscription(self):
+    def subscription(self) -> Iterator[Subscription]:
         subscription = Subscription()
         with self._lock:
             self.subscriptions += (subscription,)
@@ -4814,7 +4815,8 @@ class JsonLog:
     request, under one lock, would make all requests wait in line (a third of their throughput).
     """
 
-    def __init__(self, path, level='info', max_bytes=5_242_880, now=time.time, bus=None):
+    def __init__(self, path: str, level='info', max_bytes=5_242_880, now=time.time,
+                 bus: EventBus | None = None):
         self.path, self._now, self._bus = path, now, bus or EventBus()
         self._lock = threading.Lock()             # held for appending and rotating
         self._records = collections.deque(maxlen=MAX_LOG_LINES)       # that wait
@@ -4824,14 +4826,14 @@ class JsonLog:
         self.failed = False       # the last lines could not be written
         self.configure(level, max_bytes)
 
-    def configure(self, level, max_bytes):
+    def configure(self, level: str, max_bytes: int) -> None:
         self._least, self._max_bytes = LEVELS.index(level), max_bytes
 
-    def start(self):
+    def start(self) -> None:
         self._is_started = True
         threading.Thread(target=self._run, name='log', daemon=True).start()
 
-    def write(self, level, event, **fields):
+    def write(self, level: str, event: str, **fields) -> None:
         """Logs one line.  Levels: `error` needs a person, `warn` was handled, `info` is a
         change or a finished request, `debug` is for us."""
         if not self._add(level, event, fields):
@@ -4856,7 +4858,7 @@ class JsonLog:
             self._has_records.clear()
             self.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         """Writes all records that wait; in small batches, for encoding lets no request run."""
         with self._lock:
             while self._records:
@@ -4870,10 +4872,13 @@ class JsonLog:
                     self.failed = False
                 except OSError:       # a full disk must not stop a request; /health shows it
                     self.failed = True
-                    self._drop_rest_locked()
+                    with contextlib.suppress(OSError):    # then one line stays cut
+                        if self._file:
+                            self._file.truncate(self._size)
+                    self._close_locked()
 
     def _append_locked(self, data):
-        if self._file is None:
+        if not self._file:
             make_private_folder(os.path.dirname(self.path))
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             self._file = os.fdopen(descriptor, 'ab', buffering=0)
@@ -4884,12 +4889,11 @@ class JsonLog:
             left = left[self._file.write(left):]
         self._size += len(data)
         if self._size >= self._max_bytes:
-            self._file.close()
-            self._file = None
+            self._close_locked()
             os.replace(self.path, self.path + '.1')
 
     def _make_private_locked(self):
-        """Takes logs of before from other users' reach, and their folder where it is ours."""
+        """Takes older logs from other users' reach, and their folder where it is ours."""
         folder, name = os.path.split(self.path)
         stem = os.path.splitext(name)[0]
         for path in (self.path, f'{self.path}.1', folder):
@@ -4900,34 +4904,22 @@ class JsonLog:
                 if mode:
                     self._add('warn', 'made_private', {'path': path, 'mode': f'{mode:o}'})
 
-    def _drop_rest_locked(self):
-        """Closes the file, less what was written of lines that are not whole."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):    # then one line stays cut, and is passed over
-                self._file.truncate(self._size)
+    def _close_locked(self):
+        if self._file:
             self._file.close()
             self._file = None
 
-    def close(self):
+    def close(self) -> None:
         """Writes what waits.  What comes later is dropped: its folder may be gone."""
         self.flush()
         with self._lock:
             self._records = collections.deque(maxlen=0)
-            if self._file:
-                self._file.close()
-                self._file = None
+            self._close_locked()
 
-    def debug(self, event, **fields):
-        self.write('debug', event, **fields)
-
-    def info(self, event, **fields):
-        self.write('info', event, **fields)
-
-    def warn(self, event, **fields):
-        self.write('warn', event, **fields)
-
-    def error(self, event, **fields):
-        self.write('error', event, **fields)
+    debug = functools.partialmethod(write, 'debug')
+    info = functools.partialmethod(write, 'info')
+    warn = functools.partialmethod(write, 'warn')
+    error = functools.partialmethod(write, 'error')
 
 
 def last_lines(path, count):
@@ -4943,7 +4935,7 @@ def last_lines(path, count):
     return lines[-count:] if count else []
 
 
-def last_records(path, count, level=LEVELS[0]):
+def last_records(path: str, count: int, level=LEVELS[0]) -> list[dict]:
     """[{'time': ..., 'level': ..., 'event': ...}, ...]: those of the last lines of a log that
     have this level at least."""
     records = []
@@ -4968,7 +4960,8 @@ class Minute:
         if 'ttfb_ms' in record and len(self.ttfbs_ms) < MAX_TTFBS:
             self.ttfbs_ms.append(record['ttfb_ms'])
 
-    def told(self):
+    def report(self):
+        """{'answered': 5, ..., 'ttfb_p50_ms': 900, 'ttfb_p95_ms': 2000}."""
         counts = {name: self.counts[name] for name in (*OUTCOMES, 'rescued')}
         ordered = sorted(self.ttfbs_ms)
         if not ordered:
@@ -4989,8 +4982,8 @@ DIGITS = re.compile(r'[0-9]{1,12}')
 
 
 class Metrics:
-    """Counters since the start, the last hour by minutes, the last finished requests, and what
-    each key's last answer told of its rate limits."""
+    """Counters since the start, the last hour by minutes, the last finished requests, and the
+    rate limits that each key's last answer named."""
 
     def __init__(self, now=time.time):
         self._now = now
@@ -4998,12 +4991,12 @@ class Metrics:
         self._counts = collections.Counter()
         self._served_by = collections.Counter()     # key's ref -> answers
         self._recent = collections.deque(maxlen=RECENT_REQUESTS)
-        self._minutes = {}            # unix minute -> Minute, oldest first
+        self._minutes = collections.defaultdict(Minute)     # by unix minute, oldest first
         self._limits = {}             # key's ref -> (unix seconds, header fields)
         self._looked = {}             # key's ref -> unix seconds of the last look at them
 
     def finished(self, record):
-        """Counts one finished request; `record` is what the log line says of it."""
+        """Counts one finished request by its record in the log."""
         minute = int(self._now() // 60)
         with self._lock:
             counts = self._counts
@@ -5021,11 +5014,9 @@ class Metrics:
             if 'key' in record:
                 self._served_by[f'{record["provider"]}:{record["key"]}'] += 1
             self._recent.append(record)
-            if minute not in self._minutes:
-                self._minutes[minute] = Minute()
-                if len(self._minutes) > HISTORY_MINUTES:
-                    del self._minutes[next(iter(self._minutes))]
             self._minutes[minute].add(record)
+            if len(self._minutes) > HISTORY_MINUTES:
+                del self._minutes[next(iter(self._minutes))]
 
     def note_limits(self, ref, headers, is_refusal=False):
         """Keeps an answer's header fields, if they tell of rate limits; of answers that came
@@ -5037,7 +5028,7 @@ class Metrics:
         if tells_limits(headers):
             self._limits[ref] = now, headers
 
-    def limits(self, ref):
+    def limits(self, ref: str) -> tuple[float | None, list[Limit]]:
         """(unix seconds of the answer, [Limit, ...]) for a key; (None, []) without one."""
         noted, headers = self._limits.get(ref, (None, {}))
         return noted, read_limits(headers, upstream_now(headers, noted))
@@ -5079,22 +5070,22 @@ class Metrics:
             by_provider[ref.partition(':')[0]] += count
         return {**counts, 'by_key': by_key, 'by_provider': dict(by_provider)}, recent
 
-    def history(self):
+    def history(self) -> list[dict]:
         """[{'minute': unix seconds, 'answered': 5, ...}, ...] of the last hour's minutes in which
         something finished."""
         first = int(self._now() // 60) - HISTORY_MINUTES
         with self._lock:
-            return [{'minute': minute * 60, **of_minute.told()}
+            return [{'minute': minute * 60, **of_minute.report()}
                     for minute, of_minute in self._minutes.items() if minute > first]
 
 
 class Journal:
-    """The log, the counters and the dashboards together: where a finished request is told."""
+    """The log, the counters and the dashboards together: where finished requests go."""
 
-    def __init__(self, log, metrics, bus=None, now=time.time):
+    def __init__(self, log: JsonLog, metrics: Metrics, bus: EventBus | None = None, now=time.time):
         self.log, self.metrics, self._bus, self._now = log, metrics, bus or EventBus(), now
 
-    def finished(self, record):
+    def finished(self, record: dict) -> None:
         record['time'] = utc_text(self._now())
         self.metrics.finished(record)
         if self._bus.subscriptions:
@@ -5102,19 +5093,17 @@ class Journal:
         self.log.write('warn' if record['outcome'] == 'failed' else 'info', 'request', **record)
 
 
-def describe_record(record):
+def describe_record(record: dict) -> str:
     """A log line's fields as a person reads them, without time, level and event."""
     if record.get('event') == 'request':
         return describe_request(record)
-    return ' '.join(f'{name}={describe_field(value)}' for name, value in record.items()
-                    if value not in (None, '') and name not in ('time', 'level', 'event'))
+    return printable(' '.join(
+        f'{name}={value if isinstance(value, str) else json.dumps(value)}'
+        for name, value in record.items()
+        if value not in (None, '') and name not in ('time', 'level', 'event')))
 
 
-def describe_field(value):
-    return printable(value if isinstance(value, str) else json.dumps(value))
-
-
-def local_time(text):
+def local_time(text: str) -> str:
     """'2026-03-01T12:00:00.123Z' -> '2026-03-01 13:00:00' where the clock shows that."""
     try:
         moment = datetime.fromisoformat(str(text).replace('Z', '+00:00'))
@@ -5145,23 +5134,23 @@ def describe_request(record):
 class ConfigStore:
     """The configuration file: `current` is the Config in force, `update` the only writer."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self.path = path
         self.current = parse_config({})
-        self.problem = None           # why the file as it is now is not in force, or None
+        self.problem: str | None = None       # why the file as it is now is not in force
         self._notices = []            # what was done to the file that its owner should know
         self._lock = threading.Lock()
         self._signature = None        # of the file that `current` or `problem` came from
 
-    def load(self):
+    def load(self) -> None:
         """Reads the file; one that is not there means the defaults.  Raises ConfigError."""
         with self._lock:
             self._signature = self._look()
             self.current = self._read()
 
-    def reload_if_changed(self):
-        """Takes up a changed file, if it is right; whether anything changed.  When it is
-        wrong the Config in force stays, and `problem` says why."""
+    def reload_if_changed(self) -> bool:
+        """Loads a changed file, if it is right; whether anything changed.  When it is wrong
+        the Config in force stays, and `problem` says why."""
         with self._lock:
             signature = self._look()
             if signature == self._signature:
@@ -5172,16 +5161,16 @@ class ConfigStore:
                 return True
             try:
                 self.current, self.problem = self._read_present(), None
-            except FileNotFoundError: # an editor is replacing it in this moment: look again
+            except FileNotFoundError: # an editor is just replacing it: look again
                 self._signature = None
                 return False
             except ConfigError as error:
                 self.problem = str(error)
             return True
 
-    def update(self, edit):
-        """Applies `edit` to the file as it is on disk now, and saves the outcome.  An edit gives
-        a Config for a Config, or (Config, what else came of it, ...), which comes back.
+    def update(self, edit: Callable):
+        """Applies `edit` to the file as it is on disk now, saves the outcome and returns it: an
+        edit gives a Config for a Config, or (Config, what else came of it, ...).
 
         The folder is locked against other processes of ours; an editor knows no lock, so the
         file is looked at once more before it is replaced, and the edit done again when it
@@ -5206,8 +5195,8 @@ class ConfigStore:
             self._signature, self.current, self.problem = self._look(), config, None
         return outcome
 
-    def take_notices(self):
-        """[sentence, ...], each once: what was done to the file, for who can tell its owner."""
+    def take_notices(self) -> list[str]:
+        """[sentence, ...] for the file's owner, each once: what was done to the file."""
         notices, self._notices = self._notices, []
         return notices
 
@@ -5268,12 +5257,12 @@ class ConfigStore:
                                  f'{mode & 0o700:o} now.')
 
 
-def output_path(config_path):
-    """Where a process in the background writes what it would tell a terminal."""
+def output_path(config_path: str) -> str:
+    """Where a process in the background writes what would go to a terminal."""
     return os.path.join(os.path.dirname(config_path), 'logs', f'{PROGRAM}.out')
 
 
-def log_path(config_path):
+def log_path(config_path: str) -> str:
     return os.path.join(os.path.dirname(config_path), 'logs', f'{PROGRAM}.log')
 
 
@@ -5288,11 +5277,11 @@ TOKEN_FIELDS = (('claudeAiOauth', 'accessToken'), ('tokens', 'access_token'), ('
 
 
 class TokenUnavailable(Exception):
-    """A token's environment variable or file gives none, or its login is over; the text says
+    """A token's environment variable or file holds none, or its login expired; the text says
     which and what to do."""
 
 
-def read_token(reference):
+def read_token(reference: str) -> str:
     """The secret behind a key's token, read anew each time.  Raises TokenUnavailable."""
     kind, _, place = reference.partition(':')
     if kind == 'env':
@@ -5321,17 +5310,15 @@ def read_token_file(path):
     except ValueError:
         return '', f'file {path} is not valid JSON'
     for names in TOKEN_FIELDS:
-        value = document
-        for name in names:
-            value = value.get(name) if isinstance(value, dict) else None
-        if isinstance(value, str) and value:
-            return value, f'file {path} holds a token with a space or control character'
+        token = functools.reduce(lambda value, name: as_dict(value).get(name), names, document)
+        if text_or_none(token):
+            return token, f'file {path} holds a token with a space or control character'
     return '', f'file {path} holds no access token'
 
 
-def usable_token(key, now):
-    """The secret of a key, or TokenUnavailable: also for a ChatGPT login that has expired, or
-    that names no account."""
+def read_usable_token(key: Key, now: float) -> str:
+    """The secret of a key.  Raises TokenUnavailable: also for a ChatGPT login that has expired,
+    or that names no account."""
     token = read_token(key.token)
     if not is_login(key, token):
         return token
@@ -5348,22 +5335,22 @@ def usable_token(key, now):
     return token
 
 
-def server_of(config, key):
+def server_of(config: Config, key: Key) -> str:
     """The base URL to which a key's requests go; without its token the one for API keys."""
     token = ''
-    if key.provider == OPENAI and not key.base_url:       # else the token tells nothing
+    if key.provider == OPENAI and not key.base_url:       # else the token makes no difference
         with contextlib.suppress(TokenUnavailable):
             token = read_token(key.token)
     return find_target(config, key, token, None).base_url
 
 
-def secret_digest(token):
-    """What a secret is known by where it must not stand."""
+def secret_digest(token: str) -> str:
+    """What stands for a secret where the secret itself must not."""
     return hashlib.sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
 
 
-def has_new_secret(key, digest):
-    """Whether what a key's token names holds another secret than the one with this digest."""
+def has_new_secret(key: Key, digest: str | None) -> bool:
+    """Whether the file or variable of a key holds another secret than the one of this digest."""
     if not (digest and is_reference(key.token)):
         return False
     try:
@@ -5380,7 +5367,7 @@ def has_new_secret(key, digest):
 WATCH_S = 0.25
 
 
-def readable(sockets, seconds=0):
+def readable(sockets: list[socket.socket], seconds: float = 0) -> list[socket.socket]:
     """Those of some sockets that have bytes, an end or an error waiting, or get them in time."""
     if not hasattr(select, 'poll'):               # Windows
         return select.select(sockets, [], [], seconds)[0]
@@ -5396,7 +5383,7 @@ def has_news(sock):
     return bool(poll.poll(0))
 
 
-def departed(sockets):
+def departed(sockets) -> list[socket.socket]:
     """Those of some sockets whose peer has closed its side."""
     if not hasattr(select, 'POLLRDHUP'):          # not Linux
         return [sock for sock in readable(sockets) if has_left(sock)]
@@ -5428,9 +5415,9 @@ def has_left(sock):
 class Exchange:
     """Both ends of one request, as far as the watcher and the queue must reach them."""
 
-    def __init__(self, client_socket, clock=time.monotonic):
+    def __init__(self, client_socket: socket.socket, clock=time.monotonic):
         self.client_socket = client_socket
-        self.deadline = None          # on `clock`: the upstream is given up after it
+        self.deadline: float | None = None        # on `clock`: the upstream is given up after it
         self.gone = False             # the client left
         self.timed_out = False        # the upstream was given up
         self._clock = clock
@@ -5439,7 +5426,7 @@ class Exchange:
         self._lock = threading.Lock()
 
     @property
-    def wake(self):
+    def wake(self) -> threading.Event:
         """The Event that ends a pause or a wait in the queue; few requests need it."""
         with self._lock:
             if self._wake is None:
@@ -5448,7 +5435,7 @@ class Exchange:
                     self._wake.set()
             return self._wake
 
-    def attach(self, upstream_socket, seconds):
+    def attach(self, upstream_socket: socket.socket, seconds: float) -> None:
         """From here on the watcher ends this socket when the client leaves or time is up."""
         with self._lock:
             self._upstream_socket = upstream_socket
@@ -5456,14 +5443,14 @@ class Exchange:
             self.timed_out = False
         self.check()
 
-    def detach(self):
+    def detach(self) -> None:
         with self._lock:
             self._upstream_socket = self.deadline = None
 
-    def extend(self, seconds):
+    def extend(self, seconds: float) -> None:
         self.deadline = self._clock() + seconds
 
-    def check(self):
+    def check(self) -> None:
         """Raises ClientGone or UpstreamTimeout when that is why a read or write ended."""
         if self.gone:
             raise ClientGone
@@ -5497,11 +5484,11 @@ class Watcher:
         self._exchanges = {}          # id(exchange) -> Exchange
         self._busy = threading.Event()
 
-    def start(self):
+    def start(self) -> None:
         threading.Thread(target=self._run, name='watcher', daemon=True).start()
 
     @contextlib.contextmanager
-    def watching(self, exchange):
+    def watching(self, exchange: Exchange) -> Iterator[Exchange]:
         self._exchanges[id(exchange)] = exchange
         if not self._busy.is_set():
             self._busy.set()
@@ -5519,14 +5506,14 @@ class Watcher:
             time.sleep(WATCH_S)
             exchanges = list(self._exchanges.values())
             if exchanges:
-                self.look(exchanges)
+                self.sweep(exchanges)
                 continue
             self._busy.clear()
             if self._exchanges:       # one came between the look and the clearing
                 self._busy.set()
 
-    def look(self, exchanges):
-        """Ends what has to end among these exchanges."""
+    def sweep(self, exchanges):
+        """Ends those of these exchanges whose client left or whose time is up."""
         now = self._clock()
         by_socket = {e.client_socket: e for e in exchanges if not e.gone}
         for sock in departed(by_socket):
@@ -8196,7 +8183,7 @@ class Serving:
     def _build(self, attempt):
         """The UpstreamRequest.  Raises TokenUnavailable, Untranslatable."""
         request, betas, key = self._request, self._request.betas, attempt.key
-        token = '' if key.id == CLIENT_REF else usable_token(key, self._failover.now())
+        token = '' if key.id == CLIENT_REF else read_usable_token(key, self._failover.now())
         self._token = token
         self._client.secrets.add(token)
         self._target = target = find_target(self._config, key, token, attempt.model)
@@ -9528,7 +9515,7 @@ def test_key(config, key, upstream, exchange, clock=time.monotonic, now=time.tim
     def tested(is_valid, status, message):
         return KeyTest(is_valid, status, redact(message), round((clock() - started) * 1000), url)
     try:
-        token = usable_token(key, now())
+        token = read_usable_token(key, now())
         target = find_target(config, key, token, None)
         wanted = build_key_test(target, key, token)
         url = f'{wanted.base.scheme}://{wanted.base.host_field}{models_path(target)}'
@@ -10439,7 +10426,7 @@ def without_label(key):
 def token_problem(key):
     """Why a key's token cannot be used as it is, with what to do; None when it can."""
     try:
-        usable_token(key, time.time())
+        read_usable_token(key, time.time())
     except TokenUnavailable as error:
         return str(error)
     return None

@@ -4276,10 +4276,10 @@ class ExchangesTest(unittest.TestCase):
         self.watcher = cf.Watcher(self.clock)
 
     def test_a_client_that_leaves_ends_its_upstream(self):
-        self.watcher.look([self.exchange])
+        self.watcher.sweep([self.exchange])
         self.assertFalse(self.exchange.gone)
         self.clients_end.close()
-        self.watcher.look([self.exchange])
+        self.watcher.sweep([self.exchange])
         self.assertTrue(self.exchange.gone and self.exchange.wake.is_set())
         self.assertEqual(self.upstreams_end.recv(1), b'')
         with self.assertRaises(cf.ClientGone):
@@ -4287,28 +4287,28 @@ class ExchangesTest(unittest.TestCase):
 
     def test_a_client_that_sends_its_next_request_early_stays_until_it_leaves(self):
         self.clients_end.send(b'GET ')
-        self.watcher.look([self.exchange])
+        self.watcher.sweep([self.exchange])
         self.assertFalse(self.exchange.gone)
         self.clients_end.close()
-        self.watcher.look([self.exchange])
+        self.watcher.sweep([self.exchange])
         self.assertEqual(self.exchange.gone, hasattr(select, 'POLLRDHUP'))     # Linux sees past the bytes
 
     def test_without_rdhup_a_look_at_the_next_byte_tells(self):
         with mock.patch.object(cf, 'select', mock.Mock(spec=['poll', 'POLLIN'], poll=select.poll, POLLIN=select.POLLIN)):
-            self.watcher.look([self.exchange])
+            self.watcher.sweep([self.exchange])
             self.assertFalse(self.exchange.gone)
             self.clients_end.close()
-            self.watcher.look([self.exchange])
+            self.watcher.sweep([self.exchange])
         self.assertTrue(self.exchange.gone)
 
     def test_a_silent_upstream_is_ended_at_its_deadline(self):
         self.clock.now += 59
         self.exchange.extend(300)
         self.clock.now += 299
-        self.watcher.look([self.exchange])
+        self.watcher.sweep([self.exchange])
         self.assertFalse(self.exchange.timed_out)
         self.clock.now += 2
-        self.watcher.look([self.exchange])
+        self.watcher.sweep([self.exchange])
         self.assertEqual(self.upstreams_end.recv(1), b'')
         with self.assertRaises(cf.UpstreamTimeout):
             self.exchange.check()
@@ -4818,22 +4818,22 @@ class UpstreamTest(SocketTest):
 
     def test_a_login_says_when_it_is_over_and_what_to_do(self):
         key = cf.Key('openai:l', 'l', cf.OPENAI, make_login(), 'l')
-        self.assertEqual(cf.usable_token(key, START), key.token)
+        self.assertEqual(cf.read_usable_token(key, START), key.token)
         for token, words in ((make_login(exp=START - 7200), 'expired 2 h ago: .*codex login.*add-openai-key file:~/.codex/auth.json'),
                              (make_login(**{'https://api.openai.com/auth': {}}), 'names no account'),
                              (make_login(**{'https://api.openai.com/auth': {'chatgpt_account_id': 'a\r\nx-evil: 1'}}), 'names no account'),
                              ('eyJx.e30.c', 'names no account'), ('eyJx.!.c', 'names no account')):
             with self.assertRaisesRegex(cf.TokenUnavailable, words) as caught:
-                cf.usable_token(key._replace(token=token), START)
+                cf.read_usable_token(key._replace(token=token), START)
             self.assertNotIn(token, str(caught.exception))
         for odd in (-10 ** 400, float('-inf')):
             with self.assertRaisesRegex(cf.TokenUnavailable, 'expired'):
-                cf.usable_token(key._replace(token=make_login(exp=odd)), START)
+                cf.read_usable_token(key._replace(token=make_login(exp=odd)), START)
         local = key._replace(base_url='http://localhost:1', token=make_login(exp=1))
-        self.assertEqual(cf.usable_token(local, START), local.token)       # that server's own business
+        self.assertEqual(cf.read_usable_token(local, START), local.token)       # that server's own business
         os.environ['LOGIN'] = make_login(exp=1)
         with self.assertRaisesRegex(cf.TokenUnavailable, 'codex login') as caught:
-            cf.usable_token(key._replace(token='env:LOGIN'), START)
+            cf.read_usable_token(key._replace(token='env:LOGIN'), START)
         self.assertNotIn('auth.json', str(caught.exception))
 
     def test_waiting_for_more_of_a_body_does_not_read_it(self):
