@@ -6358,7 +6358,7 @@ class Upstream:
             response.idle_s = first_byte_s if wait else STREAM_IDLE_S
             try:
                 exchange.attach(sock, first_byte_s)
-                was_sent = send_request(sock, wanted)
+                was_sent = send_request(sock, wanted, response)
                 if wait:
                     wait(response)
                 response.read_head(wanted.method)
@@ -6557,11 +6557,11 @@ def seconds_until(deadline):
     return left_s
 
 
-def send_request(sock, wanted):
-    """One send for head and body where that saves a packet.
+def send_request(sock, wanted, response):
+    """One send for head and body where that saves a packet; whether all was sent.
 
     An upstream may answer a large body before it has read it (a 429, a 413): then the rest is
-    not sent, and the connection not used again.  Whether all was sent.
+    not sent, and the connection not used again.
     """
     if len(wanted.body) <= JOIN_BYTES:
         sock.sendall(wanted.head + wanted.body)
@@ -6573,7 +6573,9 @@ def send_request(sock, wanted):
     left = memoryview(wanted.body)
     while left:
         if not wait_to_send(sock):
-            return False
+            if response.wait(0):
+                return False
+            continue                  # no answer: TLS sends session tickets, say, by itself
         try:
             left = left[sock.send(left[:size], flags):]
         except BlockingIOError:       # it was ready, and is not any more

@@ -5271,6 +5271,7 @@ class UpstreamTest(SocketTest):
         path, context = tls_files(self)
 
         def play(sock, number):
+            sock.settimeout(PATIENCE_S)
             while read_request(sock):
                 before_answer()
                 sock.sendall(plain_answer(b'%d' % number))
@@ -5286,6 +5287,17 @@ class UpstreamTest(SocketTest):
         self.assertEqual([self.get(url) for _ in range(3)], [(200, b'2')] * 3)
         with self.assertRaisesRegex(cf.UpstreamUnreachable, 'certificate not accepted'):
             self.get(url.replace('localhost', '127.0.0.1'))      # the name is verified too
+
+    def test_what_tls_sends_by_itself_does_not_end_a_large_body(self):
+        send_request = cf.send_request
+
+        def send_late(sock, *rest):
+            self.assertTrue(cf.readable([sock], PATIENCE_S))      # the server's session tickets
+            return send_request(sock, *rest)
+        _, url, os.environ['SSL_CERT_FILE'] = self.tls_server()
+        with mock.patch.object(cf, 'send_request', send_late):
+            self.assertEqual(self.get(url, body=b'x' * 3 * cf.SEND_BYTES), (200, b'1'))
+        self.assertEqual(self.get(url, body=b'x' * 3 * cf.SEND_BYTES), (200, b'1'))       # over the same connection
 
     def test_what_tls_sends_by_itself_is_no_answer(self):
         asked, go = threading.Event(), threading.Event()
