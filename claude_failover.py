@@ -45,13 +45,13 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Conversations           where each one's prompt cache is, and how busy each key is
     Journal                 the log file, the counters, the recent requests
     Configuration store     the file: atomic, private, reloaded when it changes
-    Secrets                 what stands behind file:PATH and env:NAME
+    Secrets                 the tokens that file:PATH and env:NAME stand for
     Exchanges               both ends of a request, and the watcher that sees either end leave
     HTTP messages           heads and chunked bodies as both sides read them
     Client connections      request heads and bodies read strictly, answers written once
     Upstream                connections that are reused, answers that are read strictly
-    Carrying streams        one thread that passes on the events of all streams
     Compressed answers      what came compressed, as it is read
+    Carrying streams        one thread that passes on the events of all streams
     Answers                 one answer: read until its meaning is known, then relayed
     Failures                what a client gets when nothing is left to try
     Serving                 one request from its plan to its answer
@@ -4835,7 +4835,7 @@ class JsonLog:
 
     def write(self, level: str, event: str, **fields) -> None:
         """Logs one line.  Levels: `error` needs a person, `warn` was handled, `info` is a
-        change or a finished request, `debug` is for us."""
+        change or a finished request, `debug` is for developers."""
         if not self._add(level, event, fields):
             return
         if not self._is_started:
@@ -4926,7 +4926,7 @@ def last_lines(path, count):
     """The last lines of a log, its rotated file's before its own; at most LOG_TAIL_BYTES."""
     lines = []
     for name in (path, path + '.1'):
-        with contextlib.suppress(OSError), open(name, 'rb') as file:       # none is there
+        with contextlib.suppress(OSError), open(name, 'rb') as file:       # it is missing
             start = max(0, os.path.getsize(name) - LOG_TAIL_BYTES)
             file.seek(start)
             lines = file.read().splitlines()[bool(start):] + lines     # the first may be cut
@@ -4940,7 +4940,7 @@ def last_records(path: str, count: int, level=LEVELS[0]) -> list[dict]:
     have this level at least."""
     records = []
     for line in last_lines(path, count):
-        with contextlib.suppress(ValueError):     # a line that is none of ours
+        with contextlib.suppress(ValueError):     # no line of this log
             record = loads_object(line)
             if record.get('level') in LEVELS[LEVELS.index(level):]:
                 records.append(record)
@@ -5933,7 +5933,7 @@ class ClientResponse:
         self._pending = b''           # a head that leaves together with the first piece, or
         #                               what a client has not taken
         self._chunked = False
-        self._is_unframed = False     # only the connection's end tells the client the body's
+        self._is_unframed = False     # only the connection's end shows the client the body's
 
     def send(self, status: int, fields: list, body=b'') -> None:
         head = self._head(status, [*fields, ('content-length', len(body))])
@@ -6081,13 +6081,10 @@ class ClientRequest:
 
 
 def read_credentials(headers, access_token=None):
-    """[(field, value), ...] of the client's own credential; our access token is none."""
-    credentials = []
-    for name in ('x-api-key', 'authorization'):
-        value = headers.get(name, '')
-        if value and not (access_token and presents(value, access_token)):
-            credentials.append((name, value))
-    return credentials
+    """[(field, value), ...] of the client's own credential, not of the access token."""
+    fields = [(name, headers.get(name, '')) for name in ('x-api-key', 'authorization')]
+    return [(name, value) for name, value in fields
+            if value and not (access_token and presents(value, access_token))]
 
 
 def presents(value: str, access_token: str) -> bool:
@@ -6178,7 +6175,7 @@ class UpstreamResponse:
         self._exchange.extend(seconds)
 
     def _parse_head(self, data):
-        # Malformed and folded lines are dropped, but not where they would tell the length.
+        # Malformed and folded lines are dropped, but not where they would give the length.
         first, self._fields, is_well_formed = split_head(data, read_response_field)
         if not is_well_formed and ODD_LENGTH.search(data):
             raise UpstreamCut('the length of its body is unclear')
@@ -6509,7 +6506,7 @@ def dial(addresses, deadline):
         finally:
             for key in list(selector.get_map().values()):
                 key.data[0].close()
-    # That one refused tells more than that there is no IPv6 here.
+    # A refusal says more than that there is no IPv6 here.
     raise next((error for error in errors if isinstance(error, ConnectionError)), errors[-1])
 
 
@@ -6567,7 +6564,7 @@ def send_request(sock, wanted, response):
         sock.sendall(wanted.head + wanted.body)
         return True
     sock.sendall(wanted.head)
-    # As much as the system takes at once; over TLS, which cannot tell, in pieces.
+    # As much as the system takes at once; TLS cannot say how much that is: there in pieces.
     takes_some = hasattr(socket, 'MSG_DONTWAIT') and not hasattr(sock, 'pending')
     size, flags = (len(wanted.body), socket.MSG_DONTWAIT) if takes_some else (SEND_BYTES, 0)
     left = memoryview(wanted.body)
@@ -6732,76 +6729,6 @@ def is_loopback(host: str) -> bool:
 
 
 # ==============================================================================
-# Carrying streams
-# ==============================================================================
-# Nearly all that happens in a stream is an event that goes on as it came.  One thread does that
-# for all streams, from whichever socket has one; what is more than that, a stream's own thread
-# does, which waits meanwhile.  A stream is always with one of the two.
-
-class Carried:
-    """A stream that is being carried."""
-
-    def __init__(self, upstream, events, response):
-        self._upstream, self._events, self._response = upstream, events, response
-        self.rest = b''               # what has come, and is not the client's yet: its failure
-        self.error = None             # why it cannot be carried further, where that is one
-        self.done = queue.SimpleQueue()       # gets one item then: a fifth of an Event's work
-
-    def pass_on(self):
-        """Passes on what has come; whether the stream is to be carried further."""
-        try:
-            while True:
-                data = self._events.feed(self._upstream.read())
-                if self._events.failure is not None:
-                    self.rest = data
-                    return False
-                is_taken = self._response.offer(data)
-                if self._upstream.ended or not is_taken:
-                    return False      # or the client does not keep up
-                if not self._upstream.has_received():
-                    return True
-        except NothingYet:
-            return True
-        except Exception as error:    # of any kind: it is raised in the stream's own thread
-            self.error = error
-            return False
-
-
-class StreamCarrier:
-    """The thread that carries streams: to wake a thread of its own for each event took twice the
-    processor time with 50 streams."""
-
-    def __init__(self):
-        self._selector = selectors.DefaultSelector()
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name='carrier', daemon=True).start()
-
-    def carry(self, upstream, events, response):
-        """Passes on a stream until its own thread has to go on with it (at once where it has to
-        be decoded); the bytes of its failure, where it is for that.  Raises what upstream.read
-        and response.write raise."""
-        if not isinstance(upstream, UpstreamResponse):
-            return b''
-        carried = Carried(upstream, events, response)
-        with upstream.not_waiting() as sock:
-            if carried.pass_on():
-                self._selector.register(sock, selectors.EVENT_READ, carried)
-                carried.done.get()
-        if carried.error:
-            raise carried.error
-        response.flush()
-        return carried.rest
-
-    def _run(self):
-        while True:
-            for key, _ in self._selector.select():
-                if not key.data.pass_on():
-                    self._selector.unregister(key.fileobj)
-                    key.data.done.put(True)
-
-
-# ==============================================================================
 # Compressed answers
 # ==============================================================================
 # Identity is asked for; what comes compressed all the same is undone as it is read.
@@ -6874,7 +6801,7 @@ class Inflated(Uncoded):
 def inflated(read, coding):
     """Yields the body that `read` gives, inflated, in pieces; b'' each time before it reads.
 
-    What the body is tells its own beginning: servers mistake gzip, zlib and raw deflate for one
+    The body's own beginning says what it is: servers mistake gzip, zlib and raw deflate for one
     another, or name one and send none.  Raises UpstreamCut.
     """
     data = b''
@@ -6916,6 +6843,76 @@ def inflated_member(inflater, data, read):
             if not data:
                 raise UpstreamCut('its compressed body is not whole')
     return inflater.unused_data
+
+
+# ==============================================================================
+# Carrying streams
+# ==============================================================================
+# Nearly all that happens in a stream is an event that goes on as it came.  One thread does that
+# for all streams, from whichever socket has one; what is more than that, a stream's own thread
+# does, which waits meanwhile.  A stream is always with one of the two.
+
+class Carried:
+    """A stream that is being carried."""
+
+    def __init__(self, upstream, events, response):
+        self._upstream, self._events, self._response = upstream, events, response
+        self.rest = b''               # what has come, and is not the client's yet: its failure
+        self.error = None             # why it cannot be carried further, where that is one
+        self.done = queue.SimpleQueue()       # gets one item then: a fifth of an Event's work
+
+    def pass_on(self):
+        """Passes on what has come; whether the stream is to be carried further."""
+        try:
+            while True:
+                data = self._events.feed(self._upstream.read())
+                if self._events.failure is not None:
+                    self.rest = data
+                    return False
+                is_taken = self._response.offer(data)
+                if self._upstream.ended or not is_taken:
+                    return False      # or the client does not keep up
+                if not self._upstream.has_received():
+                    return True
+        except NothingYet:
+            return True
+        except Exception as error:    # of any kind: it is raised in the stream's own thread
+            self.error = error
+            return False
+
+
+class StreamCarrier:
+    """The thread that carries streams: to wake a thread of its own for each event took twice the
+    processor time with 50 streams."""
+
+    def __init__(self):
+        self._selector = selectors.DefaultSelector()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name='carrier', daemon=True).start()
+
+    def carry(self, upstream: UpstreamResponse | Uncoded, events, response) -> bytes:
+        """Passes on a stream until its own thread has to go on with it (at once where it has to
+        be decoded); the bytes of its failure, where it is for that.  Raises what upstream.read
+        and response.write raise."""
+        if not isinstance(upstream, UpstreamResponse):
+            return b''
+        carried = Carried(upstream, events, response)
+        with upstream.not_waiting() as sock:
+            if carried.pass_on():
+                self._selector.register(sock, selectors.EVENT_READ, carried)
+                carried.done.get()
+        if carried.error:
+            raise carried.error
+        response.flush()
+        return carried.rest
+
+    def _run(self):
+        while True:
+            for key, _ in self._selector.select():
+                if not key.data.pass_on():
+                    self._selector.unregister(key.fileobj)
+                    key.data.done.put(True)
 
 
 # ==============================================================================
