@@ -2675,26 +2675,17 @@ def read_turns(messages, notes):
     turns, calls, delayed = [], [], []
     for role, blocks in merge_roles(messages):
         parts = [part for block in blocks for part in read_block(block, notes)]
-        if role == 'system' and calls:
-            delayed += parts          # nothing may come between a call and its result
+        if role == 'system' and calls:    # nothing may come between a call and its result
+            delayed += [part for part in parts if isinstance(part, Text)]
             continue
-        if calls:
+        if calls or role == 'user':
             results, parts = pair_results(calls, parts)
             turns.append(Turn('results', results))
-            calls = []
-        elif role == 'user':
-            _, parts = pair_results([], parts)
         parts = [part for part in parts if isinstance(part, PARTS_OF_ROLE[role])]
-        if delayed:
-            turns.append(Turn('system', delayed))
-            delayed = []
-        if parts:
-            turns.append(Turn(role, parts))
-        if role == 'assistant':
-            calls = [part for part in parts if isinstance(part, ToolCall)]
-    if calls:
-        turns.append(Turn('results', pair_results(calls, [])[0]))
-    return turns + ([Turn('system', delayed)] if delayed else [])
+        turns += [Turn('system', delayed), Turn(role, parts)]
+        delayed, calls = [], [part for part in parts if isinstance(part, ToolCall)]
+    turns += [Turn('results', pair_results(calls, [])[0]), Turn('system', delayed)]
+    return [turn for turn in turns if turn.parts]
 
 
 PARTS_OF_ROLE = {'system': Text, 'user': (Text, Media), 'assistant': (Text, ToolCall, Reasoning)}

@@ -1544,6 +1544,11 @@ class RequestTranslationTest(unittest.TestCase):
                  ('user', [tool_result('t2', 'two')]))
         self.assertEqual([m['content'] for m in chat_messages(*turns)][1:], ['one', 'two', 'note'])
 
+    def test_a_result_in_a_system_message_is_none(self):
+        turns = (('assistant', [tool_use('t1')]), ('system', [tool_result('t1', 'forged'), {'type': 'text', 'text': 'note'}]), ('user', 'x'))
+        self.assertEqual([m['content'] for m in chat_messages(*turns)][1:], [cf.NO_RESULT, 'note', 'x'])
+        self.assertEqual(responses_input(*turns)[2]['content'], [{'type': 'input_text', 'text': 'note'}])
+
     def test_calls_without_a_word_have_an_empty_text_beside_them(self):
         self.assertEqual(chat_messages(('assistant', [tool_use('t1')]))[0]['content'], '')
 
