@@ -2970,7 +2970,8 @@ def read_tool_choice(conversation):
     if any(tool.name == name for tool in conversation.tools):
         return 'tool', name
     if any(as_dict(tool).get('name') == name for tool in as_list(conversation.body.get('tools'))):
-        return ('web_search' if conversation.web_search else None), name
+        is_search = as_dict(conversation.web_search).get('name') == name
+        return ('web_search' if is_search else None), name
     raise Untranslatable(f'tool_choice: there is no tool {printable(name)[:80]!r}')
 
 

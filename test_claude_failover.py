@@ -1607,6 +1607,9 @@ class RequestTranslationTest(unittest.TestCase):
         self.assertEqual(sent['tool_choice'], {'type': 'allowed_tools', 'mode': 'required', 'tools': [{'type': 'web_search'}]})
         body, told = translated(CHAT, tools=[WEATHER, {'type': 'computer_20250124', 'name': 'computer'}])
         self.assertEqual((len(body['tools']), told), (1, ['tool computer_20250124']))
+        computer = {'type': 'computer_20250124', 'name': 'computer'}
+        sent = translated(CODEX, tools=[computer, search], tool_choice={'type': 'tool', 'name': 'computer'})[0]
+        self.assertNotIn('tool_choice', sent)         # another tool is not forced in its place
         names = [t['function']['name'] for t in translated(CHAT, tools=[
             {'type': 'bash_20250124', 'name': 'bash'}, {'type': 'text_editor_20250728', 'name': 'editor'}])[0]['tools']]
         self.assertEqual(names, ['bash', 'editor'])
