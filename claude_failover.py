@@ -3719,7 +3719,8 @@ class MessageEvents(EventStream):
     def _own_id(self, id):
         """A call's id as Anthropic takes it; one that another call has already is told apart."""
         id = re.sub(r'[^A-Za-z0-9_-]', '_', id)
-        id = f'{id}_{self._count}' if id in self._ids else id
+        while id in self._ids:
+            id = f'{id}_{self._count}'
         self._ids.add(id)
         return id
 

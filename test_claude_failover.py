@@ -1883,6 +1883,9 @@ class ResponseTranslationTest(unittest.TestCase):
         calls = [call_delta(place, id, 'get_weather', '{}') for place, id in enumerate(('a.1', 'a:1', 'a_1'))]
         content, _ = content_of(chat_stream(*calls))
         self.assertEqual([block['id'] for block in content], ['a_1', 'a_1_2', 'a_1_3'])
+        calls = [call_delta(place, id, 'get_weather', '{}') for place, id in enumerate(('a_3', 'a', 'a'))]
+        content, _ = content_of(chat_stream(*calls))
+        self.assertEqual([block['id'] for block in content], ['a_3', 'a', 'a_3_3'])
 
     def test_nothing_follows_the_end(self):
         call = item_done(1, function_call('call_1'))
