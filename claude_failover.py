@@ -3542,11 +3542,11 @@ class MessageEvents(EventStream):
         if delta:
             self._append('text', key, delta)
         if self._stops and self._stops.hit:
-            self._finish('stop_sequence')
+            self._finish('stop', self._stops.hit)
 
     def _release_held_text(self):
         """What looked like the beginning of a stop sequence, and was none."""
-        held = self._stops.rest() if self._stops and not self._stops.hit else ''
+        held = self._stops.rest() if self._stops else ''
         if held:
             self._append('text', 'text', held)
 
@@ -3613,32 +3613,34 @@ class MessageEvents(EventStream):
         if usage:
             self.usage = usage
 
-    def _finish(self, reason):
-        """Ends the message: `reason` is OpenAI's word for why, or 'stop_sequence'."""
+    def _finish(self, reason, stop_sequence=None):
+        """Ends the message: `reason` is OpenAI's word for why, a stop sequence what was met."""
         if self.is_over:
             return
         self._release_held_text()
         self.is_over = self.stopped = True
-        self.stop_reason = self._find_stop_reason(reason)
         for place, block in enumerate(self._queue):
             block.is_done = True
             if block.kind == 'tool_use' and not block.id:
                 block.id = f'toolu_{self._message_id[4:]}{self._count + place}'
-        nameless = [block for block in self._queue if not (block.is_open or block.can_open)]
-        self.dropped_calls = len(nameless)
-        self._queue = [block for block in self._queue if block not in nameless]
+        named = [block for block in self._queue if block.is_open or block.can_open]
+        self.dropped_calls = len(self._queue) - len(named)
+        self._queue = named
         self._advance()
         self._start()
-        if self.stop_reason == 'tool_use' and not self._called:
-            self.stop_reason = 'end_turn'
-        delta = {'stop_reason': self.stop_reason,
-                 'stop_sequence': self._stops.hit if self.stop_reason == 'stop_sequence' else None}
+        self.stop_reason = ('stop_sequence' if stop_sequence else 'refusal' if self._refused else
+                            STOP_REASONS.get(reason, 'tool_use' if self._called else 'end_turn'))
+        delta = {'stop_reason': self.stop_reason, 'stop_sequence': stop_sequence}
+        self._complete_usage()
+        self._events += [{'type': 'message_delta', 'delta': delta, 'usage': self.usage},
+                         {'type': 'message_stop'}]
+
+    def _complete_usage(self):
+        """Estimates what the upstream did not report."""
         self.usage = usage = {**NO_USAGE, **self.usage}
         if not (usage['input_tokens'] or usage['cache_read_input_tokens']):
             usage['input_tokens'] = estimate_tokens(self._conversation.body)
         usage['output_tokens'] = usage['output_tokens'] or math.ceil(self._sent_chars / 4)
-        self._events += [{'type': 'message_delta', 'delta': delta, 'usage': usage},
-                         {'type': 'message_stop'}]
 
     def _fail(self, error):
         """Ends with an error event: nothing may follow it, least of all a stop that would make
@@ -3651,16 +3653,6 @@ class MessageEvents(EventStream):
             'type': error_type(self.failure_status), 'message': self._clean(message)}})
 
     # -- the grammar -----------------------------------------------------------
-
-    def _find_stop_reason(self, reason):
-        if reason == 'stop_sequence':
-            return reason
-        if self._refused:
-            return 'refusal'
-        if reason in STOP_REASONS:
-            return STOP_REASONS[reason]
-        calls = self._called or any(block.kind == 'tool_use' for block in self._queue)
-        return 'tool_use' if calls else 'end_turn'
 
     def _find(self, key):
         return next((block for block in reversed(self._queue)

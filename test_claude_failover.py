@@ -1866,6 +1866,7 @@ class ResponseTranslationTest(unittest.TestCase):
                 ('refusal', chat_stream({'refusal': 'I will'}, {'refusal': ' not'}), ([text_block('I will not')], 'refusal')),
                 ('tool_calls without one', chat_stream({'content': 'a'}, finish='tool_calls'), ([text_block('a')], 'end_turn')),
                 ('unknown finish', chat_stream({'content': 'a'}, finish='eos'), ([text_block('a')], 'end_turn')),
+                ('stop, in Claude\'s words', chat_stream({'content': 'a'}, finish='stop_sequence'), ([text_block('a')], 'end_turn')),
                 ('nothing', chat_stream(), ([], 'end_turn')),
                 ('parts', chat_stream({'content': [{'type': 'text', 'text': 'a'}, {'type': 'text', 'text': 'b'}]}), ([text_block('ab')], 'end_turn')),
                 ('content after the finish', chat_stream({'content': 'a'}) + b'data: {"choices":[{"delta":{"content":"b"}}]}\n\n',
