@@ -2405,6 +2405,8 @@ def describe_complaint(entry):
 # with the client.  Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 HELD_BACK = ('message_start', 'ping')
+DATA_LINE = re.compile(rb'^data: ?(.*)', re.MULTILINE)
+ERROR_LINE = re.compile(rb'^event: ?error$', re.MULTILINE)
 
 
 def with_lf(data):
@@ -2412,45 +2414,64 @@ def with_lf(data):
     return data.replace(b'\r\n', b'\n').replace(b'\r', b'\n') if b'\r' in data else data
 
 
-def event_bytes(event):
+def event_bytes(event: dict) -> bytes:
     """One event as it goes over the wire; `event` is its data, with its `type`."""
     return f'event: {event["type"]}\ndata: {json.dumps(event)}\n\n'.encode()
 
 
-def error_event(type, message):
+def error_event(type: str, message: str) -> bytes:
     return event_bytes({'type': 'error', 'error': {'type': type, 'message': message}})
 
 
 PING_EVENT = event_bytes({'type': 'ping'})
 
 
-def status_of_error(error):
+def status_of_error(error: dict) -> int:
     """The HTTP status that an `error` object inside a 200 stands for.  Servers of Anthropic's wire
     put OpenAI's codes there too."""
     return STATUS_OF_ERROR.get(str(error.get('type'))) or error_status(error)
 
 
+def error_object(error):
+    """An error as an object: some servers send its text alone."""
+    return error if isinstance(error, dict) else {'message': str(error)}
+
+
+def object_or_none(text):
+    """The JSON object that a text is; None for anything else."""
+    try:
+        return loads_object(text)
+    except ValueError:
+        return None
+
+
 class EventStream:
-    """What a client of /v1/messages gets of an upstream's stream, and what was said in it.
+    """What a client of /v1/messages gets of an upstream's stream, and what was said in it."""
 
-    `feed(data)` gives the bytes to pass on, whole events or b''; `last(is_cut)` what remains at
-    the stream's end, where `is_cut` says that it broke off.  `failure_status` is the HTTP status
-    that a failure stands for.  How streams differ is told by what can be done with them.
-    """
-
+    feed: Callable[[bytes], bytes]    # (data): what to pass on, whole events or b''
+    last: Callable[..., bytes]        # (is_cut): what remains at the end, or where it broke off
+    _status_of = staticmethod(status_of_error)
+    # How streams differ:
     sends_pings = True            # while its model thinks, so that a client keeps waiting
     can_be_carried = True         # what `feed` does is short
     can_be_asked_whole = False    # an upstream whose stream is empty may answer without one
 
     def __init__(self):
         self.has_begun = False    # message_start came
-        self.opened_by = None     # the type of the first event that is more than a greeting
-        self.failure = None       # the upstream's own `error` object, which ended it
+        #: The type of the first event that is more than a greeting.
+        self.opened_by: str | None = None
+        #: The upstream's own `error` object, which ended it.
+        self.failure: dict | None = None
         self.stopped = False      # message_stop came
         self.stop_reason = None
         self.is_over = False      # what still comes would be no part of the message
         self.usage = {}           # {'input_tokens': 10, 'output_tokens': 20, ...}, latest wins
         self.dropped_calls = 0    # for want of a name
+
+    @property
+    def failure_status(self) -> int:
+        """The HTTP status that the failure stands for."""
+        return self._status_of(self.failure or {})
 
 
 class MessageStream(EventStream):
@@ -2459,10 +2480,6 @@ class MessageStream(EventStream):
     def __init__(self):
         super().__init__()
         self._tail = bytearray()  # the beginning of an event that is not whole yet
-
-    @property
-    def failure_status(self):
-        return status_of_error(self.failure)
 
     def feed(self, data):
         """The whole events among the bytes so far, b'' when there is none yet."""
@@ -2478,12 +2495,12 @@ class MessageStream(EventStream):
             self._tail = self._tail or bytearray(data)
             return b''
         events, self._tail = bytes(data[:end]), bytearray(data[end:])
-        if self._tells(events):
-            for event in filter(self._tells, with_lf(events).split(b'\n\n')):
+        if self._matters(events):
+            for event in filter(self._matters, with_lf(events).split(b'\n\n')):
                 self._note(event)
         return events
 
-    def _tells(self, data):
+    def _matters(self, data):
         """Whether it is to be read: text deltas, nearly all of a stream, need not be."""
         return (not self.opened_by or b'message_delta' in data or b'message_stop' in data
                 or b'error' in data)
@@ -2491,18 +2508,15 @@ class MessageStream(EventStream):
     def last(self, is_cut=False):
         """The last event of a stream that ended without the blank line after it."""
         tail, self._tail = bytes(self._tail), bytearray()
-        return tail + b'\n\n' if not is_cut and self._note(tail) else b''
+        return tail + b'\n\n' if not is_cut and self._note(with_lf(tail)) else b''
 
-    def _note(self, event):
+    def _note(self, lines):
         """Remembers what matters of one event; whether it was one, with a JSON object."""
-        lines = event.splitlines()
-        data = b'\n'.join([line[5:] for line in lines if line.startswith(b'data:')])
-        if not data:
-            return False              # a comment, or what follows the last event
-        is_error = b'event: error' in lines or b'event:error' in lines
-        try:
-            event = loads_object(data)
-        except ValueError:            # no JSON: passed on all the same
+        found = DATA_LINE.findall(lines)
+        data = b'\n'.join(found)
+        is_error = bool(found) and ERROR_LINE.search(lines) is not None
+        event = object_or_none(data)
+        if event is None:             # a comment, or no JSON: passed on all the same
             if not is_error:
                 return False
             event = {'error': data.decode('utf-8', 'replace').strip()}
@@ -2512,8 +2526,7 @@ class MessageStream(EventStream):
         if type not in HELD_BACK:
             self.opened_by = self.opened_by or str(type)
         if type == 'error':
-            error = event.get('error', event)
-            self.failure = error if isinstance(error, dict) else {'message': str(error)}
+            self.failure = error_object(event.get('error', event))
         elif type == 'message_stop':
             self.stopped = True
         elif type == 'message_start':
@@ -3422,9 +3435,9 @@ class SseParser:
         self._rest = bytearray()      # the beginning of an event, with LF as line ends
         self._held = b''              # a CR that may be half of a CR LF
 
-    def feed(self, data):
-        """[data of an event as text, ...]; comments and events without data are skipped.
-        Raises UpstreamCut when an event has no end."""
+    def feed(self, data: bytes) -> list[str]:
+        """[data of an event, ...]; comments and events without data are skipped.  Raises
+        UpstreamCut when an event has no end."""
         data, self._held = self._held + data, b''
         if data.endswith(b'\r'):
             data, self._held = data[:-1], b'\r'
@@ -3439,28 +3452,23 @@ class SseParser:
         del self._rest[:last + 2]
         return self._read(whole)
 
-    def end(self):
+    def end(self) -> list[str]:
         """The same for an event that the end of the stream ended."""
         rest, self._rest = bytes(self._rest) + with_lf(self._held), bytearray()
         return self._read(rest)
 
     @staticmethod
     def _read(data):
-        found = []
-        for block in data.split(b'\n\n'):
-            lines = [line[5:] for line in block.split(b'\n') if line.startswith(b'data:')]
-            if lines:
-                text = b'\n'.join(line[1:] if line[:1] == b' ' else line for line in lines)
-                found.append(text.decode('utf-8', 'replace'))
-        return found
+        found = map(DATA_LINE.findall, data.split(b'\n\n'))
+        return [b'\n'.join(lines).decode('utf-8', 'replace') for lines in found if lines]
 
 
 class Block:
     """One content block on its way to the client."""
 
-    def __init__(self, kind, key, id=None):
-        self.kind, self.key, self.id = kind, key, id      # 'text', 'thinking', 'tool_use'
-        self.name = None
+    def __init__(self, kind, key):
+        self.kind, self.key = kind, key       # 'text', 'thinking', 'tool_use'
+        self.id = self.name = None    # of a call
         self.received = []            # pieces of the text, of the thinking, of the arguments
         self.unsent = []
         self.payload = None           # encrypted reasoning, of a thinking block
@@ -3482,15 +3490,7 @@ class Block:
         if self.kind != 'tool_use' or self.is_done:
             return True
         last = self.received[-1] if self.received else ''
-        return last.rstrip().endswith('}') and is_object(self.value)
-
-
-def is_object(text):
-    try:
-        loads_object(text)
-    except ValueError:
-        return False
-    return True
+        return last.rstrip().endswith('}') and object_or_none(self.value) is not None
 
 
 #: OpenAI's finish reasons that are not its way to say that all is well.
@@ -3501,9 +3501,11 @@ class MessageEvents(EventStream):
     """Writes the events of one message: blocks strictly one after another, whatever the order
     in which their parts come (docs: streaming messages).
 
-    Parts are told by a key, which is the upstream's own name for a block.  Only the first
-    block of the queue is open; the others wait for it to be whole.
+    Each part comes with a key, the upstream's own name for its block.  Only the first block of
+    the queue is open; the others wait for it to be whole.
     """
+
+    _status_of = staticmethod(error_status)
 
     def __init__(self, conversation, message_id, stops=(), clean=redact):
         super().__init__()
@@ -3521,10 +3523,6 @@ class MessageEvents(EventStream):
         self._refused = False
         self._has_started = False
 
-    @property
-    def failure_status(self):
-        return error_status(self.failure)
-
     def _take(self):
         """[event, ...] since the last time."""
         events, self._events = self._events, []
@@ -3535,12 +3533,12 @@ class MessageEvents(EventStream):
 
     # -- what was read ---------------------------------------------------------
 
-    def _write_text(self, delta, key='text'):
+    def _write_text(self, delta):
         if not delta or self.is_over:
             return
         delta = self._stops.feed(delta) if self._stops else delta
         if delta:
-            self._append('text', key, delta)
+            self._append('text', 'text', delta)
         if self._stops and self._stops.hit:
             self._finish('stop', self._stops.hit)
 
@@ -3550,9 +3548,9 @@ class MessageEvents(EventStream):
         if held:
             self._append('text', 'text', held)
 
-    def _write_refusal(self, delta, key='text'):
+    def _write_refusal(self, delta):
         self._refused = True
-        self._write_text(delta, key)
+        self._write_text(delta)
 
     def _write_thinking(self, delta, key='thinking'):
         if delta and self._shows_thinking and not self.is_over:
@@ -3564,7 +3562,7 @@ class MessageEvents(EventStream):
             return
         block = self._find(key)
         if block is None and payload and self._keeps_thinking and key not in self._closed:
-            block = self._add(Block('thinking', key))
+            block = self._add('thinking', key)
         if block:
             block.payload, block.is_done = payload, True
             self._advance()
@@ -3582,18 +3580,14 @@ class MessageEvents(EventStream):
             del self._closed[key]
         if block is None:
             self._release_held_text()
-            block = self._add(Block('tool_use', key))
-        block.id = block.id or id or None
-        block.name = block.name or name or None
+            block = self._add('tool_use', key)
+        block.id = block.id or id
+        block.name = block.name or name
         self._advance()
 
     def _write_arguments(self, key, delta):
-        if not delta or key in self._closed and not self._find(key) or self.is_over:
-            return
-        block = self._find(key) or self._add(Block('tool_use', key))
-        block.received.append(delta)
-        block.unsent.append(delta)
-        self._advance()
+        if delta and not self.is_over and (key not in self._closed or self._find(key)):
+            self._append('tool_use', key, delta)
 
     def _complete_arguments(self, key, whole):
         """All of a call's arguments; what came of them so far is not repeated."""
@@ -3609,9 +3603,8 @@ class MessageEvents(EventStream):
             self._advance()
 
     def _note_usage(self, usage):
-        """The latest usage; {'input_tokens': 10, ...} in Anthropic's words."""
-        if usage:
-            self.usage = usage
+        """Remembers OpenAI's usage: the latest counts."""
+        self.usage = read_openai_usage(usage) or self.usage
 
     def _finish(self, reason, stop_sequence=None):
         """Ends the message: `reason` is OpenAI's word for why, a stop sequence what was met."""
@@ -3658,12 +3651,12 @@ class MessageEvents(EventStream):
         return next((block for block in reversed(self._queue)
                      if block.key == key and not block.is_done), None)
 
-    def _add(self, block):
-        self._queue.append(block)
-        return block
+    def _add(self, kind, key):
+        self._queue.append(Block(kind, key))
+        return self._queue[-1]
 
     def _append(self, kind, key, delta):
-        block = self._find(key) or self._add(Block(kind, key))
+        block = self._find(key) or self._add(kind, key)
         block.received.append(delta)
         block.unsent.append(delta)
         self._advance()
@@ -3833,32 +3826,37 @@ def events_from_message(message):
                       'usage': as_dict(message.get('usage'))}, {'type': 'message_stop'}]
 
 
+#: Where a usage has its counts; the first that is not 0 is taken.
+USAGE_PLACES = {
+    'input': ('prompt_tokens', 'input_tokens'),
+    'read': ('prompt_tokens_details.cached_tokens', 'input_tokens_details.cached_tokens'),
+    'written': ('prompt_tokens_details.cache_write_tokens',
+                'input_tokens_details.cache_write_tokens'),
+    'output': ('completion_tokens', 'output_tokens'),
+    'thinking': ('completion_tokens_details.reasoning_tokens',
+                 'output_tokens_details.reasoning_tokens'),
+}
+
+
 def read_openai_usage(usage):
     """OpenAI's usage, of either wire format, in Anthropic's words; {} when there is none."""
     if not usage:                     # the usual chunk
         return {}
-    usage = as_dict(usage)
-
-    def count(*names):
-        value = usage
-        for name in names:
-            value = as_dict(value).get(name)
-        return value if is_whole(value) and value >= 0 else 0
-    total = count('prompt_tokens') or count('input_tokens')
-    read = (count('prompt_tokens_details', 'cached_tokens')
-            or count('input_tokens_details', 'cached_tokens'))
-    written = (count('prompt_tokens_details', 'cache_write_tokens')
-               or count('input_tokens_details', 'cache_write_tokens'))
-    output = count('completion_tokens') or count('output_tokens')
+    counts = {name: next(filter(None, (count_at(usage, place) for place in places)), 0)
+              for name, places in USAGE_PLACES.items()}
+    total, read, written, output, thinking = counts.values()
     if not (total or output):
         return {}
-    told = {'input_tokens': max(0, total - read - written), 'cache_creation_input_tokens': written,
-            'cache_read_input_tokens': read, 'output_tokens': output}
-    thinking = (count('completion_tokens_details', 'reasoning_tokens')
-                or count('output_tokens_details', 'reasoning_tokens'))
-    if thinking:
-        told['output_tokens_details'] = {'thinking_tokens': thinking}
-    return told
+    details = {'output_tokens_details': {'thinking_tokens': thinking}} if thinking else {}
+    return {'input_tokens': max(0, total - read - written), 'cache_creation_input_tokens': written,
+            'cache_read_input_tokens': read, 'output_tokens': output, **details}
+
+
+def count_at(usage, place):
+    """The count at a place like 'a.b'; 0 where there is none."""
+    for name in place.split('.'):
+        usage = as_dict(usage).get(name)
+    return max(0, usage) if is_whole(usage) else 0
 
 
 def content_text(content):
@@ -3869,12 +3867,10 @@ def content_text(content):
 
 
 class TranslatedStream(MessageEvents):
-    """An OpenAI answer, read piece by piece and told as events of the Messages API.
+    """An OpenAI answer, read piece by piece and written as events of the Messages API."""
 
-    A wire format adds `_read_event` for the data of an event, `_read_answer` for a whole answer
-    and `_read_stop` for the stream's end.
-    """
-
+    _read_event: Callable[[str], None]        # reads the data of an event
+    _read_answer: Callable[[dict], None]      # reads a whole answer; raises ValueError
     can_be_asked_whole = True
     sends_pings = can_be_carried = False
 
@@ -3882,12 +3878,12 @@ class TranslatedStream(MessageEvents):
         super().__init__(*arguments)
         self._parser = SseParser()
 
-    def read(self, data):
+    def read(self, data: bytes) -> list[dict]:
         """[event, ...] that these bytes of the upstream's stream give."""
         self._read_all(self._parser.feed(data))
         return self._take()
 
-    def read_end(self, is_cut=False):
+    def read_end(self, is_cut: bool = False) -> list[dict]:
         """[event, ...] that the end of the upstream's stream gives; `is_cut`: it broke off."""
         self._read_all(self._parser.end())
         self._read_stop(is_cut)
@@ -3902,7 +3898,7 @@ class TranslatedStream(MessageEvents):
     def _read_stop(self, is_cut):
         """What a stream's end says: without a terminal event it was cut."""
 
-    def read_whole(self, data):
+    def read_whole(self, data: bytes) -> list[dict]:
         """[event, ...] of an answer that is no stream.  Raises ValueError when it is none."""
         self._read_answer(loads_object(data))
         return self._take()
@@ -3924,43 +3920,40 @@ class ChatStream(TranslatedStream):
         self._unnumbered = 0          # calls without an index
         self._last_call = 'call 0'
 
-    def _read_event(self, chunk):
-        if chunk == '[DONE]':
+    def _read_event(self, data):
+        if data == '[DONE]':
             self._is_done = True
-            return self._finish(self._reason) if self._reason else None
-        try:
-            chunk = loads_object(chunk)
-        except ValueError:            # not one of theirs
-            return None
-        if isinstance(chunk.get('error'), (dict, str)) and chunk['error']:
-            return self._fail(error_object(chunk['error']))
-        self._note_usage(read_openai_usage(chunk.get('usage')))
-        for choice in as_list(chunk.get('choices')):
-            choice = as_dict(choice)
-            if choice.get('index') in (0, None):
-                self._read_choice(choice, as_dict(choice.get('delta')))
-        return None
+            if self._reason:
+                self._finish(self._reason)
+        else:                         # what is no object is not one of theirs
+            self._read_chunk(object_or_none(data) or {}, 'delta')
 
     def _read_answer(self, completion):
-        if isinstance(completion.get('error'), (dict, str)) and completion['error']:
-            return self._fail(error_object(completion['error']))
-        choices = as_list(completion.get('choices'))
-        if not choices:
+        choices = [{**as_dict(choice), 'index': 0}
+                   for choice in as_list(completion.get('choices'))[:1]]
+        self._read_chunk({**completion, 'choices': choices}, 'message')
+        if not (choices or self.failure):
             raise ValueError('no choices')
-        self._note_usage(read_openai_usage(completion.get('usage')))
-        self._read_choice(as_dict(choices[0]), as_dict(as_dict(choices[0]).get('message')))
-        return self._finish(self._reason or 'stop')
+        self._finish(self._reason or 'stop')
+
+    def _read_chunk(self, chunk, part):
+        """Reads a chunk or completion; `part` is what a choice calls what it brings."""
+        error = chunk.get('error')
+        if error and isinstance(error, (dict, str)):
+            return self._fail(error_object(error))
+        self._note_usage(chunk.get('usage'))
+        for choice in map(as_dict, as_list(chunk.get('choices'))):
+            if choice.get('index') in (0, None):
+                if self._reason is None:      # afterwards only usage counts
+                    self._read_delta(as_dict(choice.get(part)))
+                self._reason = self._reason or text_or_none(choice.get('finish_reason'))
+        return None
 
     def _read_stop(self, is_cut):
         """The stream's end: complete where a finish reason came, even without [DONE]; with [DONE]
         alone only if it was not cut (llama-cpp-python ends a request so for the next one)."""
         if self._reason or self._is_done and not is_cut:
             self._finish(self._reason or 'stop')
-
-    def _read_choice(self, choice, delta):
-        if self._reason is None:      # afterwards only usage counts
-            self._read_delta(delta)
-        self._reason = self._reason or text_or_none(choice.get('finish_reason'))
 
     def _read_delta(self, delta):
         self._write_thinking(reasoning_text(delta))
@@ -3988,18 +3981,16 @@ class ChatStream(TranslatedStream):
         self._write_arguments(key, text_or_none(arguments))
 
 
+#: What servers call a text of thinking.
+REASONING_FIELDS = ('reasoning_content', 'reasoning')
+
+
 def reasoning_text(delta):
-    """The thinking in a delta, under the names that vendors have for it."""
-    for name in ('reasoning_content', 'reasoning'):
+    """The thinking in a delta."""
+    for name in REASONING_FIELDS:
         if isinstance(delta.get(name), str) and delta[name]:
             return delta[name]
-    details = [as_dict(detail) for detail in as_list(delta.get('reasoning_details'))]
-    return ''.join(block_text(detail) for detail in details)
-
-
-def error_object(error):
-    """An error as an object: some servers send its text alone."""
-    return error if isinstance(error, dict) else {'message': str(error)}
+    return content_text(as_list(delta.get('reasoning_details')))
 
 
 class ResponsesStream(TranslatedStream):
@@ -4011,12 +4002,9 @@ class ResponsesStream(TranslatedStream):
         self._parts = {}              # key of a reasoning item -> summary parts so far
         self._call_ids = set()        # of the calls that came
 
-    def _read_event(self, event):
-        try:
-            event = loads_object(event)
-        except ValueError:            # '[DONE]' of a server that ends so, or not one of theirs
-            return
-        read = RESPONSES_EVENTS.get(text_or_none(event.get('type')))
+    def _read_event(self, data):
+        event = object_or_none(data) or {}    # none: a server's '[DONE]', or not one of theirs
+        read = RESPONSES_EVENTS.get(str(event.get('type')))
         if read:
             read(self, event)
 
@@ -4037,11 +4025,11 @@ class ResponsesStream(TranslatedStream):
 
     def _read_text(self, event):
         self._has_text.add(self._key(event))
-        self._write_text(str(event.get('delta') or ''), 'text')
+        self._write_text(str(event.get('delta') or ''))
 
     def _read_refusal(self, event):
         self._has_text.add(self._key(event))
-        self._write_refusal(str(event.get('delta') or ''), 'text')
+        self._write_refusal(str(event.get('delta') or ''))
 
     def _read_whole_refusal(self, event):
         if self._key(event) not in self._has_text:
@@ -4075,9 +4063,9 @@ class ResponsesStream(TranslatedStream):
             self._has_text.add(key)
             for part in map(as_dict, as_list(item.get('content'))):
                 if part.get('type') == 'refusal':
-                    self._write_refusal(str(part.get('refusal') or ''), 'text')
+                    self._write_refusal(str(part.get('refusal') or ''))
                 else:
-                    self._write_text(block_text(part), 'text')
+                    self._write_text(block_text(part))
 
     def _read_reasoning_item(self, key, item):
         if key not in self._parts:
@@ -4105,20 +4093,17 @@ class ResponsesStream(TranslatedStream):
         items = [as_dict(item) for item in as_list(response.get('output'))]
         known = {'message': bool(self._has_text), 'reasoning': bool(self._parts)}
         for place, item in enumerate(items):
-            has_come = known.get(text_or_none(item.get('type')))
+            has_come = known.get(str(item.get('type')))
             if not has_come and text_or_none(item.get('call_id')) not in self._call_ids - {None}:
                 item_id = text_or_none(item.get('id')) or f'output {place}'
                 self._read_item_done({'item': item, 'item_id': item_id})
-        self._note_usage(read_openai_usage(response.get('usage')))
+        self._note_usage(response.get('usage'))
         reason = text_or_none(as_dict(response.get('incomplete_details')).get('reason'))
-        is_incomplete = response.get('status') == 'incomplete' or reason
-        if is_incomplete:             # a call in it may be half a call, whatever the reason
+        if (reason or response.get('status') == 'incomplete'
+                or event.get('type') == 'response.incomplete'):
+            # A call in it may be half a call, whatever the reason.
             reason = 'content_filter' if reason == 'content_filter' else 'length'
         self._finish(reason or 'stop')
-
-    def _read_incomplete(self, event):
-        response = as_dict(event.get('response'))
-        self._read_terminal({'response': {**response, 'status': 'incomplete'}})
 
     def _read_failed(self, event):
         """An error has three shapes: in the response, in `error`, or flat."""
@@ -4146,7 +4131,7 @@ RESPONSES_EVENTS = {
     'response.reasoning_text.delta': ResponsesStream._read_summary,
     'response.completed': ResponsesStream._read_terminal,
     'response.done': ResponsesStream._read_terminal,
-    'response.incomplete': ResponsesStream._read_incomplete,
+    'response.incomplete': ResponsesStream._read_terminal,
     'response.failed': ResponsesStream._read_failed,
     'response.error': ResponsesStream._read_failed,
     'error': ResponsesStream._read_failed,
