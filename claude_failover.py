@@ -2550,7 +2550,7 @@ class MessageStream(EventStream):
 # know.  What cannot be carried is noted; what would change the meaning is refused.
 
 class Untranslatable(BadRequest):
-    """A request that an OpenAI model would understand as another one."""
+    """A request that an OpenAI model would take for another one."""
 
 
 class Text(NamedTuple):
@@ -2600,7 +2600,7 @@ class Notes:
         self.left_out = {}        # what -> True, in order
 
     def leave_out(self, what):
-        self.left_out[str(what)[:100]] = True
+        self.left_out[what[:100]] = True
 
 
 class Conversation(NamedTuple):
@@ -2610,41 +2610,37 @@ class Conversation(NamedTuple):
     turns: list
     tools: list               # [Tool, ...]
     web_search: dict | None   # the server tool of that name
-    names: ToolNames
+    names: dict[str, str]     # a tool's name as OpenAI takes it -> its name
     notes: Notes
 
 
 # -- names and ids -------------------------------------------------------------
 
 OPENAI_SAFE = re.compile(r'[A-Za-z0-9_-]+')
+UNSAFE = re.compile(r'[^A-Za-z0-9_-]')
 MAX_NAME_CHARS = 64
 
 
-def shortened(text, limit, digest_chars):
+def sha256_of(text):
+    return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
+
+
+def shortened(text, limit, digest_chars=16):
     """`text` where OpenAI takes it, else its beginning and a hash of it: always the same, so
     that a call and its result still meet."""
     if len(text) <= limit and OPENAI_SAFE.fullmatch(text):
         return text
-    digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:digest_chars]
-    return re.sub(r'[^A-Za-z0-9_-]', '_', text)[:limit - 1 - digest_chars] + '_' + digest
+    begun = UNSAFE.sub('_', text)[:limit - 1 - digest_chars]
+    return f'{begun}_{sha256_of(text)[:digest_chars]}'
 
 
-class ToolNames:
-    """Tool names as OpenAI takes them, and back."""
-
-    def __init__(self, names):
-        self._originals = {self.short(name): name for name in names}
-
-    def short(self, name):
-        return shortened(name, MAX_NAME_CHARS, 8)
-
-    def original(self, name):
-        return self._originals.get(name, name)
+def short_name(name):
+    return shortened(name, MAX_NAME_CHARS, 8)
 
 
 # -- reading -------------------------------------------------------------------
 
-def read_conversation(body):
+def read_conversation(body: dict) -> Conversation:
     """The Conversation in a Messages request.  Raises Untranslatable."""
     if not text_or_none(body.get('model')):
         raise Untranslatable('model: Field required')
@@ -2658,7 +2654,7 @@ def read_conversation(body):
     if as_list(body.get('mcp_servers')):
         notes.leave_out('mcp_servers')
     calls = [part.name for turn in turns for part in turn.parts if isinstance(part, ToolCall)]
-    names = ToolNames([*(tool.name for tool in tools), *calls])
+    names = {short_name(name): name for name in [*(tool.name for tool in tools), *calls]}
     return Conversation(body, read_system(body.get('system')), turns, tools, web_search, names,
                         notes)
 
@@ -2762,27 +2758,30 @@ def read_text_block(block, notes):
     return [Text(text)] if text else []
 
 
+def source_url(source):
+    """The https: or data: URL of an image or document; None of one that has neither."""
+    if source.get('type') == 'base64':
+        return f'data:{source.get("media_type")};base64,{source.get("data")}'
+    return str(source.get('url')) if source.get('type') == 'url' else None
+
+
 def read_image(block, notes):
     source = as_dict(block.get('source'))
-    if source.get('type') == 'base64':
-        return [Media('image', f'data:{source.get("media_type")};base64,{source.get("data")}')]
-    if source.get('type') == 'url':
-        return [Media('image', str(source.get('url')))]
+    url = source_url(source)
+    if url is not None:
+        return [Media('image', url)]
     notes.leave_out('image file')
     return [Text(f'[image omitted: {printable(source.get("file_id"))[:80]}]')]
 
 
 def read_document(block, notes):
     source, title = as_dict(block.get('source')), str(block.get('title') or '')
-    type, heading = source.get('type'), [Text(title)] if title else []
-    if type == 'base64':
-        url = f'data:{source.get("media_type")};base64,{source.get("data")}'
+    url, heading = source_url(source), [Text(title)] if title else []
+    if url is not None:
         return [Media('file', url, title or 'document.pdf')]
-    if type == 'url':
-        return [Media('file', str(source.get('url')), title or 'document')]
-    if type == 'text':
+    if source.get('type') == 'text':
         return [*heading, Text(str(source.get('data')))]
-    if type == 'content':
+    if source.get('type') == 'content':
         inner = (read_block(inner, notes) for inner in as_blocks(source.get('content')))
         return [*heading, *itertools.chain.from_iterable(inner)]
     notes.leave_out('document file')
@@ -2835,25 +2834,22 @@ def read_server_result(block, notes):
     return [Text('\n'.join(lines) + '\n')] if lines else []
 
 
-def read_nothing(block, notes):
-    return []
-
-
 BLOCKS = {
     'text': read_text_block, 'image': read_image, 'document': read_document,
     'search_result': read_search_result, 'tool_use': read_call, 'tool_result': read_result,
     'thinking': read_thinking, 'redacted_thinking': read_thinking,
-    # A call of Anthropic's own tools has no equivalent; its result says what matters.
-    'server_tool_use': read_nothing, 'mcp_tool_use': read_nothing,
     'mcp_tool_result': lambda block, notes: read_result_content(block.get('content'), notes),
+    # A call of Anthropic's own tools has no equivalent; its result says what matters.
+    'server_tool_use': lambda block, notes: [], 'mcp_tool_use': lambda block, notes: [],
 }
+
 
 # -- tools ---------------------------------------------------------------------
 
 #: Claude Code's stand-in for tools that are not loaded yet; its text forbids to call it.
 PLACEHOLDER_TOOL = 'DeferredToolPlaceholder'
-#: Tools that Anthropic's models know by type, and that clients carry out themselves: as others
-#: have to be told of them.
+#: Tools that Anthropic's models know by type, and that clients carry out themselves, in the
+#: words that other models need.
 TYPED_TOOLS = {
     'bash_': ('Run a command in a bash shell that keeps its state between calls.', {
         'command': {'type': 'string', 'description': 'the command to run'},
@@ -2899,25 +2895,23 @@ SCHEMA_MAPS = ('properties', 'patternProperties', '$defs', 'definitions', 'depen
 SCHEMAS = ('items', 'additionalProperties', 'not', 'if', 'then', 'else', 'contains')
 
 
+def edit_schemas(name, value, edit):
+    """What stands under a keyword of a schema, with the schemas in it edited.  Only places that
+    hold schemas are walked: a property may well be called "format"."""
+    if name in SCHEMA_MAPS and isinstance(value, dict):
+        return {key: edit(inner) for key, inner in value.items()}
+    if name in SCHEMA_LISTS and isinstance(value, list):
+        return list(map(edit, value))
+    return edit(value) if name in SCHEMAS else value
+
+
 def clean_schema(schema):
     """A JSON schema that OpenAI takes and that means the same: arrays say what they hold,
-    objects list their properties; `$schema` and the format `uri` go.
-
-    Only places that hold schemas are walked: a property may well be called "format".
-    """
+    objects list their properties; `$schema` and the format `uri` go."""
     if not isinstance(schema, dict):
         return schema
-    cleaned = {}
-    for name, value in schema.items():
-        if name == '$schema' or name == 'format' and value == 'uri':
-            continue
-        if name in SCHEMA_MAPS and isinstance(value, dict):
-            value = {key: clean_schema(inner) for key, inner in value.items()}
-        elif name in SCHEMA_LISTS and isinstance(value, list):
-            value = [clean_schema(inner) for inner in value]
-        elif name in SCHEMAS:
-            value = clean_schema(value)
-        cleaned[name] = value
+    cleaned = {name: edit_schemas(name, value, clean_schema) for name, value in schema.items()
+               if name != '$schema' and (name, value) != ('format', 'uri')}
     types = schema.get('type')
     types = types if isinstance(types, list) else [types]
     if 'object' in types and not cleaned.get('additionalProperties'):
@@ -2934,17 +2928,16 @@ def clean_root_schema(schema, notes):
     if not alternatives and schema['type'] == 'object':
         return schema
     notes.leave_out('alternatives in a tool\'s input_schema')
-    branches = [as_dict(branch) for name in alternatives for branch in as_list(schema[name])]
-    merged = {name: value for name, value in schema.items() if name not in alternatives}
-    for branch in branches:
-        branch = resolve_schema(branch, schema)
-        properties = {**as_dict(branch.get('properties')), **as_dict(merged['properties'])}
-        merged['properties'] = properties
+    properties = as_dict(schema['properties'])
+    for name in alternatives:
+        for branch in map(as_dict, as_list(schema[name])):
+            branch = resolve_schema(branch, schema)
+            properties = {**as_dict(branch.get('properties')), **properties}
     required = [schema, *map(as_dict, as_list(schema.get('allOf')))]
     names = [name for part in required for name in as_list(part.get('required'))]
-    merged['properties'] = as_dict(merged['properties'])
-    merged['required'] = [name for name in merged['properties'] if name in names]
-    return {**merged, 'type': 'object'}
+    kept = {name: value for name, value in schema.items() if name not in alternatives}
+    return {**kept, 'type': 'object', 'properties': properties,
+            'required': [name for name in properties if name in names]}
 
 
 def resolve_schema(schema, root):
@@ -2963,10 +2956,9 @@ def meets_strict_rules(schema):
     if not isinstance(schema, dict):
         return True
     if schema.get('type') == 'object' or 'properties' in schema:
-        names = set(as_dict(schema.get('properties')))
-        if schema.get('additionalProperties') is not False:
-            return False
-        if names != set(map(str, as_list(schema.get('required')))):
+        names = set(map(str, as_list(schema.get('required'))))
+        if schema.get('additionalProperties') is not False or names != set(
+                as_dict(schema.get('properties'))):
             return False
     inner = [schema.get(name) for name in (*SCHEMA_LISTS, *SCHEMAS)]
     inner += [list(as_dict(schema.get(name)).values()) for name in SCHEMA_MAPS]
@@ -2993,7 +2985,7 @@ def read_tool_choice(conversation):
 class ModelLimits(NamedTuple):
     """What OpenAI's own models accept on Chat Completions; a first guess for others of such a
     name.  A 400 corrects it (OPENAI_REPAIRS)."""
-    pattern: str
+    pattern: str                       # of the beginning of a model's name
     max_output_tokens: int | None = None
     efforts: tuple = ()                # accepted values of reasoning_effort; (): never
     effort_with_tools: str = 'kept'    # or 'omitted', or the only value there is
@@ -3023,6 +3015,7 @@ MAX_STOPS = 4
 LEAST_OUTPUT_TOKENS = 16
 #: Budgets of thinking tokens, as Claude Code's three words for it have them.
 EFFORT_OF_BUDGET = ((2048, 'low'), (12_000, 'medium'), (math.inf, 'high'))
+THINKING_IS_ON = ('enabled', 'adaptive', 'between_tools')
 
 
 def find_limits(model):
@@ -3042,13 +3035,13 @@ def wanted_effort(body):
     budget = thinking.get('budget_tokens')
     if thinking.get('type') == 'enabled' and is_whole(budget):
         return next(effort for limit, effort in EFFORT_OF_BUDGET if budget <= limit)
-    return 'medium' if thinking.get('type') in ('enabled', 'adaptive', 'between_tools') else None
+    return 'medium' if thinking.get('type') in THINKING_IS_ON else None
 
 
 def wants_thinking(body):
     """Whether the client asked for the text of the thinking, or for its blocks at all."""
     thinking = as_dict(body.get('thinking'))
-    is_on = thinking.get('type') in ('enabled', 'adaptive', 'between_tools')
+    is_on = thinking.get('type') in THINKING_IS_ON
     return is_on and thinking.get('display') != 'omitted', is_on
 
 
@@ -3056,43 +3049,47 @@ def wanted_stops(body):
     return [stop for stop in as_list(body.get('stop_sequences')) if text_or_none(stop)]
 
 
-def stop_fields(conversation, limits):
-    stops = wanted_stops(conversation.body)
-    if not limits.takes_stop or len(stops) > MAX_STOPS:
-        return {}                     # MessageEvents watches for them itself
-    return {'stop': stops} if stops else {}
+def stop_fields(body, limits):
+    """The stop sequences for Chat Completions; {} also where MessageEvents watches for them."""
+    stops = wanted_stops(body)
+    return {'stop': stops} if stops and limits.takes_stop and len(stops) <= MAX_STOPS else {}
 
 
 def json_schema_format(body):
     """{'name', 'schema', 'strict'} of a wanted structured output, or None."""
-    wanted = (as_dict(body.get('output_config')).get('format') or body.get('output_format'))
-    wanted = as_dict(wanted)
-    if wanted.get('type') != 'json_schema' or not isinstance(wanted.get('schema'), dict):
+    wanted = as_dict(as_dict(body.get('output_config')).get('format') or body.get('output_format'))
+    schema = wanted.get('schema')
+    if wanted.get('type') != 'json_schema' or not isinstance(schema, dict):
         return None
-    name = shortened(str(wanted.get('name') or 'answer'), MAX_NAME_CHARS, 8)
-    return {'name': name, 'schema': wanted['schema'],
-            'strict': meets_strict_rules(wanted['schema'])}
+    return {'name': short_name(str(wanted.get('name') or 'answer')), 'schema': schema,
+            'strict': meets_strict_rules(schema)}
 
 
-def cache_key(body):
+def user_id_of(body):
+    return text_or_none(as_dict(body.get('metadata')).get('user_id'))
+
+
+def cache_key(body: dict) -> str | None:
     """A name for this conversation, for OpenAI's prompt cache: the session in Claude Code's
     user_id, else a hash of the user_id; None without one."""
-    user_id = as_dict(body.get('metadata')).get('user_id')
-    if not isinstance(user_id, str) or not user_id:
+    user_id = user_id_of(body)
+    if not user_id:
         return None
-    with contextlib.suppress(ValueError):         # other clients' are no JSON
-        session = loads_object(user_id).get('session_id')
-        if isinstance(session, str) and OPENAI_SAFE.fullmatch(session[:65]):
-            return session[:64]
-    return hashlib.sha256(user_id.encode('utf-8', 'surrogatepass')).hexdigest()
+    session = as_dict(object_or_none(user_id)).get('session_id')      # others' ids are no JSON
+    if isinstance(session, str) and OPENAI_SAFE.fullmatch(session[:65]):
+        return session[:64]
+    return sha256_of(user_id)
 
 
 class RequestWriter:
-    """What the writers of both wire formats know and share; `_TURNS` is role -> method."""
+    """What the writers of both wire formats know and share."""
+
+    write: Callable[[], dict]         # the request's body
+    _TURNS: dict[str, Callable]       # role -> method that gives [message or item, ...]
 
     def __init__(self, conversation, target):
         self._conversation, self._target, self._body = conversation, target, conversation.body
-        self._names, self._limits = conversation.names, find_limits(target.model)
+        self._limits = find_limits(target.model)
 
     def _turns(self):
         """[message or item, ...] of the whole conversation."""
@@ -3128,7 +3125,6 @@ class ChatWriter(RequestWriter):
     """Writes a Chat Completions request (platform.openai.com/docs/api-reference/chat)."""
 
     def write(self):
-        """The request's body."""
         body, target = self._body, self._target
         out = {'model': target.model, 'messages': self._messages()}
         limit = self._output_limit()
@@ -3142,15 +3138,13 @@ class ChatWriter(RequestWriter):
         if effort:
             out['reasoning_effort'] = effort
         out.update(self._sampling_fields(effort))
-        out.update(stop_fields(self._conversation, self._limits))
+        out.update(stop_fields(body, self._limits))
         schema = json_schema_format(body)
         if schema:
             out['response_format'] = {'type': 'json_schema', 'json_schema': schema}
-        key = cache_key(body)
-        if target.is_openai and key:
-            user_id = body['metadata']['user_id'].encode('utf-8', 'surrogatepass')
-            out.update(prompt_cache_key=key,
-                       safety_identifier=hashlib.sha256(user_id).hexdigest())
+        user_id = user_id_of(body)
+        if target.is_openai and user_id:
+            out.update(prompt_cache_key=cache_key(body), safety_identifier=sha256_of(user_id))
         return out
 
     def _effort_beside(self, has_tools):
@@ -3169,10 +3163,9 @@ class ChatWriter(RequestWriter):
         if not tools:
             return {}
         chosen_first = sorted(tools, key=lambda tool: tool.name != name)
-        fields = {'tools': list(map(self._tool, chosen_first[:MAX_TOOLS]))}
+        fields: dict = {'tools': list(map(self._tool, chosen_first[:MAX_TOOLS]))}
         if mode == 'tool':
-            function = {'name': self._names.short(name)}
-            fields['tool_choice'] = {'type': 'function', 'function': function}
+            fields['tool_choice'] = {'type': 'function', 'function': {'name': short_name(name)}}
         elif mode in TOOL_MODES:
             fields['tool_choice'] = TOOL_MODES[mode]
         if as_dict(self._body.get('tool_choice')).get('disable_parallel_tool_use') is True:
@@ -3180,7 +3173,7 @@ class ChatWriter(RequestWriter):
         return fields
 
     def _tool(self, tool):
-        function = {'name': self._names.short(tool.name), 'parameters': tool.schema}
+        function = {'name': short_name(tool.name), 'parameters': tool.schema}
         if tool.description:
             function['description'] = tool.description
         if tool.is_strict and meets_strict_rules(tool.schema):
@@ -3202,8 +3195,8 @@ class ChatWriter(RequestWriter):
 
     def _assistant_turn(self, parts):
         text = ''.join(part.text for part in parts if isinstance(part, Text))
-        calls = [{'id': shortened(part.id, MAX_CHAT_ID_CHARS, 16), 'type': 'function',
-                  'function': {'name': self._names.short(part.name), 'arguments': part.arguments}}
+        calls = [{'id': shortened(part.id, MAX_CHAT_ID_CHARS), 'type': 'function',
+                  'function': {'name': short_name(part.name), 'arguments': part.arguments}}
                  for part in parts if isinstance(part, ToolCall)]
         if not (text or calls):
             return []
@@ -3215,7 +3208,7 @@ class ChatWriter(RequestWriter):
         """Tool messages hold text alone: media follow in a user message."""
         messages, media = [], []
         for result in results:
-            id = shortened(result.call.id, MAX_CHAT_ID_CHARS, 16)
+            id = shortened(result.call.id, MAX_CHAT_ID_CHARS)
             texts = [part for part in result.parts if isinstance(part, Text)]
             own_media = [part for part in result.parts if isinstance(part, Media)]
             if own_media:
@@ -3260,7 +3253,6 @@ class ResponsesWriter(RequestWriter):
     without what it refuses.  Always a stream: a plain answer is folded from it."""
 
     def write(self):
-        """The request's body."""
         body, target, limits = self._body, self._target, self._limits
         choice = as_dict(body.get('tool_choice'))
         out = {'model': target.model, 'instructions': self._instructions(), 'input': self._turns(),
@@ -3290,7 +3282,7 @@ class ResponsesWriter(RequestWriter):
         return '\n\n'.join(texts) or DEFAULT_INSTRUCTIONS
 
     def _reasoning(self):
-        """Here reasoning and tools go together.  Without `summary` no thinking is ever told."""
+        """Here reasoning and tools go together.  Without `summary` no thinking is ever shown."""
         effort = self._effort()
         if not effort:
             return {}
@@ -3304,9 +3296,9 @@ class ResponsesWriter(RequestWriter):
         mode, name = read_tool_choice(self._conversation)
         if not tools:
             return {}
-        choice = TOOL_MODES.get(mode)
+        choice = TOOL_MODES.get(mode or '')
         if mode == 'tool':
-            choice = {'type': 'function', 'name': self._names.short(name)}
+            choice = {'type': 'function', 'name': short_name(name)}
         elif mode == 'web_search':
             allowed = [{'type': 'web_search'}]
             choice = 'required' if len(tools) == 1 else {
@@ -3314,8 +3306,7 @@ class ResponsesWriter(RequestWriter):
         return {'tools': tools, 'tool_choice': choice} if choice else {'tools': tools}
 
     def _tool(self, tool):
-        function = {'type': 'function', 'name': self._names.short(tool.name),
-                    'parameters': tool.schema,
+        function = {'type': 'function', 'name': short_name(tool.name), 'parameters': tool.schema,
                     'strict': tool.is_strict and meets_strict_rules(tool.schema)}
         return {**function, 'description': tool.description} if tool.description else function
 
@@ -3336,8 +3327,8 @@ class ResponsesWriter(RequestWriter):
                 items.append({'type': 'message', 'role': 'assistant',
                               'content': listed if self._target.is_codex else part.text})
             elif isinstance(part, ToolCall):
-                items.append({'type': 'function_call', 'name': self._names.short(part.name),
-                              'call_id': shortened(part.id, MAX_RESPONSES_ID_CHARS, 16),
+                items.append({'type': 'function_call', 'name': short_name(part.name),
+                              'call_id': shortened(part.id, MAX_RESPONSES_ID_CHARS),
                               'arguments': part.arguments})
             elif isinstance(part, Reasoning):
                 items.append({'type': 'reasoning', 'summary': [],
@@ -3351,7 +3342,7 @@ class ResponsesWriter(RequestWriter):
             output = (list(map(responses_part, result.parts)) if has_media
                       else joined_text(result.parts))
             items.append({'type': 'function_call_output', 'output': output,
-                          'call_id': shortened(result.call.id, MAX_RESPONSES_ID_CHARS, 16)})
+                          'call_id': shortened(result.call.id, MAX_RESPONSES_ID_CHARS)})
         return items
 
     _TURNS = {'system': _system_turn, 'user': _user_turn, 'assistant': _assistant_turn,
@@ -3363,7 +3354,7 @@ def responses_message(role, parts):
 
 
 def responses_web_search(tool):
-    search = {'type': 'web_search'}
+    search: dict = {'type': 'web_search'}
     if as_list(tool.get('allowed_domains')):
         search['filters'] = {'allowed_domains': tool['allowed_domains']}
     location = as_dict(tool.get('user_location'))
@@ -3390,11 +3381,10 @@ IMAGE_TOKENS, PAGE_TOKENS, PAGE_BYTES = 1600, 2000, 65_536
 TOKEN_MARGIN = 1.08
 
 
-def estimate_tokens(body):
+def estimate_tokens(body: dict) -> int:
     """About how many input tokens a count_tokens or Messages request has."""
-    tokens = 4 * len(as_list(body.get('messages')))
-    for name in ('system', 'messages', 'tools'):
-        tokens += estimate_value(body.get(name))
+    tokens = 4 * len(as_list(body.get('messages'))) + sum(
+        estimate_value(body.get(name)) for name in ('system', 'messages', 'tools'))
     return max(1, math.ceil(tokens * TOKEN_MARGIN))
 
 
@@ -3415,7 +3405,7 @@ def estimate_value(value):
     return sum(len(name) / 4 + estimate_value(inner) for name, inner in value.items())
 
 
-def model_info(model):
+def model_info(model: str) -> dict:
     """One entry of /v1/models."""
     return {'type': 'model', 'id': model, 'display_name': model,
             'created_at': '1970-01-01T00:00:00Z'}
@@ -3697,13 +3687,13 @@ class MessageEvents(EventStream):
         elif block.kind == 'tool_use':
             self._called = True
             content = {'type': 'tool_use', 'id': self._own_id(block.id),
-                       'name': self._conversation.names.original(block.name), 'input': {}}
+                       'name': self._conversation.names.get(block.name, block.name), 'input': {}}
         self._events.append({'type': 'content_block_start', 'index': block.index,
                              'content_block': content})
 
     def _own_id(self, id):
         """A call's id as Anthropic takes it; one that another call has already is told apart."""
-        id = re.sub(r'[^A-Za-z0-9_-]', '_', id)
+        id = UNSAFE.sub('_', id)
         while id in self._ids:
             id = f'{id}_{self._count}'
         self._ids.add(id)
@@ -3762,7 +3752,7 @@ class StopWatch:
         return held
 
 
-def message_from_events(events):
+def message_from_events(events: list[dict]) -> dict:
     """The message that a stream's events add up to: Claude's own too, with fields unknown here."""
     message, blocks = {}, {}          # index -> (block, {field: [piece, ...]})
     for event in events:
@@ -3774,10 +3764,10 @@ def message_from_events(events):
         elif type == 'content_block_delta' and index in blocks:
             note_delta(*blocks[index], as_dict(event.get('delta')))
         elif type == 'message_delta':
-            told = {name: n for name, n in as_dict(event.get('usage')).items() if n is not None}
+            usage = {name: n for name, n in as_dict(event.get('usage')).items() if n is not None}
             others = {n: v for n, v in event.items() if n not in ('type', 'delta', 'usage')}
             message.update({**others, **as_dict(event.get('delta')),
-                            'usage': {**as_dict(message.get('usage')), **told}})
+                            'usage': {**as_dict(message.get('usage')), **usage}})
     return {**message, 'content': [fold_block(*block) for block in blocks.values()]}
 
 
@@ -3804,7 +3794,7 @@ def fold_block(block, pieces):
         return block
 
 
-def events_from_message(message):
+def events_from_message(message: dict) -> list[dict]:
     """[event, ...] that add up to a message."""
     events = [{'type': 'message_start', 'message': {
         **message, 'content': [], 'stop_reason': None, 'stop_sequence': None}}]
@@ -4141,10 +4131,10 @@ RESPONSES_EVENTS = {
 
 class Wire(NamedTuple):
     """One of OpenAI's wire formats."""
-    writer: Callable          # of the request: a RequestWriter
-    stream: Callable          # what reads the answer: a TranslatedStream
+    writer: type[RequestWriter]
+    stream: type[TranslatedStream]
 
-    def translate(self, conversation, target):
+    def translate(self, conversation: Conversation, target: Target) -> dict:
         """The request's body."""
         return self.writer(conversation, target).write()
 
@@ -4156,14 +4146,15 @@ WIRES = {
 
 
 def stops_to_watch(conversation, target):
-    """The stop sequences that the upstream is not told of."""
-    is_told = target.wire == CHAT_COMPLETIONS and stop_fields(
-        conversation, find_limits(target.model))
-    return () if is_told else tuple(wanted_stops(conversation.body))
+    """The stop sequences that are not sent upstream."""
+    body, limits = conversation.body, find_limits(target.model)
+    is_sent = target.wire == CHAT_COMPLETIONS and stop_fields(body, limits)
+    return () if is_sent else tuple(wanted_stops(body))
 
 
-def answer_stream(conversation, target, message_id, clean=redact):
-    """The TranslatedStream for the answer to a translated request."""
+def answer_stream(conversation: Conversation, target: Target, message_id: str,
+                  clean: Callable[[str], str] = redact) -> TranslatedStream:
+    """What reads the answer to a translated request."""
     stops = stops_to_watch(conversation, target)
     return WIRES[target.wire].stream(conversation, message_id, stops, clean)
 

@@ -1581,8 +1581,8 @@ class RequestTranslationTest(unittest.TestCase):
             ids = set(re.findall(r'toolu_a+_[0-9a-f]{16}', text))
             self.assertEqual([len(found) for found in ids], [limit])
         names = cf.read_conversation(messages_body(**changes)).names
-        self.assertEqual(names.original(short), name)
-        self.assertNotEqual(names.short(name), names.short(name + 'y'))
+        self.assertEqual(names[short], name)
+        self.assertNotEqual(cf.short_name(name), cf.short_name(name + 'y'))
 
     def test_tools_in_each_wire_format(self):
         tools = [{**WEATHER, 'cache_control': {}, 'type': 'custom', 'defer_loading': True}, {'name': 'bare', 'input_schema': {'type': 'object'}}]
@@ -1929,7 +1929,7 @@ class ResponseTranslationTest(unittest.TestCase):
 
     def test_long_tool_names_come_back_whole(self):
         name = 'mcp__' + 'x' * 80
-        data = chat_stream(call_delta(0, 'call_1', cf.ToolNames([]).short(name), '{}'))
+        data = chat_stream(call_delta(0, 'call_1', cf.short_name(name), '{}'))
         conversation = cf.read_conversation(messages_body(tools=[{**WEATHER, 'name': name}]))
         answer = cf.answer_stream(conversation, CHAT, 'msg_1')
         self.assertEqual(cf.message_from_events(answer.read(data))['content'], [tool_use('call_1', name)])
@@ -2306,7 +2306,7 @@ class ChatWriter:
     """Writes a MadeAnswer as a stream of Chat Completions, in one server's manner."""
 
     def __init__(self, rng, made):
-        self.rng, self.made, self.names = rng, made, made.conversation().names
+        self.rng, self.made = rng, made
         self.mixing = rng.choice(('none', 'none', 'calls', 'all'))
         self.repeats = rng.choice(('never', 'never', 'always', 'empty'))
         self.thinking = rng.choice(('reasoning_content', 'reasoning', 'reasoning_details'))
@@ -2381,7 +2381,7 @@ class ChatWriter:
         return [{self.thinking: piece} for piece in pieces]
 
     def call_deltas(self, call):
-        rng, place, name = self.rng, self.call_count, self.names.short(call.name)
+        rng, place, name = self.rng, self.call_count, cf.short_name(call.name)
         arguments = call.arguments
         self.call_count += 1
         if arguments == '{}' and rng.random() < 0.5:
@@ -2415,7 +2415,7 @@ class ChatWriter:
         thinking = ''.join('\n\n'.join(item.parts) for item in self.made.items if isinstance(item, Thought))
         message['reasoning_content'] = thinking or None
         calls = [{'id': call.id, 'type': 'function',
-                  'function': {'name': self.names.short(call.name), 'arguments': call.arguments}}
+                  'function': {'name': cf.short_name(call.name), 'arguments': call.arguments}}
                  for call in self.made.calls]
         message.update({'tool_calls': calls} if calls else {})
         return {'id': 'chatcmpl-1', 'object': 'chat.completion',
@@ -2428,7 +2428,7 @@ class ResponsesWriter:
     """Writes a MadeAnswer as a stream of Responses, in one server's manner."""
 
     def __init__(self, rng, made, has_index=True):
-        self.rng, self.made, self.names = rng, made, made.conversation().names
+        self.rng, self.made = rng, made
         self.has_index = has_index
         self.mixes_calls = rng.random() < 0.2
         #: From this item on, all is said by the last event alone.
@@ -2483,7 +2483,7 @@ class ResponsesWriter:
             return {'id': f'rs_{place}', 'type': 'reasoning', 'summary': summary,
                     'encrypted_content': item.payload}
         return {'id': f'fc_{place}', 'type': 'function_call', 'status': status, 'call_id': item.id,
-                'name': self.names.short(item.name), 'arguments': item.arguments}
+                'name': cf.short_name(item.name), 'arguments': item.arguments}
 
     def item_events(self, place, item):
         whole = self.item(place, item)
