@@ -2826,12 +2826,9 @@ def read_result_content(content, notes):
 
 def read_server_result(block, notes):
     """Results of Anthropic's own tools: their titles and addresses."""
-    lines = []
-    for entry in as_list(block.get('content')):
-        entry = as_dict(entry)
-        line = ' '.join(str(entry[name]) for name in ('title', 'url') if entry.get(name))
-        lines += [line] if line else []
-    return [Text('\n'.join(lines) + '\n')] if lines else []
+    lines = [' '.join(str(entry[name]) for name in ('title', 'url') if entry.get(name))
+             for entry in map(as_dict, as_list(block.get('content')))]
+    return [Text('\n'.join(filter(None, lines)) + '\n')] if any(lines) else []
 
 
 BLOCKS = {
@@ -3032,7 +3029,7 @@ def wanted_effort(body):
         return None
     if effort in EFFORTS:
         return effort
-    budget = thinking.get('budget_tokens')
+    budget = thinking.get('budget_tokens', math.nan)
     if thinking.get('type') == 'enabled' and is_whole(budget):
         return next(effort for limit, effort in EFFORT_OF_BUDGET if budget <= limit)
     return 'medium' if thinking.get('type') in THINKING_IS_ON else None
@@ -3511,7 +3508,6 @@ class MessageEvents(EventStream):
         self._called = False          # a tool_use block was opened
         self._ids = set()             # of the calls so far
         self._refused = False
-        self._has_started = False
 
     def _take(self):
         """[event, ...] since the last time."""
@@ -3669,9 +3665,9 @@ class MessageEvents(EventStream):
             self._close(head)
 
     def _start(self):
-        if self._has_started:
+        if self.has_begun:
             return
-        self._has_started = True
+        self.has_begun = True
         self._events.append({'type': 'message_start', 'message': {
             'id': self._message_id, 'type': 'message', 'role': 'assistant',
             'model': self._conversation.body.get('model'), 'content': [],
@@ -3742,10 +3738,11 @@ class StopWatch:
             self._held = ''
             return text[:place]
         longest = max(map(len, self._stops)) - 1
-        kept = next((size for size in range(min(longest, len(text)), 0, -1)
-                     if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
-        self._held = text[len(text) - kept:]
-        return text[:len(text) - kept]
+        size = len(text)
+        place = next((place for place in range(max(0, size - longest), size)
+                      if any(stop.startswith(text[place:]) for stop in self._stops)), size)
+        self._held = text[place:]
+        return text[:place]
 
     def rest(self):
         held, self._held = self._held, ''
@@ -3754,7 +3751,8 @@ class StopWatch:
 
 def message_from_events(events: list[dict]) -> dict:
     """The message that a stream's events add up to: Claude's own too, with fields unknown here."""
-    message, blocks = {}, {}          # index -> (block, {field: [piece, ...]})
+    message = {}
+    blocks: dict[str, tuple[dict, dict]] = {}     # index -> (block, {field: [piece, ...]})
     for event in events:
         type, index = event.get('type'), str(event.get('index'))
         if type == 'message_start':
@@ -3845,7 +3843,7 @@ def read_openai_usage(usage):
 def count_at(usage, place):
     """The count at a place like 'a.b'; 0 where there is none."""
     for name in place.split('.'):
-        usage = as_dict(usage).get(name)
+        usage = as_dict(usage).get(name, 0)
     return max(0, usage) if is_whole(usage) else 0
 
 
