@@ -3520,9 +3520,8 @@ class MessageEvents(EventStream):
     # -- what was read ---------------------------------------------------------
 
     def _write_text(self, delta):
-        if not delta or self.is_over:
-            return
-        delta = self._stops.feed(delta) if self._stops else delta
+        if self._stops and delta:
+            delta = self._stops.feed(delta)
         if delta:
             self._append('text', 'text', delta)
         if self._stops and self._stops.hit:
@@ -3539,13 +3538,11 @@ class MessageEvents(EventStream):
         self._write_text(delta)
 
     def _write_thinking(self, delta, key='thinking'):
-        if delta and self._shows_thinking and not self.is_over:
+        if delta and self._shows_thinking:
             self._append('thinking', key, delta)
 
     def _end_thinking(self, key, payload):
         """A reasoning item is complete; `payload` is what may be given back, or None."""
-        if self.is_over:
-            return
         block = self._find(key)
         if block is None and payload and self._keeps_thinking and key not in self._closed:
             block = self._add('thinking', key)
@@ -3555,8 +3552,6 @@ class MessageEvents(EventStream):
 
     def _write_call(self, key, id=None, name=None):
         """A call's header, or a part of it.  Another id under a known key is another call."""
-        if self.is_over:
-            return
         block = self._find(key)
         if id and block and block.id and id != block.id:
             block.is_done, block = True, None
@@ -3572,7 +3567,7 @@ class MessageEvents(EventStream):
         self._advance()
 
     def _write_arguments(self, key, delta):
-        if delta and not self.is_over and (key not in self._closed or self._find(key)):
+        if delta and (key not in self._closed or self._find(key)):
             self._append('tool_use', key, delta)
 
     def _complete_arguments(self, key, whole):
@@ -3584,7 +3579,7 @@ class MessageEvents(EventStream):
 
     def _end_call(self, key):
         block = self._find(key)
-        if block and not self.is_over:
+        if block:
             block.is_done = True
             self._advance()
 
@@ -3597,7 +3592,6 @@ class MessageEvents(EventStream):
         if self.is_over:
             return
         self._release_held_text()
-        self.is_over = self.stopped = True
         for place, block in enumerate(self._queue):
             block.is_done = True
             if block.kind == 'tool_use' and not block.id:
@@ -3607,6 +3601,7 @@ class MessageEvents(EventStream):
         self._queue = named
         self._advance()
         self._start()
+        self.is_over = self.stopped = True
         self.stop_reason = ('stop_sequence' if stop_sequence else 'refusal' if self._refused else
                             STOP_REASONS.get(reason, 'tool_use' if self._called else 'end_turn'))
         delta = {'stop_reason': self.stop_reason, 'stop_sequence': stop_sequence}
@@ -3648,8 +3643,9 @@ class MessageEvents(EventStream):
         self._advance()
 
     def _advance(self):
-        """Sends what the first block has, and goes on to the next as far as that is whole."""
-        while self._queue:
+        """Sends what the first block has, and goes on to the next as far as that is whole;
+        nothing once the message is over."""
+        while self._queue and not self.is_over:
             head = self._queue[0]
             if not head.is_open:
                 head = next((block for block in self._queue if block.can_open), None)
