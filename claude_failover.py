@@ -2924,7 +2924,7 @@ def clean_root_schema(schema, notes):
     alternatives = [name for name in ('anyOf', 'oneOf', 'allOf', 'enum', 'not') if name in schema]
     if not alternatives and schema['type'] == 'object':
         return schema
-    notes.leave_out('alternatives in a tool\'s input_schema')
+    notes.leave_out("alternatives in a tool's input_schema")
     properties = as_dict(schema['properties'])
     for name in alternatives:
         for branch in map(as_dict, as_list(schema[name])):
@@ -3388,17 +3388,17 @@ def estimate_tokens(body: dict) -> int:
 def estimate_value(value):
     """Four characters a token; of scripts without spaces one."""
     if isinstance(value, str):
-        wide = sum(1 for c in value if c >= '\u2e80') if not value.isascii() else 0
+        wide = 0 if value.isascii() else sum(c >= '\u2e80' for c in value)
         return wide + (len(value) - wide) / 4
     if isinstance(value, list):
         return sum(map(estimate_value, value))
     if not isinstance(value, dict):
         return 1
-    data = as_dict(value.get('source')).get('data')
     if value.get('type') == 'image':
         return IMAGE_TOKENS
-    if value.get('type') == 'document' and as_dict(value.get('source')).get('type') == 'base64':
-        return PAGE_TOKENS * max(1, len(str(data)) // PAGE_BYTES)
+    source = as_dict(value.get('source'))
+    if value.get('type') == 'document' and source.get('type') == 'base64':
+        return PAGE_TOKENS * max(1, len(str(source.get('data'))) // PAGE_BYTES)
     return sum(len(name) / 4 + estimate_value(inner) for name, inner in value.items())
 
 
@@ -4074,9 +4074,8 @@ class ResponsesStream(TranslatedStream):
     def _read_terminal(self, event):
         """The terminal event; it may hold items that never came as events of their own."""
         response = as_dict(event.get('response'))
-        items = [as_dict(item) for item in as_list(response.get('output'))]
         known = {'message': bool(self._has_text), 'reasoning': bool(self._parts)}
-        for place, item in enumerate(items):
+        for place, item in enumerate(map(as_dict, as_list(response.get('output')))):
             has_come = known.get(str(item.get('type')))
             if not has_come and text_or_none(item.get('call_id')) not in self._call_ids - {None}:
                 item_id = text_or_none(item.get('id')) or f'output {place}'
