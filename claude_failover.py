@@ -3621,8 +3621,8 @@ class MessageEvents(EventStream):
         half an answer look whole."""
         if self.is_over:
             return
-        self.is_over, self.failure = True, error
         message = str(error.get('message') or 'the upstream failed')[:MAX_MESSAGE_CHARS]
+        self.is_over, self.failure = True, {**error, 'message': message}
         self._events.append({'type': 'error', 'error': {
             'type': error_type(self.failure_status), 'message': self._clean(message)}})
 

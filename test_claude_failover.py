@@ -1980,6 +1980,11 @@ class ResponseTranslationTest(unittest.TestCase):
                              ('rate_limit_exceeded', 429, False))
         self.assertEqual(answer_of(b'data: {"error":"text"}\n\n')[1][-1]['error'], {'type': 'api_error', 'message': 'text'})
 
+    def test_a_failure_that_says_nothing_is_one_all_the_same(self):
+        answer = cf.answer_stream(cf.read_conversation(messages_body()), PLATFORM, 'msg_1')
+        answer.read_whole(b'{"status":"failed","error":null}')
+        self.assertEqual((answer.failure, answer.failure_status), ({'message': 'the upstream failed'}, 500))
+
     def test_the_latest_usage_counts_wherever_it_stands(self):
         every = b''.join(b'data: %b\n\n' % json.dumps(chat_chunk({'content': 'a'}, usage=usage)).encode()
                          for usage in (None, {'prompt_tokens': 1, 'completion_tokens': 1}, CHAT_USAGE))
