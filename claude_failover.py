@@ -8391,27 +8391,27 @@ class Serving:
 # ==============================================================================
 # Autostart
 # ==============================================================================
-# How the system's own manager starts the proxy at login: what its file holds is made from
-# values; only at the end of the section is anything written or run.
+# How the system's own manager starts the proxy at login.  What its file holds is made from
+# values; only the end of the section writes or runs anything.
 
 LAUNCHD_LABEL = 'com.github.claude-failover'
 SYSTEMD_UNIT = f'{PROGRAM}.service'
 #: What the proxy needs of the environment in which it was set up.
 CARRIED_VARIABLES = ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy', 'NO_PROXY',
                      'no_proxy', 'SSL_CERT_FILE', 'SSL_CERT_DIR')
-#: Control characters but the tab, and what is left of a path that is no UTF-8.
+#: Control characters but the tab, and the bytes of a path that are not UTF-8.
 NOT_FOR_FILES = re.compile('[\0-\x08\n-\x1f\x7f\ud800-\udfff]')
-#: How long the manager waits before it starts a proxy again that failed.
+#: How long the manager waits before it restarts a proxy that failed.
 RESTART_S = 10
 
 
 class Autostart(NamedTuple):
-    """One manager's way: a file, and the commands that put it into force and out of it."""
+    """One manager's way: a file, and the commands, (command, ...) each, that act on it."""
     manager: str              # 'launchd', 'systemd' or 'Windows'
     path: str
     content: bytes
-    enable: tuple             # (command, ...): into force from the next login on, and out of it
-    disable: tuple            # then; what runs goes on
+    enable: tuple             # these two from the next login on: what runs goes on
+    disable: tuple
     start: tuple
     stop: tuple
     restart: tuple
@@ -8442,15 +8442,13 @@ def systemd_unit(command, environment):
 
 
 def systemd_quoted(word, is_command=False):
-    """A word in quotes as systemd reads it: % begins a specifier everywhere, and $ a variable
-    in a command."""
+    """A word in quotes for systemd: % begins a specifier, and $ in a command a variable."""
     word = word.replace('\\', '\\\\').replace('"', '\\"').replace('%', '%%')
     return '"' + (word.replace('$', '$$') if is_command else word) + '"'
 
 
 def stable_interpreter(executable, which, exists=os.path.exists, realpath=os.path.realpath):
-    """A path of this Python that its next upgrade does not take away: of Homebrew's versioned
-    folders (Cellar) the links to them."""
+    """A path of this Python that outlives its next upgrade: not Homebrew's versioned folder."""
     real = realpath(executable)
     by_link = re.sub(r'/Cellar/([^/]+)/[^/]+/', r'/opt/\1/', executable)
     for path in (by_link, which('python3'), executable):
@@ -8459,29 +8457,28 @@ def stable_interpreter(executable, which, exists=os.path.exists, realpath=os.pat
     return executable
 
 
-#: Python keeps the syntax tree of the file that it was given for as long as it runs, of this one
-#: 20 MB; not that of a file which a program runs.  -I: no module of the current folder is taken.
+#: Python keeps the syntax tree of the file it was given as long as it runs, 20 MB of this one,
+#: but not that of a file that runpy runs.  -I: takes no module from the current folder.
 BOOT = ('-I', '-c', 'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name="__main__")')
 
 
-def start_command(python, config_path):
+def start_command(python: str, config_path: str) -> list:
     """The program and arguments that run the proxy for long."""
     return [python, *BOOT, os.path.abspath(__file__), '--config', config_path, 'start']
 
 
 def refuse_control_characters(command, environment):
-    """Raises FailoverError for what no manager's file can hold: behind a line end, systemd would
-    read another setting."""
-    # A proxy's address may hold a password: of a variable the name alone is shown.
+    """Raises FailoverError: after a line end, systemd would read another setting."""
+    # Of a variable only the name is shown: a proxy's address may hold a password.
     for shown, word in (*zip(command, command), *environment.items()):
         if NOT_FOR_FILES.search(word):
             raise FailoverError(f'{printable(shown)!r} holds a line end or another character that '
                                 'no file for starting at login can hold: use one without it.')
 
 
-def find_autostart(config_path, environ=os.environ, platform=sys.platform, home=None):
-    """The Autostart of this system for a configuration.  Raises FailoverError where there is
-    none."""
+def find_autostart(config_path: str, environ=os.environ, platform: str = sys.platform,
+                   home: str | None = None) -> Autostart:
+    """This system's Autostart for a configuration.  Raises FailoverError where there is none."""
     import shutil
     home = home or os.path.expanduser('~')
     python = stable_interpreter(getattr(sys, '_base_executable', None) or sys.executable,
@@ -8514,16 +8511,18 @@ def launchd_autostart(home, command, environment, output):
 def systemd_autostart(folder, command, environment):
     path = os.path.join(folder, 'systemd', 'user', SYSTEMD_UNIT)
     environment = {**environment, STARTED_BY: 'systemd'}
-    systemctl = ('systemctl', '--user')
+
+    def to(verb):
+        return (('systemctl', '--user', verb, SYSTEMD_UNIT),)
     return Autostart(
         'systemd', path, systemd_unit(command, environment),
-        ((*systemctl, 'daemon-reload'), (*systemctl, 'enable', SYSTEMD_UNIT)),
-        *(((*systemctl, verb, SYSTEMD_UNIT),) for verb in ('disable', 'start', 'stop', 'restart')),
+        (('systemctl', '--user', 'daemon-reload'), *to('enable')),
+        to('disable'), to('start'), to('stop'), to('restart'),
         'It starts when you log in; to have it run without that: loginctl enable-linger')
 
 
 def windows_autostart(home, command):
-    """A logon task that runs a one-line script; not tried on a real Windows so far."""
+    """A logon task that runs a one-line script; not yet tried on Windows."""
     import subprocess
     path = os.path.join(home, '.config', PROGRAM, 'autostart.cmd')
     line = f'@{subprocess.list2cmdline(command)}\r\n'
@@ -8534,46 +8533,40 @@ def windows_autostart(home, command):
         (('schtasks', '/Delete', '/F', '/TN', PROGRAM),), run, (), run)
 
 
-def is_installed(autostart):
-    """Whether the manager's file is there, as it is written now or as it was before."""
-    return os.path.exists(autostart.path)
+def read_file(path: str) -> bytes | None:
+    """A file's bytes; None where there is none."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
 
 
 def install_autostart(autostart):
-    """Writes the manager's file; whether that changed anything.  The folders are the user's, with
-    the usual mode: the manager reads them."""
-    try:
-        with open(autostart.path, 'rb') as file:
-            if file.read() == autostart.content:
-                return False
-    except FileNotFoundError:
+    """Writes the manager's file; whether that changed it.  Its folders keep the usual mode: the
+    manager reads them."""
+    has_changed = read_file(autostart.path) != autostart.content
+    if has_changed:
         os.makedirs(os.path.dirname(autostart.path), exist_ok=True)
-    write_atomically(autostart.path, autostart.content)
-    return True
+        write_atomically(autostart.path, autostart.content)
+    return has_changed
 
 
-def remove_autostart(autostart):
-    """Takes the file away; whether it was there."""
-    try:
-        os.unlink(autostart.path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def start_at_login(autostart):
-    """Has the manager start the proxy from the next login on; (whether its file changed, why the
-    manager could not be told or None)."""
+def start_at_login(autostart: Autostart) -> tuple[bool, str | None]:
+    """From the next login on; (whether the manager's file changed, why its commands failed)."""
     return install_autostart(autostart), run_commands(autostart.enable)
 
 
-def start_at_no_login(autostart):
-    """The opposite; (whether the file was there, the same)."""
-    problem = run_commands(autostart.disable)     # as long as the manager has the file
-    return remove_autostart(autostart), problem
+def start_at_no_login(autostart: Autostart) -> bool:
+    """Removes the manager's file; whether there was one."""
+    run_commands(autostart.disable)   # while the manager still has the file
+    was_there = os.path.exists(autostart.path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(autostart.path)
+    return was_there
 
 
-def start_commands(autostart, content):
+def start_commands(autostart: Autostart, content: bytes) -> list:
     """What a manager's file starts, in a form that can be compared."""
     if autostart.manager == 'launchd':
         import plistlib
@@ -8581,7 +8574,7 @@ def start_commands(autostart, content):
     return [line for line in content.splitlines() if line.startswith((b'ExecStart=', b'@'))]
 
 
-def run_commands(commands):
+def run_commands(commands: tuple) -> str | None:
     """Runs a manager's commands; why one failed, or None."""
     import subprocess
     for command in commands:
@@ -8599,30 +8592,28 @@ def run_commands(commands):
 # Tool setup
 # ==============================================================================
 # How Claude Code and the shells come to use the proxy, and how that is undone.  What their
-# files become is made from texts, and leaves all else in them as it is; only at the end of the
-# section is anything read or written.
+# files become is made from texts, and all else in them stays as it is; only the end of the
+# section reads or writes anything.
 
 BASE_URL_VARIABLE, TOKEN_VARIABLE = 'ANTHROPIC_BASE_URL', 'ANTHROPIC_AUTH_TOKEN'
 #: With a token of any kind Claude Code starts without a login and without a question.
 ANY_TOKEN = PROGRAM
 BLOCK_START, BLOCK_END = f'# >>> {PROGRAM} >>>', f'# <<< {PROGRAM} <<<'
 BLOCK = re.compile(f'^{BLOCK_START}.*?^{BLOCK_END}[^\n]*(?:\n|\\Z)', re.DOTALL | re.MULTILINE)
-JSON_SPACE = re.compile(r'[ \t\r\n]*')
-#: What may stand around the object: white space, and the byte order mark that Claude Code takes.
-SETTINGS_EDGE = '\ufeff \t\r\n'
-CURSOR_NOTE = ("Cursor cannot use a proxy on this machine: its servers make the calls. Nothing is "
-               'to be set.')
+JSON_SPACE = ' \t\r\n'
+#: What may stand around the object: the byte order mark that Claude Code accepts, and space.
+SETTINGS_EDGE = '\ufeff' + JSON_SPACE
+CURSOR_NOTE = 'Cursor cannot use a proxy on this machine: its servers make the calls.'
 
 
 class ToolError(FailoverError):
-    """A tool's file that is left alone, and why."""
+    """Why a tool's file is left alone."""
     status, type = 409, 'invalid_request_error'
 
 
 class Member(NamedTuple):
-    """One member of a JSON object, and where it stands in the text."""
+    """Where one member of a JSON object stands in the text."""
     name: str
-    value: object
     start: int                # of its name
     value_start: int
     end: int
@@ -8635,8 +8626,8 @@ def json_members(text, start):
     while text[position] != '}':
         name, end = decode(text, position)
         value_start = json_position(text, text.index(':', end) + 1)
-        value, end = decode(text, value_start)
-        members.append(Member(name, value, position, value_start, end))
+        _, end = decode(text, value_start)
+        members.append(Member(name, position, value_start, end))
         position = json_position(text, end)
         position = json_position(text, position + (text[position] == ','))
     return members
@@ -8644,12 +8635,11 @@ def json_members(text, start):
 
 def json_position(text, start):
     """Where the next token of a JSON text begins."""
-    return JSON_SPACE.match(text, start).end()
+    return next(i for i in range(start, len(text)) if text[i] not in JSON_SPACE)
 
 
 def set_member(text, start, name, value):
-    """The text in which the object at `start` has this member: in its old place, or behind the
-    others and written like them."""
+    """The text in which the object at `start` has this member: in its old place, or last."""
     members = json_members(text, start)
     for member in reversed(members):              # of two with one name the last counts
         if member.name == name:
@@ -8665,8 +8655,7 @@ def set_member(text, start, name, value):
 
 
 def empty_object_gaps(text, start):
-    """White space before and after the first member of an object: lines of their own, but in a
-    text that is all one line."""
+    """White space around the first member of an object: line ends, but in a one-line text."""
     is_outermost = not text[:start].strip(SETTINGS_EDGE)
     if not is_outermost and '\n' not in text.strip():
         return '', ''
@@ -8694,15 +8683,15 @@ def newline_of(text):
 
 def line_indent(text, position):
     """The white space with which the line of a position begins."""
-    line_start = text.rfind('\n', 0, position) + 1
-    return re.compile(r'[ \t]*').match(text, line_start).group()
+    line = text[text.rfind('\n', 0, position) + 1:]
+    return line[:len(line) - len(line.lstrip(' \t'))]
 
 
 # -- Claude Code's settings ----------------------------------------------------
 
 def read_settings(text):
-    """The settings in a text; none in an empty one.  Raises ToolError where Claude Code could
-    not read them either (it takes no comments, and passes over such a file)."""
+    """The settings in a text.  Raises ToolError where Claude Code could not read them either:
+    it accepts no comments."""
     try:
         return loads_object(text.lstrip('\ufeff')) if text.strip(SETTINGS_EDGE) else {}
     except ValueError as error:
@@ -8730,8 +8719,7 @@ def settings_with(text, variables):
 
 
 def settings_without(text, ours, previous):
-    """Settings without those of our variables that still have a value of `ours`; they get their
-    `previous` one back where there was one."""
+    """Settings in which each variable with a value of `ours` has its `previous` one, or none."""
     for name, value in settings_environment(text).items():
         if name not in previous or value not in ours:
             continue
@@ -8753,7 +8741,7 @@ def env_start(text):
 # -- shells ----------------------------------------------------------------------
 
 def with_block(line_format, text, variables):
-    """A shell's start-up file with our block: in its old place, or at the end."""
+    """A shell's start-up file with setup's block: in its old place, or at the end."""
     newline = newline_of(text)
     lines = [line_format.format(name, value) for name, value in variables.items()]
     block = newline.join([BLOCK_START, *lines, BLOCK_END]) + newline
@@ -8764,12 +8752,8 @@ def with_block(line_format, text, variables):
     return text + block
 
 
-def without_block(text, ours, previous):
-    return BLOCK.sub('', text)
-
-
 def block_environment(text):
-    """The variables that our block sets."""
+    """The variables that setup's block sets."""
     block = BLOCK.search(text)
     return dict(re.findall(r"^[a-z -]+ (\w+)[ =]'(.*)'\r?$", block.group(), re.MULTILINE)
                 if block else ())
@@ -8789,8 +8773,9 @@ class UserTool(NamedTuple):
 
 
 def shell(name, place, line_format):
-    return UserTool(name, name, place, functools.partial(with_block, line_format), without_block,
-                    block_environment, 'in new terminals')
+    return UserTool(name, name, place, functools.partial(with_block, line_format),
+                    lambda text, ours, previous: BLOCK.sub('', text), block_environment,
+                    'in new terminals')
 
 
 TOOLS = (
@@ -8824,7 +8809,7 @@ class Change(NamedTuple):
     path: str
     before: str | None
     after: str | None
-    told: str                 # what to say of it, behind the path
+    text: str                 # what to say of it, after the path
 
     @property
     def is_change(self):
@@ -8834,16 +8819,15 @@ class Change(NamedTuple):
 class ToolSetup:
     """The tools of one user, and the record of what was changed in their files."""
 
-    def __init__(self, config_path, home=None, environ=os.environ, platform=sys.platform):
+    def __init__(self, config_path: str, home: str | None = None, environ=os.environ,
+                 platform: str = sys.platform):
         self.home = home or os.path.expanduser('~')
         self.environ, self.platform = environ, platform
-        self.claude_folder = (environ.get('CLAUDE_CONFIG_DIR')
-                              or os.path.join(self.home, '.claude'))
+        self.claude_folder = environ.get('CLAUDE_CONFIG_DIR') or os.path.join(self.home, '.claude')
         self.record_path = os.path.join(os.path.dirname(config_path), 'setup.json')
 
-    def states(self):
-        """[ToolState, ...] of every tool."""
-        return [self.state(tool) for tool in TOOLS]
+    def states(self) -> list[ToolState]:
+        return list(map(self.state, TOOLS))
 
     def state(self, tool):
         path = tool.place(self)
@@ -8853,22 +8837,22 @@ class ToolSetup:
             url, problem = None, describe_tool_error(error)
         return ToolState(tool, path, self.is_found(tool), url, problem)
 
-    def is_found(self, tool):
+    def is_found(self, tool: UserTool) -> bool:
         """Whether a tool is used on this machine."""
-        path = tool.place(self)
         if tool.id != 'claude-code':
             shell = os.path.basename(self.environ.get('SHELL', ''))
-            return os.path.lexists(path) or shell == tool.id
+            return os.path.lexists(tool.place(self)) or shell == tool.id
         import shutil
         return os.path.isdir(self.claude_folder) or bool(shutil.which('claude'))
 
-    def has_cursor(self):
+    def has_cursor(self) -> bool:
         import shutil
         places = (os.path.join(self.home, '.cursor'), '/Applications/Cursor.app')
         return any(map(os.path.exists, places)) or bool(shutil.which('cursor'))
 
-    def configure(self, tool, url, access_token=None, is_dry=False):
-        """Has a tool use the proxy at `url`; the Change.  Raises ToolError."""
+    def configure(self, tool: UserTool, url: str, access_token: str | None = None,
+                  is_dry: bool = False) -> Change:
+        """Has a tool use the proxy at `url`.  Raises ToolError."""
         path = tool.place(self)
         with self._records(tool, is_dry) as records:
             before = read_text(path)
@@ -8890,11 +8874,11 @@ class ToolSetup:
                 records[path] = make_record(tool, base, after, was_there, wanted)
                 self._save(records)   # first: undo can do with a record of what did not happen
                 write_text(path, after)
-        told = f'uses {url} already' if after == before else f'now uses {url} ({tool.when})'
+        done = f'uses {url} already' if after == before else f'now uses {url} ({tool.when})'
         if old_mode:
-            told += (f'; it holds the access token, so only you can read it now (others could: '
+            done += (f'; it holds the access token, so only you can read it now (others could: '
                      f'mode {old_mode:o})')
-        return Change(tool, path, before, after, told)
+        return Change(tool, path, before, after, done)
 
     def _has_login(self, settings_text):
         """Whether Claude Code has a credential of its own already."""
@@ -8912,10 +8896,10 @@ class ToolSetup:
             return False
         return bool(state.get('oauthAccount') or state.get('primaryApiKey'))
 
-    def undo(self, tool, ours, is_dry=False):
-        """Gives a tool's file back as it was before; where it was edited since, takes out what
-        has a value of `ours`.  The Change.  Raises ToolError."""
-        path, told = tool.place(self), 'holds nothing of ours'
+    def undo(self, tool: UserTool, ours: set, is_dry: bool = False) -> Change:
+        """Restores a tool's file; where it was edited since, removes what has a value of `ours`.
+        Raises ToolError."""
+        path, done = tool.place(self), 'has nothing to undo'
         with self._records(tool, is_dry) as records:
             before, record = read_text(path), records.pop(path, None)
             after = before
@@ -8925,19 +8909,17 @@ class ToolSetup:
                 after = None if is_empty and record and not record['existed'] else after
             if after != before:
                 refuse_read_only(path)
-                told = 'does not use the proxy now'
-                if after is None:
-                    told = 'is removed: setup made it'
+                done = ('is removed: setup made it' if after is None else
+                        'does not use the proxy now')
             if not is_dry:
                 if after != before:
                     write_text(path, after)
                 self._save(records)
-        return Change(tool, path, before, after, told)
+        return Change(tool, path, before, after, done)
 
     @contextlib.contextmanager
     def _records(self, tool, is_dry):
-        """{path: record, ...}, for one process at a time.  What is wrong with a tool's file comes
-        out as a ToolError that names both."""
+        """{path: record, ...}, for one process at a time.  Raises ToolError with tool and path."""
         try:
             with contextlib.nullcontext() if is_dry else folder_locked(self.record_path):
                 try:
@@ -8958,8 +8940,7 @@ class ToolSetup:
 
 
 def make_record(tool, before, after, was_there, variables):
-    """What undo needs to know: the edit as [position, text before, text after], and the hash of
-    the text that came of it."""
+    """What undo needs: the edit as [position, text before, text after], the new text's hash."""
     start = len(os.path.commonprefix([before, after]))
     end = len(os.path.commonprefix([before[start:][::-1], after[start:][::-1]]))
     old = tool.read(before)
@@ -8983,16 +8964,13 @@ def text_digest(text):
 
 
 def read_text(path):
-    """A file's text, each byte of it kept; None when there is none."""
-    try:
-        with open(path, 'rb') as file:
-            return file.read().decode('utf-8', 'surrogateescape')
-    except FileNotFoundError:
-        return None
+    """A file's text, each byte of it kept; None where there is none."""
+    data = read_file(path)
+    return None if data is None else data.decode('utf-8', 'surrogateescape')
 
 
 def refuse_read_only(path):
-    """Raises ToolError for a file that its owner made read-only, on purpose or by a generator."""
+    """Raises ToolError for a file that its owner, or what generates it, made read-only."""
     if os.path.exists(path) and not os.stat(path).st_mode & stat.S_IWUSR:
         raise ToolError('is read-only: make it writable, or change it where it is made')
 
@@ -9014,9 +8992,9 @@ def describe_tool_error(error):
     return str(error) if isinstance(error, ToolError) else f'cannot be used ({error.strerror})'
 
 
-def own_values(config, ports):
-    """The values by which a variable in a tool's file is known as set by setup: our addresses,
-    and the access token.  `ports` are those that are open: {profile: port}."""
+def own_values(config: Config | None, ports: dict) -> set:
+    """What setup may have set variables to: our addresses (`ports` are the open ones, {profile:
+    port}) and the access token."""
     profiles = config.profiles.values() if config else ()
     numbers = {*(profile.port for profile in profiles), *ports.values()}
     own = {local_url(port) for port in numbers if port}
@@ -9624,7 +9602,7 @@ def autostart_view(call):
     except FailoverError as error:
         return {**view, 'note': str(error)}
     return {**view, 'manager': autostart.manager, 'path': autostart.path,
-            'installed': is_installed(autostart),
+            'installed': os.path.exists(autostart.path),
             'loaded': os.environ.get(STARTED_BY) == autostart.manager}
 
 
@@ -9644,7 +9622,7 @@ def api_setup(call, target):
                          404, 'not_found_error')
     edit = edit_from_page(call, setup, fields)
     actions = [{'target': change.tool.id, 'changed': int(change.is_change),
-                'message': f'{change.tool.name}: {tilde(change.path)} {change.told}.'}
+                'message': f'{change.tool.name}: {tilde(change.path)} {change.text}.'}
                for change in map(edit, tools)]
     message = '\n'.join(action['message'] for action in actions)
     call.app.log.info('setup', target=target, message=message)
@@ -9677,9 +9655,9 @@ def api_start_at_login(call):
 
 
 def api_start_at_no_login(call):
-    was_there, _ = start_at_no_login(find_autostart(call.app.store.path))
-    return {'success': True, 'changed': int(was_there),   # without a file no manager knows it
-            'message': 'It does not start at login any more; this one goes on.'}
+    was_there = start_at_no_login(find_autostart(call.app.store.path))
+    return {'success': True, 'changed': int(was_there),
+            'message': 'It does not start at login any more; this one keeps running.'}
 
 
 #: From here the running proxy is left as it is: it is what answers.
@@ -10785,11 +10763,10 @@ def find_autostart_state(config_path):
     except FailoverError as error:
         yield Finding('autostart', str(error))
         return
-    if not is_installed(autostart):
+    content = read_file(autostart.path)
+    if content is None:
         yield Finding('autostart', 'it does not start at login')
         return
-    with open(autostart.path, 'rb') as file:
-        content = file.read()
     is_same = start_commands(autostart, content) == start_commands(autostart, autostart.content)
     yield Finding('autostart', f'{autostart.manager} starts it at login: {tilde(autostart.path)}'
                   + ('' if is_same else ', but another program or configuration'),
@@ -11544,7 +11521,7 @@ def edit_tools(options, tools, config, edit):
         if options.dry_run and change.is_change:
             say_diff(change, config)
         elif change.before is not None or change.is_change:
-            rows.append((tool.name, tilde(change.path), change.told))
+            rows.append((tool.name, tilde(change.path), change.text))
     if rows:
         say_table(rows, indent='')
     if not tools:
@@ -11606,7 +11583,7 @@ def run_by_manager(options, autostart):
 
 
 def run_by_no_manager(autostart):
-    if not is_installed(autostart):
+    if not os.path.exists(autostart.path):
         say('It does not start at login: nothing was changed.')
         return 0
     problem = run_commands(autostart.stop)
@@ -11906,7 +11883,7 @@ def describe_start(options, health):
     """'started by systemd, as at each login'."""
     by = health['started_by']
     try:
-        at_login = is_installed(find_autostart(options.config))
+        at_login = os.path.exists(find_autostart(options.config).path)
     except FailoverError:             # a system without a manager that is known
         at_login = False
     if by != 'hand':

@@ -7665,7 +7665,7 @@ class ToolSetupTest(ScratchTest):
             for _ in range(2):        # a file in which it stands already, too
                 change = self.configure(access_token='open-sesame')
                 self.assertEqual(stat.S_IMODE(os.stat(self.settings).st_mode), after)
-                self.assertEqual('only you can read it' in change.told, mode != after)
+                self.assertEqual('only you can read it' in change.text, mode != after)
                 os.chmod(self.settings, mode)
             self.configure(access_token='open-sesame')
             self.undo()
