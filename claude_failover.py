@@ -9004,11 +9004,11 @@ def own_values(config: Config | None, ports: dict) -> set:
 # ==============================================================================
 # API
 # ==============================================================================
-# What the dashboard and scripts ask for.  The addresses and the names of the Node program are
-# kept, so that its scripts go on working.  No answer holds a token.
+# What the dashboard and scripts ask for.  The Node program's addresses and names are kept, so
+# that its scripts go on working.  No answer holds a token.
 
 class Parts:
-    """What the API and the HTTP server know of the program, which the Service puts together."""
+    """What the API and the HTTP server know of the program that the Service puts together."""
     store: ConfigStore
     log: JsonLog
     bus: EventBus
@@ -9021,8 +9021,8 @@ class Parts:
     slots: threading.BoundedSemaphore     # of connections
     stopping: bool
     ports: Callable           # () -> {profile name: its open port}
-    health: Callable          # () -> what /health tells
-    update: Callable          # (edit) -> what the edit gave; by then it is saved and in force
+    health: Callable          # () -> what /health reports
+    update: Callable          # (edit) -> what the edit gave, saved and in force by then
     refuse_taken_port: Callable       # (port); raises BadRequest where another program has it
 
 
@@ -9035,9 +9035,18 @@ class Call(NamedTuple):
     profile_name: str
     connection: ClientConnection
 
-    def send_json(self, status, value, fields=()):
+    @property
+    def config(self) -> Config:
+        return self.app.store.current
+
+    def send_json(self, value, status=200, fields=()):
         data = json.dumps(value, indent=2).encode() + b'\n'
         self.response.send(status, [JSON_TYPE, *OWN_FIELDS, *fields], data)
+
+    def send_done(self, event, answer=(), status=200, cookies=(), **logged):
+        """Logs what the request has changed, and answers that it succeeded."""
+        self.app.log.info(event, **logged)
+        self.send_json({'success': True, **dict(answer)}, status, cookies)
 
     def raw_json(self):
         """The body as a JSON object; {} when it is empty.  Raises BadRequest."""
@@ -9047,8 +9056,8 @@ class Call(NamedTuple):
             raise BadRequest(f'The body must be a JSON object: {error}.') from error
 
     def json(self, **checks):
-        """The body's fields that `checks` names, {name: value}; those that are null or absent
-        are left out.  Raises BadRequest naming the field that is wrong or not known."""
+        """{name: value} of the body without its nulls.  Raises BadRequest for a field that is not
+        in `checks`, or that its check complains of."""
         body = self.raw_json()
         for name, value in body.items():
             if name not in checks:
@@ -9095,18 +9104,18 @@ def redirect(call, path, *fields):
 
 
 def show_dashboard(call):
-    """dashboard.html from beside this file, looked up anew each time; what to do without it."""
+    """dashboard.html from beside this file, read anew each time."""
     code = call.query.get('code')
     if code is not None:
-        access_token = call.app.store.current.access_token
+        access_token = call.config.access_token
         is_known = call.app.login_codes.use(code) and access_token
         return redirect(call, '/dashboard', *([session_cookie(access_token)] if is_known else ()))
     try:
         with open(DASHBOARD_PATH, 'rb') as file:
             page = file.read()
     except OSError:
-        text = (f'The dashboard is a file of its own: put dashboard.html beside this program, as\n'
-                f'{DASHBOARD_PATH}\nWithout it, /health and `{RUN} status` tell the same.\n')
+        text = (f'The dashboard is a separate file: put dashboard.html beside this program, as\n'
+                f'{DASHBOARD_PATH}\nWithout it, /health and `{RUN} status` show the same.\n')
         return call.response.send(404, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
     fields = [field for field in OWN_FIELDS if field[0] != 'content-security-policy']
     fields += [('content-type', 'text/html; charset=utf-8'), ('referrer-policy', 'no-referrer'),
@@ -9133,8 +9142,7 @@ LOGIN_CODE_S = 60
 
 
 def session_value(access_token):
-    """What a browser shows instead of the access token: it tells nothing of it, and ends with
-    it."""
+    """What a browser shows instead of the access token: a hash of it."""
     return hmac.new(access_token.encode(), b'dashboard', 'sha256').hexdigest()
 
 
@@ -9152,7 +9160,7 @@ def has_session(headers, access_token):
 
 
 class LoginCodes:
-    """Codes by which a command lets a browser in, once: an address keeps no secret."""
+    """Codes by which a command lets a browser in, once: an address cannot keep a secret."""
 
     def __init__(self, clock=time.monotonic):
         self._clock = clock
@@ -9168,30 +9176,29 @@ class LoginCodes:
         return code
 
     def use(self, code):
-        """Whether a code is one of ours, and still good; it is not any more."""
+        """Whether a code is one of these and still good; from now on it is not."""
         with self._lock:
             return self._codes.pop(code, -math.inf) > self._clock()
 
 
 def api_login(call):
-    access_token = call.app.store.current.access_token
+    access_token = call.config.access_token
     token = wanted_field(call.json(token=check_text), 'token')
-    if not access_token:
-        return call.send_json(200, {'success': True})
-    if not is_same_secret(token, access_token):
+    if access_token and not is_same_secret(token, access_token):
         raise BadRequest('This is not the access token.', 401, 'authentication_error',
                          field='token')
-    return call.send_json(200, {'success': True}, [session_cookie(access_token)])
+    fields = [session_cookie(access_token)] if access_token else ()
+    call.send_json({'success': True}, fields=fields)
 
 
 def api_login_code(call):
-    call.send_json(200, {'code': call.app.login_codes.make()})
+    call.send_json({'code': call.app.login_codes.make()})
 
 
 # -- what there is to see ------------------------------------------------------------
 
 def api_health(call):
-    call.send_json(200, call.app.health())
+    call.send_json(call.app.health())
 
 
 #: The Node program's names of our counters.
@@ -9203,7 +9210,7 @@ def api_status(call):
     status = full_status(call)
     metrics = status['metrics']
     metrics.update({name: metrics[ours] for name, ours in NODE_METRICS.items()})
-    call.send_json(200, {**status, 'uptime': status['uptime_s']})
+    call.send_json({**status, 'uptime': status['uptime_s']})
 
 
 def full_status(call):
@@ -9212,26 +9219,26 @@ def full_status(call):
 
 
 def api_events(call):
-    """Server-sent events: the configuration and the state, then what changes, as it does."""
+    """Server-sent events: the configuration and the state, then each change."""
     app, response = call.app, call.response
     with app.bus.subscription() as subscription:
         response.start(200, [*STREAM_FIELDS, *OWN_FIELDS[1:]])
-        response.write(sse_event('config', json.dumps(config_view(app.store.current))))
-        teller = StatusTeller(call)
-        response.write(teller.news())
+        response.write(sse_event('config', json.dumps(config_view(call.config))))
+        reporter = StatusReporter(call)
+        response.write(reporter.news())
         while not (app.stopping or subscription.is_over):
             news = subscription.next(STATUS_S)
             data = sse_event(*news) if news else b''
-            response.write(data + teller.news())
+            response.write(data + reporter.news())
         response.finish()
 
 
-class StatusTeller:
-    """Tells one dashboard of the state: when it changed, and not more often than STATUS_S."""
+class StatusReporter:
+    """Reports the state to one dashboard: when it changed, and at most once in STATUS_S."""
 
     def __init__(self, call, clock=time.monotonic):
         self._call, self._clock = call, clock
-        self._told, self._told_at, self._looked_at = None, -math.inf, -math.inf
+        self._sent, self._sent_at, self._looked_at = None, -math.inf, -math.inf
 
     def news(self):
         """The bytes of an event, of a comment that keeps the connection alive, or none."""
@@ -9241,26 +9248,26 @@ class StatusTeller:
         self._looked_at = now
         status = full_status(self._call)
         lasting = without_clocks(status)
-        if lasting == self._told and now - self._told_at < KEEP_ALIVE_S:
+        if lasting == self._sent and now - self._sent_at < KEEP_ALIVE_S:
             return b''
-        is_news, is_first = lasting != self._told, self._told is None
-        self._told, self._told_at = lasting, now
-        if not is_first:              # requests are told one by one
+        is_news, is_first = lasting != self._sent, self._sent is None
+        self._sent, self._sent_at = lasting, now
+        if not is_first:              # requests have their own events
             del status['recent']
         return sse_event('status', json.dumps(status)) if is_news else b': \n\n'
 
 
-#: What changes by itself, and the requests, which are told one by one.
+#: What changes by itself, and the requests, which have their own events.
 CLOCKS = frozenset(('uptime_s', 'remaining_ms', 'until', 'back_in_ms', 'recent'))
 
 
-def without_clocks(told):
-    """A status without CLOCKS."""
-    if isinstance(told, list):
-        return [without_clocks(entry) for entry in told]
-    if isinstance(told, dict):
-        return {name: without_clocks(value) for name, value in told.items() if name not in CLOCKS}
-    return told
+def without_clocks(status):
+    if isinstance(status, list):
+        return [without_clocks(entry) for entry in status]
+    if isinstance(status, dict):
+        return {name: without_clocks(value) for name, value in status.items()
+                if name not in CLOCKS}
+    return status
 
 
 def sse_event(name, text):
@@ -9275,7 +9282,7 @@ def api_logs(call):
     if level not in LEVELS:
         raise BadRequest(f'level must be one of {", ".join(LEVELS)}.', field='level')
     call.app.log.flush()
-    call.send_json(200, {'logs': last_records(call.app.log.path, int(count), level)})
+    call.send_json({'logs': last_records(call.app.log.path, int(count), level)})
 
 
 # -- cooldowns ---------------------------------------------------------------------
@@ -9283,16 +9290,14 @@ def api_logs(call):
 def api_clear_cooldowns(call):
     """Body: {} for all, {"key": ID} or {"key": ID, "model": NAME}."""
     wanted = call.json(key=check_text, model=check_text)
-    is_one = bool(wanted.get('key'))
-    refs = refs_called(call.app.store.current, wanted['key']) if is_one else [None]
-    cleared = sum(call.app.cooldowns.clear(ref, wanted.get('model')) for ref in refs)
-    call.app.log.info('cooldowns_cleared', key=wanted.get('key'), model=wanted.get('model'),
-                      count=cleared)
-    call.send_json(200, {'success': True, 'cleared': cleared})
+    key, model = wanted.get('key'), wanted.get('model')
+    refs = refs_called(call.config, key) if key else [None]
+    cleared = sum(call.app.cooldowns.clear(ref, model) for ref in refs)
+    call.send_done('cooldowns_cleared', {'cleared': cleared}, key=key, model=model, count=cleared)
 
 
 # -- keys --------------------------------------------------------------------------
-# The first part of their addresses is '' for Anthropic's, 'openai-' for OpenAI's.
+# Their addresses begin with nothing for Anthropic's, with 'openai-' for OpenAI's.
 
 PROVIDER_OF = {None: ANTHROPIC, 'openai-': OPENAI}
 
@@ -9301,25 +9306,20 @@ def key_ref(kind, id):
     return f'{PROVIDER_OF[kind]}:{urllib.parse.unquote(id)}'
 
 
-def key_views(call, refs):
-    """[{...}, ...]: keys as the Node program showed them, with ours of them."""
-    told = {key['ref']: key for key in call.app.health()['keys']}
-    return [{**told[ref], 'success': True, 'masked': told[ref]['token'],
-             'addedAt': told[ref]['added_at'], 'requests': told[ref]['answers'],
-             'inCooldown': told[ref]['state'] in ('cooling', 'limited')} for ref in refs]
-
-
-def key_view(call, ref):
-    return key_views(call, [ref])[0]
+def key_views(call, *refs):
+    """[{...}, ...]: keys with /health's fields and the Node program's."""
+    keys = {key['ref']: key for key in call.app.health()['keys']}
+    return [{**keys[ref], 'success': True, 'masked': keys[ref]['token'],
+             'addedAt': keys[ref]['added_at'], 'requests': keys[ref]['answers'],
+             'inCooldown': keys[ref]['state'] in ('cooling', 'limited')} for ref in refs]
 
 
 def api_list_keys(call, kind):
     """Query: profile, in whose order they come."""
-    config, name = call.app.store.current, call.query.get('profile', call.profile_name)
-    refuse_unknown_profile(config, name)
-    provider = PROVIDER_OF[kind]
-    refs = [f'{provider}:{id}' for id in ids_in_order(config.profiles[name].order, provider)]
-    call.send_json(200, {'keys': key_views(call, refs)})
+    name, provider = call.query.get('profile', call.profile_name), PROVIDER_OF[kind]
+    refuse_unknown_profile(call.config, name)
+    ids = ids_in_order(call.config.profiles[name].order, provider)
+    call.send_json({'keys': key_views(call, *(f'{provider}:{id}' for id in ids))})
 
 
 def api_add_key(call, kind):
@@ -9332,8 +9332,7 @@ def api_add_key(call, kind):
         refuse_named_tokens(config, edited)
         return edited, key
     _, key = call.app.update(edit)
-    call.app.log.info('key_added', key=key.ref)
-    call.send_json(201, key_view(call, key.ref))
+    call.send_done('key_added', key_views(call, key.ref)[0], 201, key=key.ref)
 
 
 def api_edit_key(call, kind, id):
@@ -9348,13 +9347,12 @@ def api_edit_key(call, kind, id):
         refuse_unproved_tokens(config, edited, {ref: fields.get('token', '')})
         return edited
     call.app.update(edit)
-    call.app.log.info('key_changed', key=ref, fields=list(fields))
-    call.send_json(200, key_view(call, ref))
+    call.send_done('key_changed', key_views(call, ref)[0], key=ref, fields=list(fields))
 
 
 def refuse_unproved_tokens(config, edited, tokens):
-    """A token goes to another server only where who says so knows it: otherwise whoever reaches
-    this API could have all tokens sent to his own.  `tokens` is {ref: token}."""
+    """Raises BadRequest where a token would go to another server and is not among `tokens`, {ref:
+    token}: whoever reaches this API could have all tokens sent to a server of theirs."""
     unproved = []
     for ref, key in edited.keys.items():
         before = config.keys.get(ref)
@@ -9368,14 +9366,14 @@ def refuse_unproved_tokens(config, edited, tokens):
                          field='tokens', keys=unproved)
 
 
-#: The providers' own servers: who reaches this API gets nothing by what is sent there.
+#: The providers' own servers: nobody who reaches this API gains by what is sent there.
 PUBLIC_SERVERS = frozenset(s.default for s in SETTINGS if s.check is check_base_url)
 
 
 def refuse_named_tokens(config, edited):
-    """What a file or a variable of this machine holds goes to no other server because a request
-    says so: otherwise whoever reaches this API could have any login here sent to his own.  Who
-    knows a variable's value may say so; a file's may be another one tomorrow."""
+    """Raises BadRequest where a request would have what a file or variable holds sent to another
+    server: that could be any login of this machine.  A variable's value can be proved instead; a
+    file's may be another one tomorrow."""
     for ref, key in edited.keys.items():
         before = config.keys.get(ref)
         was_there = before and before.token == key.token
@@ -9386,13 +9384,12 @@ def refuse_named_tokens(config, edited):
         if others:
             command = f'add-{"openai-" if key.provider == OPENAI else ""}key'
             raise BadRequest(f'{key.token} would be sent to {" or ".join(others)}, which no '
-                             f'request can have done: do it with {RUN} {command} or {RUN} config '
+                             f'request may cause: do it with {RUN} {command} or {RUN} config '
                              'set, or in the configuration file.', field='token')
 
 
 def servers_of(config, key):
-    """The base URLs to which a key's requests may go: what a file or a variable holds may
-    become a ChatGPT login."""
+    """Base URLs where a key's requests may go: a file or variable may come to hold a login."""
     may_be_login = key.provider == OPENAI and not key.base_url and is_reference(key.token)
     return {server_of(config, key), *([config.codex_base_url] if may_be_login else ())}
 
@@ -9407,8 +9404,7 @@ def knows_token(key, token):
 def api_remove_key(call, kind, id):
     ref = key_ref(kind, id)
     call.app.update(lambda config: remove_key(config, ref))
-    call.app.log.info('key_removed', key=ref)
-    call.send_json(200, {'success': True})
+    call.send_done('key_removed', key=ref)
 
 
 def api_order_keys(call, kind):
@@ -9416,8 +9412,7 @@ def api_order_keys(call, kind):
     fields = call.json(**{field: check_texts, 'profile': check_text})
     name, ids = fields.get('profile', call.profile_name), wanted_field(fields, field)
     call.app.update(lambda config: order_keys(config, name, PROVIDER_OF[kind], ids))
-    call.app.log.info('keys_ordered', profile=name)
-    call.send_json(200, {'success': True})
+    call.send_done('keys_ordered', profile=name)
 
 
 class KeyTest(NamedTuple):
@@ -9429,8 +9424,9 @@ class KeyTest(NamedTuple):
     url: str
 
 
-def test_key(config, key, upstream, exchange, clock=time.monotonic, now=time.time):
-    """Asks a key's server for its list of models, which costs nothing; the KeyTest."""
+def test_key(config: Config, key: Key, upstream: Upstream, exchange: Exchange,
+             clock=time.monotonic, now=time.time) -> KeyTest:
+    """Asks a key's server for its list of models, which costs nothing."""
     started, url = clock(), ''
 
     def tested(is_valid, status, message):
@@ -9459,21 +9455,19 @@ def test_key(config, key, upstream, exchange, clock=time.monotonic, now=time.tim
 
 
 def api_test_key(call, kind, id):
-    config, ref = call.app.store.current, key_ref(kind, id)
+    config, ref = call.config, key_ref(kind, id)
     call.json()
     if ref not in config.keys:
         raise UnknownKey(urllib.parse.unquote(id))
     with call.app.watcher.watching(Exchange(call.connection.sock)) as exchange:
         tested = test_key(config, config.keys[ref], call.app.upstream, exchange)
     call.app.log.info('key_tested', key=ref, status=tested.status, message=tested.message[:300])
-    call.send_json(200, {'id': config.keys[ref].id, 'valid': tested.is_valid,
-                         **tested._asdict()})
+    call.send_json({'id': config.keys[ref].id, 'valid': tested.is_valid, **tested._asdict()})
 
 
 # -- profiles ----------------------------------------------------------------------
 
-ORDER_CHECKS = {'keyOrder': check_texts, 'openaiKeyOrder': check_texts,
-                'priorityOrder': check_texts}
+ORDER_CHECKS = dict.fromkeys((*ORDER_FIELDS.values(), 'priorityOrder'), check_texts)
 PROFILE_CHECKS = {'name': check_text, 'port': whole_number(1, 'a port'), **ORDER_CHECKS}
 
 
@@ -9485,8 +9479,7 @@ def profile_view(profile):
 
 
 def api_list_profiles(call):
-    profiles = call.app.store.current.profiles.values()
-    call.send_json(200, {'profiles': list(map(profile_view, profiles))})
+    call.send_json({'profiles': list(map(profile_view, call.config.profiles.values()))})
 
 
 def api_add_profile(call):
@@ -9499,8 +9492,7 @@ def api_add_profile(call):
         call.app.refuse_taken_port(edited.profiles[name].port)
         return edited
     config = call.app.update(edit)
-    call.app.log.info('profile_added', profile=name)
-    call.send_json(201, {'success': True, **profile_view(config.profiles[name])})
+    call.send_done('profile_added', profile_view(config.profiles[name]), 201, profile=name)
 
 
 def api_edit_profile(call, name):
@@ -9516,8 +9508,8 @@ def api_edit_profile(call, name):
             call.app.refuse_taken_port(edited.profiles[new_name].port)
         return edited
     config = call.app.update(edit)
-    call.app.log.info('profile_changed', profile=name, fields=list(fields))
-    call.send_json(200, {'success': True, **profile_view(config.profiles[new_name])})
+    call.send_done('profile_changed', profile_view(config.profiles[new_name]), profile=name,
+                   fields=list(fields))
 
 
 def api_remove_profile(call, name):
@@ -9526,8 +9518,7 @@ def api_remove_profile(call, name):
         raise BadRequest(f'Profile {name} is the one by whose port you are here: remove it from '
                          "another profile's dashboard.", 409)
     call.app.update(lambda config: remove_profile(config, name))
-    call.app.log.info('profile_removed', profile=name)
-    call.send_json(200, {'success': True})
+    call.send_done('profile_removed', profile=name)
 
 
 def api_order_profile(call):
@@ -9535,19 +9526,18 @@ def api_order_profile(call):
     name = fields.get('profile', call.profile_name)
     order = wanted_field(fields, 'priorityOrder')
     call.app.update(lambda config: order_profile(config, name, order))
-    call.app.log.info('profile_ordered', profile=name)
-    call.send_json(200, {'success': True})
+    call.send_done('profile_ordered', profile=name)
 
 
 # -- settings ----------------------------------------------------------------------
 
-def setting_values(config):
+def setting_values(config: Config) -> dict:
     """{name: value} of every setting, the access token masked."""
     values = {setting.name: getattr(config, attribute_name(setting.name)) for setting in SETTINGS}
     return {**values, 'accessToken': config.access_token and mask_token(config.access_token)}
 
 
-def config_view(config):
+def config_view(config: Config) -> dict:
     """What the dashboard knows of the configuration."""
     fields = [{'name': s.name, 'default': s.default, 'unit': s.unit, 'help': s.help}
               for s in SETTINGS]
@@ -9556,7 +9546,7 @@ def config_view(config):
 
 
 def api_show_config(call):
-    call.send_json(200, setting_values(call.app.store.current))
+    call.send_json(setting_values(call.config))
 
 
 def api_change_config(call):
@@ -9572,18 +9562,17 @@ def api_change_config(call):
         refuse_unproved_tokens(config, edited, tokens)
         return edited
     config = call.app.update(edit)
-    call.app.log.info('config_changed', fields=list(changes))
-    # Who has just set an access token is not to be locked out by it.
+    # An access token must not lock out who has just set it.
     access_token = config.access_token if 'accessToken' in changes else None
-    call.send_json(200, {'success': True, **setting_values(config)},
-                   [session_cookie(access_token)] if access_token else ())
+    cookies = [session_cookie(access_token)] if access_token else ()
+    call.send_done('config_changed', setting_values(config), 200, cookies, fields=list(changes))
 
 
 # -- the tools of this machine -------------------------------------------------------
 
 def api_setup_status(call):
     setup = ToolSetup(call.app.store.path)
-    ours = own_values(call.app.store.current, call.app.ports())
+    ours = own_values(call.config, call.app.ports())
     tools = {state.tool.id: {
         'name': state.tool.name, 'path': state.path, 'installed': state.is_found,
         'configured': state.url in ours, 'url': state.url,
@@ -9591,7 +9580,7 @@ def api_setup_status(call):
         for state in setup.states()}
     cursor = {'name': 'Cursor', 'path': None, 'installed': setup.has_cursor(), 'configured': False,
               'url': None, 'note': CURSOR_NOTE}
-    call.send_json(200, {**tools, 'cursor': cursor, 'autostart': autostart_view(call)})
+    call.send_json({**tools, 'cursor': cursor, 'autostart': autostart_view(call)})
 
 
 def autostart_view(call):
@@ -9607,11 +9596,10 @@ def autostart_view(call):
 
 
 def api_setup(call, target):
-    """Sets up a tool, or with {"undo": true} gives its file back; {"profile": NAME}: with that
-    profile's port."""
+    """Body: {"undo": true} restores the tool's file; {"profile": NAME} uses its port."""
     fields = call.json(undo=check_switch, profile=check_text)
     if target in LOGIN_ACTIONS:
-        return call.send_json(200, LOGIN_ACTIONS[target](call))
+        return call.send_json(LOGIN_ACTIONS[target](call))
     setup = ToolSetup(call.app.store.path)
     tools = [tool for tool in TOOLS if tool.id == target]
     if target == 'auto':
@@ -9625,15 +9613,14 @@ def api_setup(call, target):
                 'message': f'{change.tool.name}: {tilde(change.path)} {change.text}.'}
                for change in map(edit, tools)]
     message = '\n'.join(action['message'] for action in actions)
-    call.app.log.info('setup', target=target, message=message)
-    return call.send_json(200, {
-        'success': True, 'changed': sum(action['changed'] for action in actions),
-        'message': message or 'No tool was found here that is not set up.', 'actions': actions})
+    answer = {'changed': sum(action['changed'] for action in actions), 'actions': actions,
+              'message': message or 'No tool was found here that is not set up.'}
+    return call.send_done('setup', answer, target=target, message=message)
 
 
 def edit_from_page(call, setup, fields):
-    """What is to be done: a function of a tool that gives a Change, or raises ToolError."""
-    config, ports = call.app.store.current, call.app.ports()
+    """The edit that a page asks for: a function of a tool that gives a Change."""
+    config, ports = call.config, call.app.ports()
     if fields.get('undo'):
         return functools.partial(setup.undo, ours=own_values(config, ports))
     name = fields.get('profile', call.profile_name)
@@ -9660,7 +9647,7 @@ def api_start_at_no_login(call):
             'message': 'It does not start at login any more; this one keeps running.'}
 
 
-#: From here the running proxy is left as it is: it is what answers.
+#: These leave the running proxy as it is: it is what answers.
 LOGIN_ACTIONS = {'autostart': api_start_at_login, 'remove-autostart': api_start_at_no_login}
 
 

@@ -9285,11 +9285,11 @@ class ApiTest(ProgramTest):
         clock = FakeClock()
         call.app.health = lambda: {'uptime_s': clock.now, 'recent': [], 'cooldowns': [{'key': 'a', 'remaining_ms': clock.now, 'until': clock.now}]}
         call.app.metrics.history = lambda: []
-        teller = cf.StatusTeller(call, clock)
-        self.assertIn(b'"recent"', teller.news())
+        reporter = cf.StatusReporter(call, clock)
+        self.assertIn(b'"recent"', reporter.news())
         for seconds, news in ((0.5, b''), (1, b''), (1, b''), (20, b': \n\n'), (1, b'')):
             clock.now += seconds
-            self.assertEqual(teller.news(), news)
+            self.assertEqual(reporter.news(), news)
 
     def test_logs_are_the_last_lines_of_a_level(self):
         for level in ('info', 'warn', 'error'):
