@@ -9658,7 +9658,7 @@ LOGIN_ACTIONS = {'autostart': api_start_at_login, 'remove-autostart': api_start_
 # guard first, whatever its path.
 
 LOCAL_NAMES = ('localhost', '127.0.0.1', '[::1]')
-#: A second Host is joined to the first by a comma, and so is neither a name nor a port.
+#: Joined by a comma, two Hosts are neither a name nor a port.
 HOST_AND_PORT = re.compile(r'([^:,]+|\[[^\],]+\]):[0-9]{1,5}')
 
 
@@ -9669,13 +9669,13 @@ def own_hosts(port):
 
 
 def is_allowed_host(host, allowed_hosts):
-    """Whether a Host is one of these; a name stands for every port."""
+    """Whether a Host is one of these; a name alone allows every port."""
     match = HOST_AND_PORT.fullmatch(host)
-    return host in allowed_hosts or bool(match) and match.group(1) in allowed_hosts
+    return host in allowed_hosts or match is not None and match.group(1) in allowed_hosts
 
 
 def guard(head, port, config):
-    """Raises BadRequest for a request that another site's page, or a rebound name, sent."""
+    """Raises Forbidden for a request that another site's page, or a rebound name, sent."""
     headers = head.headers
     host = headers.get('host', '')
     if host.lower() not in own_hosts(port) and not is_allowed_host(host, config.allowed_hosts):
@@ -9691,10 +9691,10 @@ def guard(head, port, config):
         raise Forbidden('Requests from another site are refused.')
 
 
-#: What linux/sock_diag.h and linux/inet_diag.h call by these names.
+#: From linux/netlink.h and linux/sock_diag.h.
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST = 4, 20, 1
-#: Tables of sockets, and what precedes an address of a family there: a client's socket may be
-#: one of IPv6 that reached ours by ::ffff:127.0.0.1.
+#: Tables of sockets, and what precedes an address of a family there: a client's IPv6 socket may
+#: have reached ours by ::ffff:127.0.0.1.
 MAPPED = '0' * 16 + ('FFFF0000' if sys.byteorder == 'little' else '0000FFFF')
 SOCKET_TABLES = {
     socket.AF_INET: (('/proc/net/tcp', ''), ('/proc/net/tcp6', MAPPED)),
@@ -9702,9 +9702,9 @@ SOCKET_TABLES = {
 
 
 def peer_owner(sock):
-    """The user id of the program at the other end of a connection within this machine; None
-    where the system does not tell.  Raises ClientGone when it has left: a socket that nobody
-    holds any more may be called root's, and a request could be left behind in its name."""
+    """The user id of the program at the other end of a local connection; None where the system
+    does not say.  Raises ClientGone when it has left: the system may call its socket root's, and
+    a request left behind would pass as root's."""
     if not sys.platform.startswith('linux'):
         return None
     try:
@@ -9728,8 +9728,8 @@ def address_bytes(address):
 
 
 def ask_for_owner(far, near):
-    """(user id, inode) of the socket at `far`; inode 0 when nobody holds it; None when it is
-    not found, or netlink not to be had."""
+    """(user id, inode) of the socket at `far`, by netlink; inode 0 when nobody holds it; None
+    when it is not found."""
     request = struct.pack('=IHHIIBBxxI', 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0,
                           address_family(far), socket.IPPROTO_TCP, 0xffffffff)
     request += struct.pack('!HH16s16s', far[1], near[1], address_bytes(far), address_bytes(near))
@@ -9750,7 +9750,7 @@ def read_diag_answer(data):
 
 
 def look_for_owner(far, near):
-    """The same from the tables in /proc: some milliseconds where thousands are open."""
+    """The same from the tables in /proc: some milliseconds where thousands of sockets are open."""
     for path, prefix in SOCKET_TABLES[address_family(far)]:
         with contextlib.suppress(OSError), open(path) as file:        # no /proc, or no IPv6
             found = find_in_table(file.read(), prefix + table_address(far),
@@ -9761,8 +9761,7 @@ def look_for_owner(far, near):
 
 
 def table_address(address):
-    """('127.0.0.1', 8080) as '0100007F:1F90': each four bytes of the first are a number in the
-    machine's byte order."""
+    """('127.0.0.1', 8080) as '0100007F:1F90': four bytes at a time, in this machine's order."""
     numbers = struct.iter_unpack('=I', address_bytes(address))
     return f'{"".join(f"{number:08X}" for number, in numbers)}:{address[1]:04X}'
 
@@ -9777,11 +9776,11 @@ def find_in_table(text, far, near):
 
 
 def refuse_stranger(owner, config):
-    """Raises Forbidden for a program of another user: loopback is open to all users of a machine.
-    Root may do anything anyway; an access token, where one is asked for, decides instead."""
+    """Raises Forbidden for another user's program, which reaches loopback too.  Root may do
+    anything anyway; where an access token is asked for, that decides instead."""
     if owner not in (None, 0) and owner != os.geteuid() and not config.access_token:
         raise Forbidden(f'This {PROGRAM} serves the user who started it. With an "accessToken" in '
-                        'its configuration it serves others too, who present that.')
+                        'its configuration it also serves others who present that.')
 
 
 def check_access(route, headers, access_token):
@@ -9804,8 +9803,8 @@ def media_types(value):
 
 
 def check_content_type(head):
-    """A body must say that it is JSON (or, for files, multipart): forms of a web page never
-    do.  Raises BadRequest."""
+    """Raises BadRequest for a body that is not JSON (or, for files, multipart) by its type: forms
+    of a web page never are."""
     if not (head.is_chunked or head.length):
         return
     content_types = media_types(head.headers.get('content-type', ''))
@@ -9819,11 +9818,9 @@ def show_options(call, allow):
 
 
 def forward(call):
-    app = call.app
-    access_token = app.store.current.access_token
-    request = ClientRequest(call.head, call.body, call.profile_name, access_token)
-    with app.watcher.watching(Exchange(call.connection.sock)) as exchange:
-        Serving(app.failover, request, call.response, exchange).serve()
+    request = ClientRequest(call.head, call.body, call.profile_name, call.config.access_token)
+    with call.app.watcher.watching(Exchange(call.connection.sock)) as exchange:
+        Serving(call.app.failover, request, call.response, exchange).serve()
 
 
 class Route(NamedTuple):
@@ -9867,13 +9864,12 @@ ROUTES = (
 )
 
 
-#: Of every path that there is; never forwarded.
+#: For every path; never forwarded.
 OPTIONS_ROUTE = route('OPTIONS', '/.*', show_options, is_open=True)
 
 
 def find_route(head):
-    """(Route, its arguments) of a request.  Raises BadRequest: 404, or 405 where only the
-    method is wrong."""
+    """(Route, its arguments) of a request.  Raises BadRequest, 404 or 405."""
     path = head.target.partition('?')[0]
     methods = []
     for candidate in ROUTES:
@@ -9893,6 +9889,7 @@ def find_route(head):
 
 class Handler(socketserver.BaseRequestHandler):
     """Serves the requests of one client connection, one after another."""
+    server: Any               # a Listener
 
     def handle(self):
         try:
@@ -9908,7 +9905,7 @@ class Handler(socketserver.BaseRequestHandler):
         response = ClientResponse(connection, None)
         was_read = False
         try:
-            # Before it is waited for, so that strangers hold no thread; and when it is there.
+            # Before waiting, so that strangers hold no thread; and again when a request is there.
             refuse_stranger(self._owner, self.server.app.store.current)
             head = connection.read_head()
             if head is None:
@@ -9931,8 +9928,8 @@ class Handler(socketserver.BaseRequestHandler):
             self.server.app.log.error('internal_error', kind=kind, at=where_raised(error))
             if response.started:
                 return False
-            told = FailoverError(f'{PROGRAM} failed on this request ({kind}); its log says where.')
-            self._refuse(connection, response, told, was_read)
+            self._refuse(connection, response, FailoverError(
+                f'{PROGRAM} failed on this request ({kind}); its log says where.'), was_read)
         return response.keep_alive and not self.server.app.stopping
 
     def _admit(self, head, profile_name):
@@ -9965,8 +9962,7 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 class Workers:
-    """Threads that serve one connection after another: to start one for each took a quarter of
-    the time of a short connection."""
+    """Threads that are reused: starting one takes a quarter of a short connection's time."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -9974,8 +9970,7 @@ class Workers:
         self._jobs = queue.SimpleQueue()
 
     def run(self, job):
-        """Has an idle thread call `job()`, or a new one.  Raises RuntimeError when the system
-        gives none."""
+        """Has an idle or new thread call `job()`.  Raises RuntimeError when there can be none."""
         with self._lock:
             is_one_idle = self._idle > 0
             self._idle -= is_one_idle
@@ -10000,15 +9995,15 @@ class LocalServer(http.server.ThreadingHTTPServer):
     request_queue_size = 1024     # the default of 5 drops connections under load: 1 s and more
 
     def server_bind(self):
-        # Not HTTPServer's: it looks up the host's full name, seconds where DNS is broken.
+        # HTTPServer's looks up the host's full name, which takes seconds where DNS is broken.
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
 
 
 class Listener(LocalServer):
     """The port of one profile, on 127.0.0.1 and ::1: a thread for each connection."""
 
-    def __init__(self, profile, app: Parts, workers):
+    def __init__(self, profile: Profile, app: Parts, workers: Workers):
         self.profile_name, self.wanted_port, self.app = profile.name, profile.port, app
         self._workers, self._is_closing = workers, False
         super().__init__((LISTEN_HOST, profile.port), Handler)
@@ -10035,7 +10030,7 @@ class Listener(LocalServer):
                 # The end, or no file descriptor left: others will close theirs.
                 time.sleep(0 if self._is_closing else 0.05)
                 continue
-            self.process_request(request, client_address)
+            self._begin(request, client_address)
 
     def shutdown(self):
         self._is_closing = True
@@ -10044,12 +10039,12 @@ class Listener(LocalServer):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
 
-    def process_request(self, request, client_address):
+    def _begin(self, request, client_address):
         if self.app.slots.acquire(blocking=False):
             try:
                 return self._workers.run(functools.partial(
                     self.process_request_thread, request, client_address))
-            except RuntimeError:      # no further thread to be had: as good as too many
+            except RuntimeError:      # the system gives no further thread
                 self.app.slots.release()
         with contextlib.suppress(OSError):        # it may be gone by now
             request.sendall(TOO_MANY)
@@ -10062,8 +10057,8 @@ class Listener(LocalServer):
             self.app.slots.release()
 
     def handle_error(self, request, client_address):
-        self.app.log.error('connection_failed', kind=type(sys.exc_info()[1]).__name__,
-                           at=where_raised(sys.exc_info()[1]))
+        error = sys.exc_info()[1]
+        self.app.log.error('connection_failed', kind=type(error).__name__, at=where_raised(error))
 
 
 TOO_MANY_BODY = error_json('overloaded_error', f'{PROGRAM}: over {MAX_CONNECTIONS} connections.')
@@ -10081,14 +10076,14 @@ class PortTaken(FailoverError):
 
 
 def return_memory():
-    """Gives memory that is free back to the system, where the C library can be told to (glibc):
-    compiling this file leaves 20 MB of 42, and each thread's heap keeps the most it ever held."""
+    """Gives free memory back to the system, where the C library can (glibc): compiling this file
+    leaves 20 MB of 42, and each thread's heap keeps the most it ever held."""
     import ctypes
     with contextlib.suppress(AttributeError, OSError, TypeError):     # other systems
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def polling(patience_s):
+def polling(patience_s: float):
     """Yields now and every POLL_S, until so many seconds have passed."""
     deadline = time.monotonic() + patience_s
     yield
@@ -10100,7 +10095,7 @@ def polling(patience_s):
 class App(Parts):
     """The parts put together: built once, started, reloaded, stopped."""
 
-    def __init__(self, config_path, upstream=None):
+    def __init__(self, config_path: str, upstream: Upstream | None = None):
         self.store = ConfigStore(config_path)
         self.store.load()
         config = self.store.current
@@ -10120,9 +10115,9 @@ class App(Parts):
         self.listeners = {}           # profile name -> Listener
         self.port_problems = {}       # profile name -> why its port is not open
         self.stopping = False
-        self._applied = config        # the Config that ports, log and cooldowns agree with
+        self._applied = config        # the Config that ports, log and cooldowns follow
         self._applying = threading.Lock()
-        self.pid_file = PidFile(config_path)      # who starts the App acquires it
+        self.pid_file = PidFile(config_path)      # acquired by who starts the App
         self._stop = threading.Event()
         self._started = time.monotonic()
         self._tls_thread = threading.Thread(target=self.upstream.tls_context, name='tls',
@@ -10142,13 +10137,13 @@ class App(Parts):
         threading.Thread(target=self._reload_loop, name='reload', daemon=True).start()
         self.log.info('started', version=VERSION, pid=os.getpid(), ports=self.ports())
 
-    def ports(self):
+    def ports(self) -> dict:
         return {name: listener.server_port for name, listener in self.listeners.items()}
 
     def _open_listeners(self):
-        """Brings the open ports in line with the configuration.  A port that stays open keeps
-        its connections, whichever profile it belongs to now; a profile whose new port is
-        taken keeps its old one."""
+        """Brings the open ports in line with the configuration.  A port that stays open keeps its
+        connections, whatever profile has it now; a profile keeps its port if the new one is taken.
+        """
         before, wanted = self.listeners, self.store.current.profiles
         by_port = {listener.server_port: listener for listener in before.values()}
         kept = {name: by_port[profile.port] for name, profile in wanted.items()
@@ -10167,7 +10162,7 @@ class App(Parts):
         for name, listener in self.listeners.items():
             listener.profile_name, listener.wanted_port = name, wanted[name].port
         self._close_listeners(set(before.values()) - set(self.listeners.values()))
-        self._tell_running()
+        self._note_ports()
 
     def _open_listener(self, profile):
         """A new Listener, or None with the reason among `port_problems`."""
@@ -10183,14 +10178,14 @@ class App(Parts):
     def _close_all(self):
         listeners, self.listeners = self.listeners, {}
         self._close_listeners(listeners.values())
-        self._tell_running()
+        self._note_ports()
 
     def _close_listeners(self, listeners):
         for listener in listeners:
             listener.shutdown()
 
-    def _tell_running(self):
-        with contextlib.suppress(OSError):        # it is only a help; /health tells all
+    def _note_ports(self):
+        with contextlib.suppress(OSError):        # commands then find it by its configuration
             self.pid_file.write(self.ports().values(), bool(self.store.current.document))
 
     def _reload_loop(self):
@@ -10206,10 +10201,10 @@ class App(Parts):
                 self.log.error('reload_failed', kind=type(error).__name__, at=where_raised(error))
 
     def reload(self):
-        """Takes up a changed file; opens ports that could not be opened before."""
+        """Puts a changed file in force; opens ports that could not be opened before."""
         try:
             has_changed = self.store.reload_if_changed()
-        except ConfigError as error:          # the folder cannot be read: say so once
+        except ConfigError as error:          # the folder cannot be read: log that once
             has_changed = self.store.problem != str(error)
             self.store.problem = str(error)
         if has_changed and self.store.problem:
@@ -10217,8 +10212,7 @@ class App(Parts):
         self._apply()
 
     def update(self, edit):
-        """Has the store update the file, and takes that up at once; what the edit gave.  Raises
-        ConfigError, FailoverError, and then has changed nothing."""
+        """What the edit gave, saved and in force.  Raises FailoverError with nothing changed."""
         outcome = self.store.update(edit)
         self._apply()
         return outcome
@@ -10254,7 +10248,7 @@ class App(Parts):
     def refuse_taken_port(self, port):
         """Raises BadRequest when another program has a port that a profile is to get."""
         if port in self.ports().values():
-            return                    # ours: the configuration says whether it is free
+            return                    # our own: the configuration says whether it is free
         try:
             with socket.create_server((LISTEN_HOST, port)):
                 pass
@@ -10263,7 +10257,7 @@ class App(Parts):
                              409, field='port') from error
 
     def run(self):
-        """Serves until `stop`; a running answer may go on for DRAIN_S."""
+        """Serves until `stop`; running answers have DRAIN_S to finish."""
         self._stop.wait()
         self.stopping = self.failover.stopping = True
         self._close_all()
@@ -10272,7 +10266,7 @@ class App(Parts):
             if not len(self.watcher):
                 break
         self.upstream.close_idle()
-        self._tls_thread.join()       # the interpreter's end would pull OpenSSL away under it
+        self._tls_thread.join()       # as the interpreter ends, OpenSSL goes: not under a thread
         self.log.info('stopped', cut=len(self.watcher))
         self.log.close()
         self.pid_file.release()
@@ -10280,8 +10274,8 @@ class App(Parts):
     def stop(self):
         self._stop.set()
 
-    def health(self):
-        """What /health tells: no token but masked."""
+    def health(self) -> dict:
+        """What /health reports: tokens only masked."""
         config = self.store.current
         cooling = self.cooldowns.snapshot()
         metrics, recent = self.metrics.snapshot()
@@ -10290,9 +10284,12 @@ class App(Parts):
         problems = [problem for problem in (self.store.problem, log_problem,
                                             *self.port_problems.values()) if problem]
         unusable = {key['ref'] for key in keys if key['problem']}
-        profiles = [{**self._profile_health(profile),
+        ports = self.ports()
+        profiles = [{'name': name, 'port': ports.get(name),
+                     'url': local_url(ports[name]) if name in ports else None,
+                     'order': profile.order,
                      'serving': profile_serving(config, profile, recent, cooling, unusable)}
-                    for profile in config.profiles.values()]
+                    for name, profile in config.profiles.items()]
         return {
             'status': health_status(profiles, keys, problems), 'program': PROGRAM,
             'version': VERSION, 'pid': os.getpid(),
@@ -10303,11 +10300,6 @@ class App(Parts):
             'cooldowns': [cooldown_health(c, left_s) for c, left_s in cooling],
             'active': len(self.watcher), 'waiting': self.cooldowns.queue_length(),
             'metrics': metrics, 'recent': recent}
-
-    def _profile_health(self, profile):
-        port = self.ports().get(profile.name)
-        return {'name': profile.name, 'port': port, 'url': port and local_url(port),
-                'order': profile.order}
 
     def _key_health(self, key, cooling, metrics):
         mine = [c for c, _ in cooling if c.key.ref == key.ref]
@@ -10331,7 +10323,7 @@ def without_label(key):
     return key and key._replace(label='')
 
 
-def token_problem(key):
+def token_problem(key: Key) -> str | None:
     """Why a key's token cannot be used as it is, with what to do; None when it can."""
     try:
         read_usable_token(key, time.time())
@@ -10352,14 +10344,19 @@ def key_state(config, key, problem, coolings):
     return 'limited' if coolings else 'ready'
 
 
-#: Models of which it is told who serves them, and the last requests in which they are looked for.
+def state_words(state: str) -> str:
+    """A key's state as a person reads it."""
+    return 'cooling for some models' if state == 'limited' else state
+
+
+#: How many models /health reports on, and the last requests in which they are looked for.
 MODELS_IN_USE, REQUESTS_IN_USE = 5, 30
 
 
 def profile_serving(config, profile, recent, cooling, unusable):
-    """Who serves each model in use, what was asked for most first: background calls of others
-    would make the first one jump.  A profile without requests has the models of the others; a
-    model that nobody knows is not in use."""
+    """Who serves each model in use, the one asked for most first: by the latest request it would
+    jump.  A profile without requests has the others' models; one that nobody knows is not in use.
+    """
     messages = [record for record in recent if record['path'] == MESSAGES_PATH
                 and record['model'] and record['status'] != 404]
     mine = [record for record in messages if record['profile'] == profile.name]
@@ -10378,7 +10375,7 @@ def serving_health(model, prospect):
             'next': prospect.next and attempt_health(prospect.next)}
 
 
-def attempt_health(attempt):
+def attempt_health(attempt) -> dict:
     if attempt is None:
         return dict.fromkeys(('key', 'ref', 'provider', 'upstream_model'))
     key = attempt.key
@@ -10387,8 +10384,8 @@ def attempt_health(attempt):
 
 
 def health_status(profiles, keys, problems):
-    """'ok', 'problem' (configuration, port, log), 'exhausted' (nobody serves any model in use),
-    'no_keys' (the clients' own credentials are used)."""
+    """'problem' (configuration, port, log), 'no_keys' (the clients' own credentials are used),
+    'exhausted' (nobody serves any model in use), 'ok'."""
     if problems:
         return 'problem'
     if not keys:
@@ -10398,7 +10395,7 @@ def health_status(profiles, keys, problems):
 
 
 def limit_health(limit, noted):
-    """A Limit as it is now: one that was reset since has nothing used."""
+    """A Limit as it is now: one that has been reset has nothing used."""
     resets = None if limit.resets_s is None else noted + limit.resets_s
     is_over = resets is not None and resets <= time.time()
     return {'name': limit.name, 'used': 0 if is_over else round(limit.used, 4),
@@ -10416,22 +10413,22 @@ def cooldown_health(cooling, left_s):
 
 
 class Running(NamedTuple):
-    """The process that runs with a configuration, by what it says itself."""
+    """The process that runs with a configuration, by its pid file."""
     pid: int
     ports: list = []
     is_configured: bool = False       # its configuration is more than the defaults
     namespace: str | None = None      # in which `pid` counts
 
     @property
-    def is_here(self):
-        """Whether its number means it here too, and so whether it may be sent a signal: a 1 of
-        unknown origin (1.0.0 did not say where it counts) may be the system's first."""
+    def is_here(self) -> bool:
+        """Whether `pid` is that process here too, and may be sent a signal.  Without a namespace
+        (as 1.0.0 wrote it) a 1 may be the system's first process."""
         return self.pid > 1 if self.namespace is None else self.namespace == pid_namespace()
 
 
 def pid_namespace():
-    """The kernel's name of where this process has its number: each container counts its own from
-    1.  None where there is only one."""
+    """The kernel's name for the namespace of this process's number: each container has one.  None
+    where there are none."""
     try:
         return os.readlink('/proc/self/ns/pid')
     except OSError:
@@ -10439,17 +10436,17 @@ def pid_namespace():
 
 
 class PidFile:
-    """Says which process runs with a configuration, and at which ports: `status` may find the
-    configuration broken, or changed, or with ports that the system chose.  That process keeps the
-    file locked, so it can never name an innocent one, however the process ended."""
+    """Says which process runs with a configuration, and at which ports: the configuration itself
+    may be broken or changed by now, or leave the ports to the system.  That process keeps the
+    file locked, so the file never names another one, however the process ended."""
 
     def __init__(self, config_path):
         self.path = os.path.join(os.path.dirname(config_path), f'{PROGRAM}.pid')
         self._file = None             # open, and locked, as long as this process runs
 
-    def acquire(self, patience_s=1.0):
-        """Makes this process the one; whether it is.  Commands that only look have the file
-        locked for a moment."""
+    def acquire(self, patience_s: float = 1.0) -> bool:
+        """Locks the file for this process; False when another one has it.  Commands that only
+        look lock it for a moment."""
         make_private_folder(os.path.dirname(self.path))
         file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+b', buffering=0)
         for _ in polling(patience_s):
@@ -10461,9 +10458,9 @@ class PidFile:
         return False
 
     def write(self, ports=(), is_configured=False):
-        """Says what is open by now, where this process is the one."""
+        """Notes what is open by now, where this process has the file."""
         if self._file:
-            note = {'pid': os.getpid(), 'ports': list(ports)[:500],       # what has room
+            note = {'pid': os.getpid(), 'ports': list(ports)[:500],       # what fits
                     'is_configured': is_configured, 'namespace': pid_namespace()}
             self._file.seek(0)
             self._file.write(json.dumps(note).encode())
@@ -10475,10 +10472,9 @@ class PidFile:
                 file.truncate(0)
             self._file = None
 
-    def holder(self, patience_s=5.0):
-        """The Running process, or None.  It counts when it was read twice: in between, a process
-        that has just taken the place would have written its own.  Raises FailoverError when the
-        file stays locked without one."""
+    def holder(self, patience_s: float = 5.0) -> Running | None:
+        """The Running process, read twice: between, one that has just locked the file would have
+        written itself.  Raises FailoverError when the file stays locked and names none."""
         try:
             file = open(self.path, 'rb', buffering=0)
         except FileNotFoundError:
@@ -10493,50 +10489,49 @@ class PidFile:
                 if running and running == before:
                     return running
                 before = running
-        raise FailoverError(f'{self.path} is locked by a program that is not this one: end that, '
-                            'or remove the file.')
+        raise FailoverError(f'{self.path} is locked by another program: end that, or remove the '
+                            'file.')
 
 
 def read_running(data):
-    """The Running process that a pid file names (1.0.0 wrote its number alone), or None: to
-    kill(2), 0 and -1 are many."""
+    """The Running process in a pid file's data (from 1.0.0 a number alone), or None: to kill(2),
+    0 and -1 are many."""
     try:
-        note = {'pid': int(data)} if re.fullmatch(rb'[0-9]{1,9}\s*', data) else loads_object(data)
+        note = loads_object(re.sub(rb'\A([1-9][0-9]*)\s*\Z', rb'{"pid": \1}', data))
     except ValueError:
         return None
-    pid, ports = note.get('pid'), as_list(note.get('ports'))
+    pid, ports = note.get('pid', 0), as_list(note.get('ports'))
     if not (is_whole(pid) and 0 < pid < 10**9):
         return None
     return Running(pid, ports, bool(note.get('is_configured')), note.get('namespace'))
 
 
-def refuse_elsewhere(running):
-    """Raises FailoverError for a process of another container: by its number another one would
-    get a signal, and at its ports another one the access token."""
+def refuse_elsewhere(running: Running | None):
+    """Raises FailoverError for a process of another container: a signal to its number would reach
+    another process here, and the access token another program at its ports."""
     if running and not running.is_here:
         raise FailoverError(f'{PROGRAM} runs in another container (pid {running.pid} there): run '
                             'this command in that.')
 
 
-def find_running(config_path):
-    """The Running process that commands may turn to, or None: it is only starting, or not ours
-    to see."""
+def find_running(config_path: str) -> Running | None:
+    """The Running process; None too when it is only starting, or its file cannot be read."""
     with contextlib.suppress(FailoverError, OSError):
         return PidFile(config_path).holder(patience_s=1.0)
     return None
 
 
-#: A byte behind the text of a pid file, which so stays readable: what Windows locks, others read.
+#: What Windows locks nobody else can read: so a byte after the text of the pid file.
 LOCKED_BYTE = 4096
 
 
 def lock_file(file, is_shared):
     """Locks an open file until it is closed; False when another process has it.  Those who only
-    look share it, so that they do not take one another for the one."""
+    look share the lock, so that they do not keep one another out."""
     try:
         if fcntl:
             fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        else:                         # Windows
+        elif sys.platform == 'win32':
             import msvcrt
             file.seek(LOCKED_BYTE)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -10547,7 +10542,7 @@ def lock_file(file, is_shared):
 
 
 def harden_process():
-    """Files private from their first moment, no memory dumps, sockets enough."""
+    """Files private from the start, no core dumps, enough sockets."""
     os.umask(0o077)
     try:
         import resource

@@ -9577,7 +9577,7 @@ class DoctorTest(ProgramTest):
     def setUp(self):
         super().setUp()
         self.assertTrue(self.app.pid_file.acquire())
-        self.app._tell_running()
+        self.app._note_ports()
         os.environ['SHELL'] = '/bin/zsh'
         patch = mock.patch('shutil.which', return_value=None)
         patch.start()
