@@ -10559,17 +10559,15 @@ def harden_process():
 # ==============================================================================
 # Doctor
 # ==============================================================================
-# What can be found out from outside of a configuration, of the proxy that runs with it, and of
-# all that both need.  Findings are texts; masking what is in them is left to who prints them.
+# What can be seen from outside of a configuration, of the proxy that runs with it, and of all
+# that both need.  Findings are texts; who prints them masks the tokens in them.
 
-def fetch_health(config_path, config):
-    """/health of the proxy that runs with this configuration file; None when none does.
-
-    It is looked for where it said that it is, and where `config` (None: broken) says so.
-    """
+def fetch_health(config_path: str, config: Config | None) -> dict | None:
+    """/health of the proxy that runs with this configuration file; None when none does.  Its
+    ports are those that its pid file names, and those of `config` (None: a broken one)."""
     running = find_running(config_path)
-    ports = [profile.port for profile in config.profiles.values()] if config else []
-    ports = [*(running.ports if running else ()), *ports]
+    ports = [*(running.ports if running else ()),
+             *(profile.port for profile in (config.profiles.values() if config else ()))]
     for port in dict.fromkeys(port for port in ports if is_whole(port) and 0 < port < 65536):
         health = fetch_json(port, '/health', access_fields(running, config, port))
         if health and health.get('program') == PROGRAM:
@@ -10577,16 +10575,16 @@ def fetch_health(config_path, config):
     return None
 
 
-def access_fields(running, config, port):
-    """The access token as a header field, for a port that the running proxy has.  At any other,
-    a program of another user may listen, and would be told it."""
+def access_fields(running: Running | None, config: Config | None, port: int) -> dict:
+    """The access token as a header field, for a port of the running proxy alone: at any other,
+    another user's program may listen."""
     is_known = running and running.is_here and port in running.ports
     if config and config.access_token and is_known:
         return {'x-api-key': config.access_token}
     return {}
 
 
-def fetch_json(port, path, headers, method='GET'):
+def fetch_json(port: int, path: str, headers: dict, method: str = 'GET') -> dict | None:
     """The JSON object at a port of this machine; None when there is none."""
     connection = http.client.HTTPConnection(LISTEN_HOST, port, timeout=3)
     try:
@@ -10598,9 +10596,14 @@ def fetch_json(port, path, headers, method='GET'):
         connection.close()
 
 
-def open_ports(health):
+def open_ports(health: dict | None) -> dict:
     """{profile: port} of a running proxy; {} where none runs."""
     return {p['name']: p['port'] for p in health['profiles'] if p['port']} if health else {}
+
+
+def keys_by_ref(health: dict | None) -> dict:
+    """{ref: what /health says of the key} of a running proxy; {} where none runs."""
+    return {f'{key["provider"]}:{key["id"]}': key for key in health['keys']} if health else {}
 
 
 class Finding(NamedTuple):
@@ -10612,13 +10615,12 @@ class Finding(NamedTuple):
 
 #: A clock that is off by more than this makes certificates and reset times wrong.
 CLOCK_TOLERANCE_S = 300
-#: Failures that the report lists, and how many lines of the log they are looked for in.
+#: Failures that the report lists, and how many lines of the log are searched for them.
 LAST_FAILURES, LINES_SEARCHED = 5, 1000
 
 
-def diagnose(config_path):
-    """Yields the Findings, the quick ones first.  Sends no token but in test_key, and spends
-    nothing."""
+def diagnose(config_path: str):
+    """Yields Findings, the quick ones first.  Only test_key sends tokens, and nothing costs."""
     store, problem = ConfigStore(config_path), None
     try:
         store.load()
@@ -10626,18 +10628,18 @@ def diagnose(config_path):
         problem = error
     config = store.current            # the defaults, where the file is wrong
     health = fetch_health(config_path, config)
-    yield find_program()
-    yield from find_configuration(store, problem)
-    yield from find_proxy(config_path, config, health)
-    yield from find_keys(config, health)
-    yield from find_environment()
-    yield from find_tools(config_path, config, health)
-    yield from find_autostart_state(config_path)
-    yield from find_upstreams(config)
-    yield from find_failures(log_path(config_path))
+    yield examine_program()
+    yield from examine_configuration(store, problem)
+    yield from examine_proxy(config_path, config, health)
+    yield from examine_keys(config, health)
+    yield from examine_environment()
+    yield from examine_tools(config_path, config, health)
+    yield from examine_autostart(config_path)
+    yield from examine_upstreams(config)
+    yield from examine_log(log_path(config_path))
 
 
-def find_program():
+def examine_program():
     import platform
     import ssl
     return Finding('program', f'{PROGRAM} {VERSION} at {tilde(os.path.abspath(__file__))}, Python '
@@ -10645,7 +10647,7 @@ def find_program():
                               f'{platform.platform()}')
 
 
-def find_configuration(store, problem):
+def examine_configuration(store, problem):
     config, path = store.current, tilde(store.path)
     if problem:
         yield Finding('configuration', str(problem), 'correct the file where it says so')
@@ -10661,27 +10663,27 @@ def find_configuration(store, problem):
                       'correct its spelling, or take it out')
 
 
-def find_proxy(config_path, config, health):
+def examine_proxy(config_path, config, health):
     """The running proxy and the ports."""
     if health is None:
-        yield find_silence(config_path)
+        yield examine_silence(config_path)
         for profile in config.profiles.values():
-            yield from find_port(profile)
+            yield from examine_port(profile)
         return
-    told = (f'{health["version"]} runs, pid {health["pid"]}, for '
-            f'{format_duration(health["uptime_s"])}, started by {health["started_by"]}, '
-            f'status {health["status"]}')
     is_old = health['version'] != VERSION
-    yield Finding('proxy', told, f'{RUN} restart: it is another version' if is_old else '')
+    yield Finding('proxy', f'{health["version"]} runs, pid {health["pid"]}, for '
+                           f'{format_duration(health["uptime_s"])}, started by '
+                           f'{health["started_by"]}, status {health["status"]}',
+                  f'{RUN} restart: it is another version' if is_old else '')
     for problem in health['problems']:
-        yield Finding('proxy', problem, f'mend that; it is looked at again every {RELOAD_S} s')
+        yield Finding('proxy', problem, f'fix that; the proxy looks again every {RELOAD_S} s')
     for profile in health['profiles']:
         where = local_url(profile['port']) if profile['port'] else 'has no open port'
         yield Finding('port', f'profile {profile["name"]}: {where}',
                       '' if profile['port'] else 'give it another "port"')
 
 
-def find_silence(config_path):
+def examine_silence(config_path):
     """Why no proxy answers."""
     try:
         running = PidFile(config_path).holder()
@@ -10689,13 +10691,13 @@ def find_silence(config_path):
     except FailoverError as error:
         return Finding('proxy', str(error), 'do what that says')
     if running:
-        return Finding('proxy', f'process {running.pid} runs, but no port of it answers',
+        return Finding('proxy', f'process {running.pid} runs, but none of its ports answers',
                        f'{RUN} restart --now')
     return Finding('proxy', 'not running', f'{RUN} start -d')
 
 
-def find_port(profile):
-    """Whether a port could be opened, of a proxy that does not run."""
+def examine_port(profile):
+    """Whether a port could be opened, where no proxy runs."""
     if not profile.port:
         return
     with socket.socket() as sock:
@@ -10705,17 +10707,17 @@ def find_port(profile):
                   'end that program, or give the profile another "port"' if is_taken else '')
 
 
-def find_keys(config, health):
+def examine_keys(config, health):
     """Each key as the running proxy has it; where none runs, whether its token can be read."""
-    states = {(key['provider'], key['id']): key for key in health['keys']} if health else {}
     for key in config.keys.values():
-        known, problem = states.get((key.provider, key.id)), token_problem(key)
-        state = f'{known["state"]}, {count_of(known["answers"], "answer")}' if known else 'idle'
+        known, problem = keys_by_ref(health).get(key.ref), token_problem(key)
+        state = (f'{state_words(known["state"])}, {count_of(known["answers"], "answer")}'
+                 if known else 'idle')
         yield Finding('key', f'{key.ref} ({mask_token(key.token)}): {problem or state}',
                       'give the key a token that can be read' if problem else '')
 
 
-def find_environment():
+def examine_environment():
     for name in CARRIED_VARIABLES:
         value = os.environ.get(name)
         if not value:
@@ -10726,7 +10728,7 @@ def find_environment():
                       'name a file that exists, or unset it' if is_missing else '')
 
 
-def find_tools(config_path, config, health):
+def examine_tools(config_path, config, health):
     ours = own_values(config, open_ports(health))
     for tool, path, is_found, url, problem in ToolSetup(config_path).states():
         if problem:
@@ -10739,7 +10741,7 @@ def find_tools(config_path, config, health):
             yield Finding('tool', f'{tool.name}: does not use the proxy ({RUN} setup)')
 
 
-def find_autostart_state(config_path):
+def examine_autostart(config_path):
     try:
         autostart = find_autostart(config_path)
     except FailoverError as error:
@@ -10755,31 +10757,31 @@ def find_autostart_state(config_path):
                   '' if is_same else f'{RUN} setup --autostart renews it')
 
 
-def find_upstreams(config):
+def examine_upstreams(config):
     """Each server that keys are sent to, and what it says to them."""
     upstream, watcher = Upstream(), Watcher()
     watcher.start()
     keys = [key for key in config.keys.values() if is_served(config, key)]
     dead = set()
-    near, far = socket.socketpair()   # nobody leaves at its other end
+    near, far = socket.socketpair()   # a client that does not leave
     with near, far:
-        def asked(ask):
+        def asked(ask, *arguments):
             with watcher.watching(Exchange(near)) as exchange:
-                return ask(exchange)
+                return ask(*arguments, upstream, exchange)
         for url in dict.fromkeys([server_of(config, key) for key in keys]
                                  or [config.anthropic_base_url]):
-            finding = asked(functools.partial(find_server, upstream, url))
+            finding = asked(examine_server, url)
             if finding.remedy and finding.topic == 'server':
                 dead.add(url)
             yield finding
         for key in keys:
             if server_of(config, key) not in dead and not token_problem(key):
-                yield key_finding(key, asked(functools.partial(test_key, config, key, upstream)))
+                yield key_finding(key, asked(test_key, config, key))
     upstream.close_idle()
 
 
-def find_server(upstream, url, exchange):
-    """Whether a server can be reached: name, TLS, HTTP, and what time it is there."""
+def examine_server(url, upstream, exchange):
+    """Whether a server can be reached (name, TLS, HTTP), and what time it is there."""
     base = parse_base_url(url)
     head = request_head(f'HEAD {base.path or "/"} HTTP/1.1', [('host', base.host_field)])
     started = time.monotonic()
@@ -10787,7 +10789,7 @@ def find_server(upstream, url, exchange):
         response = upstream.open(UpstreamRequest(base, 'HEAD', head, b''), exchange, CONNECT_S)
     except (UpstreamUnreachable, UpstreamTimeout) as error:
         return Finding('server', f'{url}: {error or "no answer in time"}',
-                       'look at the network, HTTPS_PROXY and SSL_CERT_FILE')
+                       'check the network, HTTPS_PROXY and SSL_CERT_FILE')
     response.close()
     ms = round((time.monotonic() - started) * 1000)
     off_s = clock_offset_s(response.headers.get('date'), time.time())
@@ -10813,8 +10815,8 @@ def key_finding(key, tested):
                    f'correct or replace it: {RUN} remove-key {key.id}, {RUN} {command}')
 
 
-def find_failures(path):
-    """The last failures that the log tells of."""
+def examine_log(path):
+    """The last warnings and errors."""
     failures = last_records(path, LINES_SEARCHED, 'warn')[-LAST_FAILURES:]
     yield Finding('log', f'{tilde(path)}: {len(failures)} of the last warnings and errors follow'
                   if failures else f'{tilde(path)}: no warnings')
