@@ -10828,8 +10828,8 @@ def examine_log(path):
 # ==============================================================================
 # Demo
 # ==============================================================================
-# The real proxy between a client and upstreams that are both made up, in one process: whoever
-# runs it sees a failover before having a key.  Nothing of it leaves this machine.
+# The real proxy between a pretend client and pretend upstreams, in one process: it shows a
+# failover to who has no key yet.  Nothing leaves this machine.
 
 class Asked(NamedTuple):
     """A request that a pretend upstream got."""
@@ -10839,7 +10839,7 @@ class Asked(NamedTuple):
     body: dict
 
 
-class Told(NamedTuple):
+class Reply(NamedTuple):
     """What it answers: a body, or a stream's events as pieces of bytes."""
     status: int
     fields: list
@@ -10848,8 +10848,8 @@ class Told(NamedTuple):
 
 
 class PretendUpstream(LocalServer):
-    """Anthropic's API, and OpenAI's below /openai, at a port of this machine.  `play(asked)`
-    names the row of PLAYS by which a request is answered."""
+    """Anthropic's API, and OpenAI's below /openai, at a port of this machine.  `play(asked)` names
+    the row of PLAYS that answers a request."""
 
     def __init__(self, play=lambda asked: 'answer', pause_s=0):
         self.play, self.pause_s = play, pause_s
@@ -10859,13 +10859,12 @@ class PretendUpstream(LocalServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), name='pretend',
                          daemon=True).start()
 
-    def tell(self, asked):
-        """The Told for an Asked."""
+    def reply(self, asked):
         self.asked += 1
         return PLAYS[self.play(asked)](asked, self.asked)
 
     def handle_error(self, request, client_address):
-        # The proxy drops the connection of a stream that broke: that is no news.
+        # The proxy drops the connection of a stream that broke: that is expected.
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -10875,6 +10874,7 @@ class PretendUpstream(LocalServer):
 
 
 class PretendHandler(http.server.BaseHTTPRequestHandler):
+    server: Any               # a PretendUpstream
     protocol_version = 'HTTP/1.1'
     disable_nagle_algorithm = True
 
@@ -10884,48 +10884,54 @@ class PretendHandler(http.server.BaseHTTPRequestHandler):
         key = re.search(r'sk-(?:ant-\w+|proj)-(\w+)-', token)
         asked = Asked(key.group(1) if key else 'client', self.command, self.path,
                       loads_object(data) if data else {})
-        self._send(self.server.tell(asked))
+        self._send(self.server.reply(asked))
 
     do_GET = do_HEAD = do_DELETE = do_POST
 
-    def _send(self, told):
-        self.send_response_only(told.status)
-        for name, value in told.fields:
+    def _send(self, reply):
+        self.send_response_only(reply.status)
+        for name, value in reply.fields:
             self.send_header(name, value)
-        if told.pieces is None:
-            self.send_header('content-length', str(len(told.body)))
+        if reply.pieces is None:
+            self.send_header('content-length', str(len(reply.body)))
         else:
             self.send_header('transfer-encoding', 'chunked')
         self.end_headers()
         if self.command != 'HEAD':
-            self.wfile.write(told.body)
-        for piece in told.pieces or ():
+            self.wfile.write(reply.body)
+        for piece in reply.pieces or ():
             self.wfile.write(b'%x\r\n%b\r\n' % (len(piece), piece))
             time.sleep(self.server.pause_s)
-        if told.pieces is not None:
+        if reply.pieces is not None:
             self.wfile.write(b'0\r\n\r\n')
 
     def log_message(self, format, *arguments):
         """Not to the terminal, where the demo is."""
 
 
+def json_reply(value, fields):
+    return Reply(200, [JSON_TYPE, *fields], dump_body(value))
+
+
+def stream_reply(pieces, fields=()):
+    return Reply(200, [('content-type', 'text/event-stream'), *fields], pieces=tuple(pieces))
+
+
 def pretend_answer(asked, count):
-    """What an upstream says that is well, on every path that clients use."""
-    fields = [JSON_TYPE, ('request-id', f'req_demo_{count:06d}')]
+    """A healthy upstream's answer, on every path that clients use."""
+    fields = [('request-id', f'req_demo_{count:06d}')]
     if asked.path.startswith('/openai'):
         return pretend_openai(asked, fields)
     fields += pretend_limits(count)
     if asked.path.startswith(COUNT_TOKENS_PATH):
-        return Told(200, fields, dump_body({'input_tokens': estimate_tokens(asked.body)}))
+        return json_reply({'input_tokens': estimate_tokens(asked.body)}, fields)
     if not asked.path.startswith(MESSAGES_PATH):
-        models = list(map(model_info, DEMO_MODELS))
-        listing = {'data': models, 'has_more': False, 'first_id': OPUS, 'last_id': HAIKU}
-        return Told(200, fields, dump_body(listing))
+        return json_reply({'data': list(map(model_info, DEMO_MODELS)), 'has_more': False,
+                           'first_id': OPUS, 'last_id': HAIKU}, fields)
     events = pretend_events(asked, count)
     if asked.body.get('stream'):
-        stream = [('content-type', 'text/event-stream'), *fields[1:]]
-        return Told(200, stream, pieces=tuple(map(event_bytes, events)))
-    return Told(200, fields, dump_body(message_from_events(events)))
+        return stream_reply(map(event_bytes, events), fields)
+    return json_reply(message_from_events(events), fields)
 
 
 def pretend_events(asked, count):
@@ -10951,7 +10957,7 @@ def pretend_openai(asked, fields):
     """Chat Completions, streamed or not."""
     if not asked.path.endswith('/chat/completions'):
         models = [{'id': 'gpt-5.4', 'object': 'model', 'created': 0, 'owned_by': 'openai'}]
-        return Told(200, fields, dump_body({'object': 'list', 'data': models}))
+        return json_reply({'object': 'list', 'data': models}, fields)
     model = asked.body.get('model')
     text = f'This is {model}, in the words of Claude. What is next?'
     words = re.findall(r'\S+\s*', text)
@@ -10961,15 +10967,15 @@ def pretend_openai(asked, fields):
     if not asked.body.get('stream'):
         choice = {'index': 0, 'finish_reason': 'stop', 'logprobs': None,
                   'message': {'role': 'assistant', 'content': text, 'refusal': None}}
-        whole = {**common, 'object': 'chat.completion', 'choices': [choice], 'usage': usage}
-        return Told(200, fields, dump_body(whole))
+        return json_reply({**common, 'object': 'chat.completion', 'choices': [choice],
+                           'usage': usage}, fields)
     common['object'] = 'chat.completion.chunk'
     deltas = [({'role': 'assistant', 'content': ''}, None),
               *(({'content': word}, None) for word in words), ({}, 'stop')]
     chunks = [{**common, 'choices': [{'index': 0, 'delta': delta, 'finish_reason': finish}]}
               for delta, finish in deltas] + [{**common, 'choices': [], 'usage': usage}]
-    pieces = [b'data: %b\n\n' % dump_body(chunk) for chunk in chunks] + [b'data: [DONE]\n\n']
-    return Told(200, [('content-type', 'text/event-stream'), *fields[1:]], pieces=tuple(pieces))
+    return stream_reply([*(b'data: %b\n\n' % dump_body(chunk) for chunk in chunks),
+                         b'data: [DONE]\n\n'], fields)
 
 
 def pretend_limits(count):
@@ -10988,29 +10994,27 @@ def pretend_limits(count):
 
 
 def pretend_refusal(status, type, message, *fields):
-    def tell(asked, count):
+    def play(asked, count):
         own = [JSON_TYPE, ('request-id', f'req_demo_{count:06d}'), *fields]
-        return Told(status, own, error_json(type, message))
-    return tell
+        return Reply(status, own, error_json(type, message))
+    return play
+
+
+def pretend_limit(retry_after, message='Too many requests.'):
+    return pretend_refusal(429, 'rate_limit_error', message, ('retry-after', retry_after))
 
 
 def pretend_broken(asked, count):
-    """A stream that is well by its status, and breaks before its first word."""
-    events = [pretend_events(asked, count)[0],
-              {'type': 'error', 'error': {'type': 'overloaded_error', 'message': 'Overloaded'}}]
-    return Told(200, [('content-type', 'text/event-stream')],
-                pieces=tuple(map(event_bytes, events)))
+    """A stream that begins with status 200, and breaks before its first word."""
+    error = {'type': 'error', 'error': {'type': 'overloaded_error', 'message': 'Overloaded'}}
+    return stream_reply(map(event_bytes, (pretend_events(asked, count)[0], error)))
 
 
 #: What a pretend upstream can do.
 PLAYS = {
     'answer': pretend_answer, 'broken': pretend_broken,
-    'limited': pretend_refusal(429, 'rate_limit_error', 'You are out of tokens for this hour.',
-                               ('retry-after', '3000')),
-    'limited briefly': pretend_refusal(429, 'rate_limit_error', 'Too many requests.',
-                                       ('retry-after', '2')),
-    'limited for a while': pretend_refusal(429, 'rate_limit_error', 'Too many requests.',
-                                           ('retry-after', '20')),
+    'limited': pretend_limit('3000', 'You are out of tokens for this hour.'),
+    'limited briefly': pretend_limit('2'), 'limited for a while': pretend_limit('20'),
     'overloaded': pretend_refusal(529, 'overloaded_error', 'Overloaded'),
 }
 DEMO_MODELS = ('claude-opus-5-5', 'claude-sonnet-5-5', 'claude-haiku-5-5')
@@ -11021,38 +11025,36 @@ class Scene(NamedTuple):
     """Some requests, and how the keys answer them."""
     title: str
     model: str
-    plays: dict               # key id -> (name in PLAYS, ...), one each time; then it is well
+    plays: dict               # key id -> (name in PLAYS, ...), one each time; then it answers
     is_streamed: bool = True
     requests: int = 1
 
 
 SCENES = (
     Scene('Two keys, and all is well: the first one answers.', OPUS, {}, False),
-    Scene('The key personal meets its limit: the next key answers, and personal rests.', OPUS,
+    Scene('The key personal hits its limit: the next key answers, and personal cools.', OPUS,
           {'personal': ('limited',)}, requests=2),
-    Scene('An answer breaks before its first word: another key gives it, and no error is seen.',
+    Scene('An answer breaks before its first word: another key answers, and no error is seen.',
           HAIKU, {'personal': ('broken',)}),
-    Scene('Opus is overloaded, and its other key still rests: Sonnet answers.', OPUS,
+    Scene('Opus is overloaded, and its other key is still cooling: Sonnet answers.', OPUS,
           {'work': ('overloaded', 'overloaded')}),
-    Scene('Both keys are limited, for two seconds: the request waits, instead of failing.', SONNET,
-          {'personal': ('limited briefly',), 'work': ('limited briefly',)}),
-    Scene('Both are limited for an hour: an OpenAI model answers, in the words of Claude.', SONNET,
-          {'personal': ('limited',), 'work': ('limited',)}),
+    Scene('Both keys are rate-limited for two seconds: the request waits instead of failing.',
+          SONNET, {'personal': ('limited briefly',), 'work': ('limited briefly',)}),
+    Scene('Both are rate-limited for an hour: an OpenAI model answers, in the words of Claude.',
+          SONNET, {'personal': ('limited',), 'work': ('limited',)}),
 )
 #: What `--keep` goes on with, at random.
 EVERYDAY = (
     *(Scene('', model, {}, is_streamed) for model in DEMO_MODELS for is_streamed in (True, False)),
-    Scene('', OPUS, {'personal': ('limited for a while',)}),
-    Scene('', SONNET, {'personal': ('limited for a while',)}),
     Scene('', HAIKU, {'personal': ('broken',)}),
-    Scene('', OPUS, {'work': ('limited for a while',), 'personal': ('limited for a while',)}),
-    Scene('', SONNET, {'personal': ('limited for a while',), 'work': ('limited for a while',)}),
+    *(Scene('', model, dict.fromkeys(keys, ('limited for a while',)))
+      for model in (OPUS, SONNET) for keys in (('personal',), ('personal', 'work'))),
 )
 QUESTION = [{'role': 'user', 'content': 'What is this?'}]
 
 
 class LoopbackOnly(Upstream):
-    """Refuses to call any host but this machine, whatever the dashboard is told."""
+    """Refuses to call any host but this machine, whatever the dashboard sets."""
 
     def _connect(self, base):
         if not is_loopback(base.host):
@@ -11062,19 +11064,18 @@ class LoopbackOnly(Upstream):
 
 def demo_document(url, port):
     """The demo's configuration: two Claude keys and one of OpenAI, at a pretend upstream."""
-    def key(id, kind):
-        return {'token': f'sk-{kind}-{id}-{"0" * 40}', 'label': id}
+    def keys(kind, *ids):
+        return {id: {'token': f'sk-{kind}-{id}-{"0" * 40}', 'label': id} for id in ids}
     return {
         'anthropicBaseUrl': url, 'openaiBaseUrl': f'{url}/openai/v1', 'queueWaitMs': 5000,
         'profiles': {'default': {'port': port}}, 'openaiModelFallback': True,
-        'keys': {'personal': key('personal', 'ant-api03'), 'work': key('work', 'ant-api03')},
-        'openaiKeys': {'openai': key('openai', 'proj')}}
+        'keys': keys('ant-api03', 'personal', 'work'), 'openaiKeys': keys('proj', 'openai')}
 
 
 class Demo:
-    """The proxy with its pretend upstream, in a folder that goes with it."""
+    """The proxy with its pretend upstream, in a folder of its own."""
 
-    def __init__(self, folder, port, pause_s):
+    def __init__(self, folder: str, port: int, pause_s: float):
         self._plays = {}              # key id -> iterator of what it does yet
         self.upstream = PretendUpstream(self._next_play, pause_s / 30)
         path = os.path.join(folder, 'config.json')
@@ -11095,20 +11096,20 @@ class Demo:
         self._thread.join(DRAIN_S)
         self.upstream.close()
 
-    def pause(self, seconds):
+    def pause(self, seconds: float) -> bool:
         """Waits; whether the demo is over by now."""
         return self._is_over.wait(seconds)
 
-    def play(self, scene):
-        """Sends the scene's requests; yields what the journal and the client say of each:
-        (record, seconds to the first byte, the answer's text)."""
+    def play(self, scene: Scene):
+        """Sends the scene's requests; yields (the journal's record, seconds to the first byte, the
+        answer's text) of each."""
         self._plays = {key: iter(plays) for key, plays in scene.plays.items()}
         for _ in range(scene.requests):
             with self.app.bus.subscription() as news:
                 first_byte_s, text = self._ask(scene)
-                records = iter(functools.partial(news.next, CONNECT_S), None)
-                yield next(json.loads(told) for event, told in records if event == 'request'), \
-                    first_byte_s, text
+                events = iter(functools.partial(news.next, CONNECT_S), None)
+                record = next(json.loads(data) for name, data in events if name == 'request')
+                yield record, first_byte_s, text
 
     def _ask(self, scene):
         """A client's request over HTTP; (seconds to the answer's first byte, its text)."""

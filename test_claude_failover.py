@@ -7735,7 +7735,7 @@ class PretendServer(cf.PretendUpstream):
         self.watched = request
         super().finish_request(request, client_address)
 
-    def tell(self, asked):
+    def reply(self, asked):
         self.seen.append((asked.key, asked.method, asked.path, asked.body or None))
         self.asked_for.release()
         while self.hold and not self.hold.is_set():
@@ -7760,18 +7760,18 @@ class PretendAnthropic(PretendServer):
     def answer(self, asked):
         fields = [('request-id', 'req_upstream'), cf.JSON_TYPE, *self.fields]
         if asked.key in self.refused:
-            return cf.Told(401, fields, cf.error_json('authentication_error', 'bad key'))
+            return cf.Reply(401, fields, cf.error_json('authentication_error', 'bad key'))
         if asked.key in self.limited or asked.body and self.limits(asked.body):
-            return cf.Told(429, [*fields, ('retry-after', '3000')], cf.error_json('rate_limit_error', 'slow down'))
+            return cf.Reply(429, [*fields, ('retry-after', '3000')], cf.error_json('rate_limit_error', 'slow down'))
         if asked.path.startswith('/v1/models'):
             listing = {'data': [cf.model_info(OPUS)], 'has_more': False, 'first_id': OPUS, 'last_id': OPUS}
-            return cf.Told(200, fields, json.dumps(listing).encode())
+            return cf.Reply(200, fields, json.dumps(listing).encode())
         if asked.path.startswith(cf.COUNT_TOKENS_PATH):
-            return cf.Told(200, fields, b'{"input_tokens": 42}')
+            return cf.Reply(200, fields, b'{"input_tokens": 42}')
         if asked.body.get('stream'):
             stream = [fields[0], ('content-type', 'text/event-stream'), *self.fields]
-            return cf.Told(200, stream, pieces=tuple(pieces(stream_bytes(message_events(asked.body)), 100)))
-        return cf.Told(200, fields, json.dumps({**MESSAGE, 'model': asked.body.get('model')}).encode())
+            return cf.Reply(200, stream, pieces=tuple(pieces(stream_bytes(message_events(asked.body)), 100)))
+        return cf.Reply(200, fields, json.dumps({**MESSAGE, 'model': asked.body.get('model')}).encode())
 
 
 def next_write(told, results):
@@ -7815,7 +7815,7 @@ class PretendOpenAI(PretendServer):
     def answer(self, asked):
         data = self._chat(asked.body) if asked.path.endswith('/chat/completions') else self._responses(asked.body)
         self.answered()
-        return cf.Told(200, [('content-type', 'text/event-stream')], data)
+        return cf.Reply(200, [('content-type', 'text/event-stream')], data)
 
     def _chat(self, body):
         results = sum(message['role'] == 'tool' for message in body['messages'])
