@@ -9909,7 +9909,7 @@ class CommandLineTest(ScratchTest):
         self.assertIn('1 OpenAI', printed)
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_S)
-        self.assertIn('key chatgpt cannot be used: the ChatGPT login expired', process.stderr.read())
+        self.assertIn('key openai:chatgpt cannot be used: the ChatGPT login expired', process.stderr.read())
 
     def test_wrong_input_is_one_line_on_stderr_and_status_2(self):
         self.write_config(make_document('a'))
@@ -10466,7 +10466,7 @@ class CommandLineTest(ScratchTest):
         process, port, _ = self.start()
         self.assertIn(f'http://localhost:{port}', self.run_command('status').stdout)
         added = self.run_command('add-key', '-', stdin=token_of('b') + '\n')
-        self.assertIn('takes it up within 5 s', added.stdout)
+        self.assertIn('uses it within 5 s', added.stdout)
         states = {key['id']: key['state'] for key in json.loads(self.run_command('list-keys', '--json').stdout)['keys']}
         self.assertEqual(states, {'a': 'ready', 'key': 'not loaded yet'})
         self.write_config('{ broken')
@@ -10483,7 +10483,7 @@ class CommandLineTest(ScratchTest):
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_S)
         told = process.stderr.read()
-        self.assertIn('key a cannot be used: environment variable NOT_SET_ANYWHERE is not set', told)
+        self.assertIn('key anthropic:a cannot be used: environment variable NOT_SET_ANYWHERE is not set', told)
         self.assertIn('field queueWaitMS', told)
 
     def test_output_that_is_closed_or_full_is_no_traceback(self):
