@@ -9498,12 +9498,12 @@ def api_add_profile(call):
 def api_edit_profile(call, name):
     name, fields = urllib.parse.unquote(name), call.json(**PROFILE_CHECKS)
     new_name = fields.get('name', name)
+    changes = {field: value for field, value in fields.items() if field != 'priorityOrder'}
 
     def edit(config):
-        order = fields.pop('priorityOrder', None)
-        edited = edit_profile(config, name, fields)
-        if order is not None:
-            edited = order_profile(edited, new_name, order)
+        edited = edit_profile(config, name, changes)
+        if 'priorityOrder' in fields:
+            edited = order_profile(edited, new_name, fields['priorityOrder'])
         if edited.profiles[new_name].port != config.profiles[name].port:
             call.app.refuse_taken_port(edited.profiles[new_name].port)
         return edited
@@ -10851,7 +10851,7 @@ class PretendUpstream(LocalServer):
     """Anthropic's API, and OpenAI's below /openai, at a port of this machine.  `play(asked)` names
     the row of PLAYS that answers a request."""
 
-    def __init__(self, play=lambda asked: 'answer', pause_s=0):
+    def __init__(self, play=lambda asked: 'answer', pause_s: float = 0):
         self.play, self.pause_s = play, pause_s
         self.asked = 0                # requests so far: the more, the less is left of a limit
         super().__init__((LISTEN_HOST, 0), PretendHandler)

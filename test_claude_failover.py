@@ -9046,6 +9046,19 @@ class ApiTest(ProgramTest):
         self.call('DELETE', '/api/profiles/Zwei%20%2F%20%C3%BC')
         self.assertEqual(self.app.ports(), {'default': self.port})
 
+    def test_an_edit_that_is_done_again_is_the_same_edit(self):
+        """The file changes while a profile gets its order: the edit is applied to the new one."""
+        edit_profile, earlier = cf.edit_profile, []
+
+        def meanwhile(config, *arguments):
+            earlier.append(earlier or os.utime(self.path, ns=(0, 0)))
+            return edit_profile(config, *arguments)
+        with mock.patch.object(cf, 'edit_profile', meanwhile):
+            self.call('PUT', '/api/profiles/default', {'priorityOrder': ['anthropic:b', 'anthropic:a']})
+        self.assertEqual(self.orders(), ['anthropic:b', 'anthropic:a'])
+        self.app.log.flush()
+        self.assertEqual(self.log_lines('profile_changed')[0]['fields'], ['priorityOrder'])
+
     def test_a_profile_without_a_port_gets_the_next_one(self):
         config = cf.parse_config({'profiles': {'a': {'port': 4080}, 'b': {'port': 4081}}})
         self.assertEqual(cf.add_profile(config, 'c').profiles['c'].port, 4082)
