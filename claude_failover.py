@@ -9497,7 +9497,7 @@ def api_add_profile(call):
 
 def api_edit_profile(call, name):
     name, fields = urllib.parse.unquote(name), call.json(**PROFILE_CHECKS)
-    new_name = fields.get('name', name)
+    new_name = fields.get('name') or name
     changes = {field: value for field, value in fields.items() if field != 'priorityOrder'}
 
     def edit(config):

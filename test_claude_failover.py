@@ -9040,6 +9040,7 @@ class ApiTest(ProgramTest):
         self.assertEqual(self.send(port=port, host='localhost').headers['x-proxy-key'], 'a')
         moved = free_port()
         self.call('PUT', '/api/profiles/Zwei%20%2F%20%C3%BC', {'port': moved})
+        self.call('PUT', '/api/profiles/default', {'name': ''})       # no other name
         self.assertEqual(self.app.ports(), {'default': self.port, 'Zwei / \u00fc': moved})
         self.assertEqual([p['name'] for p in self.call('GET', '/api/profiles')['profiles']], ['default', 'Zwei / \u00fc'])
         self.assertEqual(self.refused('DELETE', '/api/profiles/Zwei%20%2F%20%C3%BC', None, 409, port=moved, host='localhost')[0], None)
