@@ -8542,19 +8542,13 @@ def read_file(path: str) -> bytes | None:
         return None
 
 
-def install_autostart(autostart):
-    """Writes the manager's file; whether that changed it.  Its folders keep the usual mode: the
-    manager reads them."""
-    has_changed = read_file(autostart.path) != autostart.content
-    if has_changed:
-        os.makedirs(os.path.dirname(autostart.path), exist_ok=True)
-        write_atomically(autostart.path, autostart.content)
-    return has_changed
-
-
 def start_at_login(autostart: Autostart) -> tuple[bool, str | None]:
     """From the next login on; (whether the manager's file changed, why its commands failed)."""
-    return install_autostart(autostart), run_commands(autostart.enable)
+    has_changed = read_file(autostart.path) != autostart.content
+    if has_changed:                   # in folders of the usual mode: the manager reads them
+        os.makedirs(os.path.dirname(autostart.path), exist_ok=True)
+        write_atomically(autostart.path, autostart.content)
+    return has_changed, run_commands(autostart.enable)
 
 
 def start_at_no_login(autostart: Autostart) -> bool:
@@ -9191,15 +9185,7 @@ def api_login(call):
     call.send_json({'success': True}, fields=fields)
 
 
-def api_login_code(call):
-    call.send_json({'code': call.app.login_codes.make()})
-
-
 # -- what there is to see ------------------------------------------------------------
-
-def api_health(call):
-    call.send_json(call.app.health())
-
 
 #: The Node program's names of our counters.
 NODE_METRICS = {'total': 'requests', 'success': 'answered', 'failures': 'failed',
@@ -9545,10 +9531,6 @@ def config_view(config: Config) -> dict:
             'profiles': list(map(profile_view, config.profiles.values()))}
 
 
-def api_show_config(call):
-    call.send_json(setting_values(call.config))
-
-
 def api_change_config(call):
     """Body: settings by name, null for a default; `tokens` where a base URL changes."""
     changes = call.raw_json()
@@ -9813,10 +9795,6 @@ def check_content_type(head):
         raise BadRequest('The body must be sent with content-type: application/json.', 415)
 
 
-def show_options(call, allow):
-    call.response.send(204, [allow, *OWN_FIELDS])
-
-
 def forward(call):
     request = ClientRequest(call.head, call.body, call.profile_name, call.config.access_token)
     with call.app.watcher.watching(Exchange(call.connection.sock)) as exchange:
@@ -9839,12 +9817,13 @@ ROUTES = (
     route('GET POST PUT PATCH DELETE HEAD', '/v1/.+', forward, takes_session=False),
     route('HEAD GET', '/', show_start_page, is_open=True),
     route('HEAD GET', '/dashboard(?:/.*)?', show_dashboard, is_open=True),
-    route('HEAD GET', '/health', api_health),
+    route('HEAD GET', '/health', lambda call: call.send_json(call.app.health())),
     route('HEAD GET', '/api/status', api_status),
     route('GET', '/api/events', api_events),
     route('HEAD GET', '/api/logs', api_logs),
     route('POST', '/api/login', api_login, is_open=True),
-    route('POST', '/api/login-code', api_login_code),
+    route('POST', '/api/login-code',
+          lambda call: call.send_json({'code': call.app.login_codes.make()})),
     route('HEAD GET', '/api/(openai-)?keys', api_list_keys),
     route('POST', '/api/(openai-)?keys', api_add_key),
     route('PUT', '/api/(openai-)?keys/reorder', api_order_keys),
@@ -9856,16 +9835,15 @@ ROUTES = (
     route('PUT', '/api/profiles/priority', api_order_profile),
     route('PUT', '/api/profiles/([^/]+)', api_edit_profile),
     route('DELETE', '/api/profiles/([^/]+)', api_remove_profile),
-    route('HEAD GET', '/api/config', api_show_config),
+    route('HEAD GET', '/api/config', lambda call: call.send_json(setting_values(call.config))),
     route('PUT', '/api/config', api_change_config),
     route('POST', '/api/cooldowns/clear|/clear-cooldowns', api_clear_cooldowns),
     route('HEAD GET', '/api/setup/status', api_setup_status),
     route('POST', '/api/setup/([^/]+)', api_setup),
 )
-
-
 #: For every path; never forwarded.
-OPTIONS_ROUTE = route('OPTIONS', '/.*', show_options, is_open=True)
+OPTIONS_ROUTE = route('OPTIONS', '/.*', lambda call, allow: call.response.send(
+    204, [allow, *OWN_FIELDS]), is_open=True)
 
 
 def find_route(head):
@@ -10071,6 +10049,9 @@ TOO_MANY = (b'HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json
 # Service
 # ==============================================================================
 
+BASE_URLS = operator.attrgetter('anthropic_base_url', 'openai_base_url', 'codex_base_url')
+
+
 class PortTaken(FailoverError):
     """A profile's port could not be opened."""
 
@@ -10239,9 +10220,10 @@ class App(Parts):
             self.bus.publish('config', json.dumps(config_view(config)))
 
     def _end_outdated_cooldowns(self, before, config):
-        has_moved = base_urls(config) != base_urls(before)
+        has_moved = BASE_URLS(config) != BASE_URLS(before)
         for ref, key in before.keys.items():
-            if has_moved or without_label(key) != without_label(config.keys.get(ref)):
+            now = config.keys.get(ref)
+            if has_moved or now is None or now._replace(label=key.label) != key:
                 self.cooldowns.clear(ref)
         self.cooldowns.wake_all()
 
@@ -10313,14 +10295,6 @@ class App(Parts):
             'state': key_state(self.store.current, key, problem, mine), 'problem': problem,
             'needs_attention': any(c.outcome.rule.attention for c in mine),
             'answers': metrics['by_key'].get(key.ref, 0)}
-
-
-def base_urls(config):
-    return config.anthropic_base_url, config.openai_base_url, config.codex_base_url
-
-
-def without_label(key):
-    return key and key._replace(label='')
 
 
 def token_problem(key: Key) -> str | None:
@@ -11077,7 +11051,8 @@ class Demo:
 
     def __init__(self, folder: str, port: int, pause_s: float):
         self._plays = {}              # key id -> iterator of what it does yet
-        self.upstream = PretendUpstream(self._next_play, pause_s / 30)
+        self.upstream = PretendUpstream(
+            lambda asked: next(self._plays.get(asked.key, iter(())), 'answer'), pause_s / 30)
         path = os.path.join(folder, 'config.json')
         write_atomically(path, json.dumps(demo_document(self.upstream.url, port)).encode())
         self.app = App(path, LoopbackOnly())
@@ -11086,9 +11061,6 @@ class Demo:
         self._thread = threading.Thread(target=self.app.run, name='demo', daemon=True)
         self._thread.start()
         self._is_over = threading.Event()
-
-    def _next_play(self, asked):
-        return next(self._plays.get(asked.key, iter(())), 'answer')
 
     def close(self):
         self._is_over.set()
@@ -11158,9 +11130,8 @@ def complain(text):
     print(f'{PROGRAM}: {printable(text)}', file=sys.stderr, flush=True)
 
 
-@functools.cache                      # one command may read the file twice
-def complain_once(text):
-    complain(text)
+#: For notices: one command may read the file twice.
+complain_once = functools.cache(complain)
 
 
 def load_config(config_path):

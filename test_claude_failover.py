@@ -8408,7 +8408,7 @@ class HttpServerTest(ProgramTest):
         self.stop()
         line = self.log_lines('internal_error')[0]
         self.assertEqual(line['kind'], 'ZeroDivisionError')
-        self.assertIn('api_health', line['at'])
+        self.assertIn('_serve_one', line['at'])
         self.assertNotIn('secret', json.dumps(line))
 
     def test_health_tells_all_and_no_token(self):
@@ -9690,11 +9690,12 @@ class DoctorTest(ProgramTest):
         self.assertEqual(self.wrong('port'), [('port', f'{taken.port} of profile default is taken by another program')])
 
     @needs('/proc')
+    @mock.patch('claude_failover.run_commands', lambda commands: None)
     def test_an_autostart_of_another_program_is_found(self):
         autostart = cf.find_autostart(self.path)
-        cf.install_autostart(autostart)
+        cf.start_at_login(autostart)
         self.assertEqual(self.wrong('autostart'), [])
-        cf.install_autostart(autostart._replace(content=autostart.content.replace(b'claude_failover.py', b'moved.py')))
+        cf.start_at_login(autostart._replace(content=autostart.content.replace(b'claude_failover.py', b'moved.py')))
         self.assertIn('another program', self.wrong('autostart')[0][1])
         plist = cf.find_autostart('/c', {}, 'darwin', '/home/me')
         self.assertEqual(cf.start_commands(plist, plist.content)[1:], [*cf.BOOT, SCRIPT, '--config', '/c', 'start'])
