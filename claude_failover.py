@@ -9085,7 +9085,7 @@ def wanted_field(fields, name):
 
 # -- pages -----------------------------------------------------------------------
 
-def show_start_page(call):
+def show_start_page(call: Call):
     if 'text/html' in call.head.headers.get('accept', ''):    # a person
         return redirect(call, '/dashboard')
     text = (f'{PROGRAM} {VERSION} is running, profile {call.profile_name}.\n'
@@ -9093,11 +9093,11 @@ def show_start_page(call):
     return call.response.send(200, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
 
 
-def redirect(call, path, *fields):
+def redirect(call: Call, path, *fields):
     call.response.send(303, [('location', path), *OWN_FIELDS, *fields])
 
 
-def show_dashboard(call):
+def show_dashboard(call: Call):
     """dashboard.html from beside this file, read anew each time."""
     code = call.query.get('code')
     if code is not None:
@@ -9145,7 +9145,7 @@ def session_cookie(access_token):
                           f'SameSite=Strict; Max-Age={SESSION_S}')
 
 
-def has_session(headers, access_token):
+def has_session(headers: dict, access_token: str) -> bool:
     """Whether a request carries the cookie of a dashboard that was let in."""
     wanted = session_value(access_token).encode()
     pairs = (pair.strip().partition('=') for pair in headers.get('cookie', '').split(';'))
@@ -9175,7 +9175,7 @@ class LoginCodes:
             return self._codes.pop(code, -math.inf) > self._clock()
 
 
-def api_login(call):
+def api_login(call: Call):
     access_token = call.config.access_token
     token = wanted_field(call.json(token=check_text), 'token')
     if access_token and not is_same_secret(token, access_token):
@@ -9192,19 +9192,19 @@ NODE_METRICS = {'total': 'requests', 'success': 'answered', 'failures': 'failed'
                 'retries': 'rotations', 'modelFallbacks': 'fallbacks', 'byKey': 'by_key'}
 
 
-def api_status(call):
+def api_status(call: Call):
     status = full_status(call)
     metrics = status['metrics']
     metrics.update({name: metrics[ours] for name, ours in NODE_METRICS.items()})
     call.send_json({**status, 'uptime': status['uptime_s']})
 
 
-def full_status(call):
+def full_status(call: Call):
     return {**call.app.health(), 'profile': call.profile_name,
             'history': call.app.metrics.history()}
 
 
-def api_events(call):
+def api_events(call: Call):
     """Server-sent events: the configuration and the state, then each change."""
     app, response = call.app, call.response
     with app.bus.subscription() as subscription:
@@ -9260,7 +9260,7 @@ def sse_event(name, text):
     return f'event: {name}\ndata: {text}\n\n'.encode()
 
 
-def api_logs(call):
+def api_logs(call: Call):
     """Query: count (100), level (the least that is wanted)."""
     count, level = call.query.get('count', '100'), call.query.get('level', LEVELS[0])
     if not re.fullmatch('[0-9]{1,5}', count):
@@ -9273,7 +9273,7 @@ def api_logs(call):
 
 # -- cooldowns ---------------------------------------------------------------------
 
-def api_clear_cooldowns(call):
+def api_clear_cooldowns(call: Call):
     """Body: {} for all, {"key": ID} or {"key": ID, "model": NAME}."""
     wanted = call.json(key=check_text, model=check_text)
     key, model = wanted.get('key'), wanted.get('model')
@@ -9292,7 +9292,7 @@ def key_ref(kind, id):
     return f'{PROVIDER_OF[kind]}:{urllib.parse.unquote(id)}'
 
 
-def key_views(call, *refs):
+def key_views(call: Call, *refs):
     """[{...}, ...]: keys with /health's fields and the Node program's."""
     keys = {key['ref']: key for key in call.app.health()['keys']}
     return [{**keys[ref], 'success': True, 'masked': keys[ref]['token'],
@@ -9300,7 +9300,7 @@ def key_views(call, *refs):
              'inCooldown': keys[ref]['state'] in ('cooling', 'limited')} for ref in refs]
 
 
-def api_list_keys(call, kind):
+def api_list_keys(call: Call, kind: str | None):
     """Query: profile, in whose order they come."""
     name, provider = call.query.get('profile', call.profile_name), PROVIDER_OF[kind]
     refuse_unknown_profile(call.config, name)
@@ -9308,7 +9308,7 @@ def api_list_keys(call, kind):
     call.send_json({'keys': key_views(call, *(f'{provider}:{id}' for id in ids))})
 
 
-def api_add_key(call, kind):
+def api_add_key(call: Call, kind: str | None):
     fields = call.json(token=check_text, label=check_text, baseUrl=check_base_url)
 
     def edit(config):
@@ -9321,7 +9321,7 @@ def api_add_key(call, kind):
     call.send_done('key_added', key_views(call, key.ref)[0], 201, key=key.ref)
 
 
-def api_edit_key(call, kind, id):
+def api_edit_key(call: Call, kind: str | None, id: str):
     ref, fields = key_ref(kind, id), call.json(token=check_text, label=check_text,
                                                baseUrl=check_text)
     if fields.get('baseUrl') == '':
@@ -9387,13 +9387,13 @@ def knows_token(key, token):
         return False
 
 
-def api_remove_key(call, kind, id):
+def api_remove_key(call: Call, kind: str | None, id: str):
     ref = key_ref(kind, id)
     call.app.update(lambda config: remove_key(config, ref))
     call.send_done('key_removed', key=ref)
 
 
-def api_order_keys(call, kind):
+def api_order_keys(call: Call, kind: str | None):
     field = ORDER_FIELDS[PROVIDER_OF[kind]]
     fields = call.json(**{field: check_texts, 'profile': check_text})
     name, ids = fields.get('profile', call.profile_name), wanted_field(fields, field)
@@ -9440,7 +9440,7 @@ def test_key(config: Config, key: Key, upstream: Upstream, exchange: Exchange,
     return tested(status == 429, status, message or 'refused')
 
 
-def api_test_key(call, kind, id):
+def api_test_key(call: Call, kind: str | None, id: str):
     config, ref = call.config, key_ref(kind, id)
     call.json()
     if ref not in config.keys:
@@ -9464,11 +9464,11 @@ def profile_view(profile):
             'priorityOrder': list(profile.order)}
 
 
-def api_list_profiles(call):
+def api_list_profiles(call: Call):
     call.send_json({'profiles': list(map(profile_view, call.config.profiles.values()))})
 
 
-def api_add_profile(call):
+def api_add_profile(call: Call):
     fields = call.json(**PROFILE_CHECKS)
     name, port = wanted_field(fields, 'name').strip(), fields.pop('port', None)
     orders = {field: fields[field] for field in ORDER_CHECKS if field in fields}
@@ -9481,7 +9481,7 @@ def api_add_profile(call):
     call.send_done('profile_added', profile_view(config.profiles[name]), 201, profile=name)
 
 
-def api_edit_profile(call, name):
+def api_edit_profile(call: Call, name: str):
     name, fields = urllib.parse.unquote(name), call.json(**PROFILE_CHECKS)
     new_name = fields.get('name') or name
     changes = {field: value for field, value in fields.items() if field != 'priorityOrder'}
@@ -9498,7 +9498,7 @@ def api_edit_profile(call, name):
                    fields=list(fields))
 
 
-def api_remove_profile(call, name):
+def api_remove_profile(call: Call, name: str):
     name = urllib.parse.unquote(name)
     if name == call.profile_name:
         raise BadRequest(f'Profile {name} is the one by whose port you are here: remove it from '
@@ -9507,7 +9507,7 @@ def api_remove_profile(call, name):
     call.send_done('profile_removed', profile=name)
 
 
-def api_order_profile(call):
+def api_order_profile(call: Call):
     fields = call.json(profile=check_text, priorityOrder=check_texts)
     name = fields.get('profile', call.profile_name)
     order = wanted_field(fields, 'priorityOrder')
@@ -9531,7 +9531,7 @@ def config_view(config: Config) -> dict:
             'profiles': list(map(profile_view, config.profiles.values()))}
 
 
-def api_change_config(call):
+def api_change_config(call: Call):
     """Body: settings by name, null for a default; `tokens` where a base URL changes."""
     changes = call.raw_json()
     tokens = changes.pop('tokens', {})
@@ -9552,7 +9552,7 @@ def api_change_config(call):
 
 # -- the tools of this machine -------------------------------------------------------
 
-def api_setup_status(call):
+def api_setup_status(call: Call):
     setup = ToolSetup(call.app.store.path)
     ours = own_values(call.config, call.app.ports())
     tools = {state.tool.id: {
@@ -9565,7 +9565,7 @@ def api_setup_status(call):
     call.send_json({**tools, 'cursor': cursor, 'autostart': autostart_view(call)})
 
 
-def autostart_view(call):
+def autostart_view(call: Call):
     view = {'name': 'Start at login', 'manager': None, 'path': None, 'installed': False,
             'loaded': False, 'note': None}
     try:
@@ -9577,7 +9577,7 @@ def autostart_view(call):
             'loaded': os.environ.get(STARTED_BY) == autostart.manager}
 
 
-def api_setup(call, target):
+def api_setup(call: Call, target: str):
     """Body: {"undo": true} restores the tool's file; {"profile": NAME} uses its port."""
     fields = call.json(undo=check_switch, profile=check_text)
     if target in LOGIN_ACTIONS:
@@ -9600,7 +9600,7 @@ def api_setup(call, target):
     return call.send_done('setup', answer, target=target, message=message)
 
 
-def edit_from_page(call, setup, fields):
+def edit_from_page(call: Call, setup, fields):
     """The edit that a page asks for: a function of a tool that gives a Change."""
     config, ports = call.config, call.app.ports()
     if fields.get('undo'):
@@ -9613,7 +9613,7 @@ def edit_from_page(call, setup, fields):
                              access_token=config.access_token)
 
 
-def api_start_at_login(call):
+def api_start_at_login(call: Call):
     autostart = find_autostart(call.app.store.path)
     has_changed, problem = start_at_login(autostart)
     message = f'{autostart.manager} starts it from the next login on.'
@@ -9623,7 +9623,7 @@ def api_start_at_login(call):
     return {'success': True, 'changed': int(has_changed), 'message': message}
 
 
-def api_start_at_no_login(call):
+def api_start_at_no_login(call: Call):
     was_there = start_at_no_login(find_autostart(call.app.store.path))
     return {'success': True, 'changed': int(was_there),
             'message': 'It does not start at login any more; this one keeps running.'}
@@ -9795,7 +9795,7 @@ def check_content_type(head):
         raise BadRequest('The body must be sent with content-type: application/json.', 415)
 
 
-def forward(call):
+def forward(call: Call):
     request = ClientRequest(call.head, call.body, call.profile_name, call.config.access_token)
     with call.app.watcher.watching(Exchange(call.connection.sock)) as exchange:
         Serving(call.app.failover, request, call.response, exchange).serve()
@@ -10064,7 +10064,7 @@ def return_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def polling(patience_s: float):
+def polling(patience_s: float) -> Iterator[None]:
     """Yields now and every POLL_S, until so many seconds have passed."""
     deadline = time.monotonic() + patience_s
     yield
@@ -10480,7 +10480,7 @@ def read_running(data):
     return Running(pid, ports, bool(note.get('is_configured')), note.get('namespace'))
 
 
-def refuse_elsewhere(running: Running | None):
+def refuse_elsewhere(running: Running | None) -> None:
     """Raises FailoverError for a process of another container: a signal to its number would reach
     another process here, and the access token another program at its ports."""
     if running and not running.is_here:
@@ -10515,7 +10515,7 @@ def lock_file(file, is_shared):
     return True
 
 
-def harden_process():
+def harden_process() -> None:
     """Files private from the start, no core dumps, enough sockets."""
     os.umask(0o077)
     try:
@@ -10593,7 +10593,7 @@ CLOCK_TOLERANCE_S = 300
 LAST_FAILURES, LINES_SEARCHED = 5, 1000
 
 
-def diagnose(config_path: str):
+def diagnose(config_path: str) -> Iterator[Finding]:
     """Yields Findings, the quick ones first.  Only test_key sends tokens, and nothing costs."""
     store, problem = ConfigStore(config_path), None
     try:
@@ -11126,7 +11126,7 @@ def say(text=''):
     print(text, flush=True)
 
 
-def complain(text):
+def complain(text: object) -> None:
     print(f'{PROGRAM}: {printable(text)}', file=sys.stderr, flush=True)
 
 

@@ -9679,6 +9679,15 @@ class DoctorTest(ProgramTest):
             self.anthropic.fields = [('date', cf.http_date(round(time.time()) - off_s))]
             self.assertIn(f"this machine's clock is {words}", dict(self.wrong('clock'))['clock'])
 
+    def test_a_key_that_cools_for_one_model_is_limited_in_json_alone(self):
+        self.anthropic.limited.add('a')
+        self.send()
+        for command in ('status', 'list-keys', 'doctor'):
+            shown = run_command('--config', self.path, command).stdout
+            self.assertIn('cooling for some models', shown)
+            self.assertNotRegex(shown, r'\blimited\b')
+        self.assertIn('"state": "limited"', run_command('--config', self.path, 'list-keys', '--json').stdout)
+
     def test_a_broken_configuration_and_a_taken_port_are_found(self):
         self.stop()
         self.write_config('{ broken')
