@@ -125,7 +125,6 @@ RUN = 'python3 ' + (sys.argv[0] if os.path.basename(sys.argv[0]) == SCRIPT_NAME 
 DEFAULT_CONFIG_PATH = '~/.config/claude-failover/config.json'
 DEFAULT_PORT = 4080
 LISTEN_HOST = '127.0.0.1'
-LISTEN_HOST_6 = '::1'
 
 #: Most request bytes we hold.  The Messages API itself refuses more than 32 MB.
 MAX_BODY_BYTES = 32 * 1024 * 1024
@@ -145,8 +144,6 @@ RECEIVE_BYTES = 64 * 1024
 HELD_BYTES = 64 * 1024
 #: Each connection is a thread with two sockets; a client that opens more is out of control.
 MAX_CONNECTIONS = 2000
-#: Threads that wait for the next connection.
-IDLE_WORKERS = 32
 
 #: Waiting for an upstream: the connection, the whole head of a plain answer and of a stream,
 #: whose first byte is what takes long (thinking is silent), and between two events.
@@ -159,14 +156,10 @@ LAST_CHUNK_S = 0.2
 POOL_IDLE_S = 30
 #: How often the configuration file is looked at.
 RELOAD_S = 5
-#: Memory is given back with the first of so many looks: 5 s after the start, then each 10 min.
-TURNS_TO_TRIM = 120
 #: How long running requests may go on after the first signal.
 DRAIN_S = 10
 #: The variable that tells a proxy who started it: 'launchd', 'systemd', or nobody.
 STARTED_BY = 'CLAUDE_FAILOVER_STARTED_BY'
-#: How long a start in the background may take until its ports answer.
-START_S = 30
 #: How often a program looks whether another, or a running answer, has ended.
 POLL_S = 0.02
 
@@ -184,9 +177,6 @@ MAX_PLANS = 256
 MAX_TOLD_ATTEMPTS = 30
 #: A shorter credential is a word (`none`, `x`), which a text may hold without quoting it.
 MIN_SECRET_CHARS = 8
-#: How often a dashboard hears of the state at the most, and of nothing at the least.
-STATUS_S = 1
-KEEP_ALIVE_S = 15
 
 HOP_BY_HOP = frozenset((
     'connection', 'keep-alive', 'proxy-authenticate', 'proxy-authorization', 'proxy-connection',
@@ -9219,6 +9209,11 @@ def api_events(call: Call):
         response.finish()
 
 
+#: How often a dashboard hears of the state at most, and of nothing at least.
+STATUS_S = 1
+KEEP_ALIVE_S = 15
+
+
 class StatusReporter:
     """Reports the state to one dashboard: when it changed, and at most once in STATUS_S."""
 
@@ -9639,6 +9634,7 @@ LOGIN_ACTIONS = {'autostart': api_start_at_login, 'remove-autostart': api_start_
 # Loopback is no boundary: any web page can send requests here.  So every request passes the
 # guard first, whatever its path.
 
+LISTEN_HOST_6 = '::1'
 LOCAL_NAMES = ('localhost', '127.0.0.1', '[::1]')
 #: Joined by a comma, two Hosts are neither a name nor a port.
 HOST_AND_PORT = re.compile(r'([^:,]+|\[[^\],]+\]):[0-9]{1,5}')
@@ -9939,6 +9935,10 @@ class Handler(socketserver.BaseRequestHandler):
             connection.drain()
 
 
+#: Threads that wait for the next connection.
+IDLE_WORKERS = 32
+
+
 class Workers:
     """Threads that are reused: starting one takes a quarter of a short connection's time."""
 
@@ -10050,6 +10050,8 @@ TOO_MANY = (b'HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json
 # ==============================================================================
 
 BASE_URLS = operator.attrgetter('anthropic_base_url', 'openai_base_url', 'codex_base_url')
+#: Memory is given back with the first of so many looks: 5 s after the start, then each 10 min.
+TURNS_TO_TRIM = 120
 
 
 class PortTaken(FailoverError):
@@ -11113,6 +11115,8 @@ def answer_text(data, is_streamed):
 # input.
 
 PAINTS = {'bold': 1, 'dim': 2, 'good': 32, 'warn': 33, 'bad': 31}
+#: How long a start in the background may take until its ports answer.
+START_S = 30
 
 
 def paint(kind, text, environ=os.environ):
