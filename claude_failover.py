@@ -9091,9 +9091,9 @@ def show_dashboard(call: Call):
     """dashboard.html from beside this file, read anew each time."""
     code = call.query.get('code')
     if code is not None:
-        access_token = call.config.access_token
-        is_known = call.app.login_codes.use(code) and access_token
-        return redirect(call, '/dashboard', *([session_cookie(access_token)] if is_known else ()))
+        is_known = call.app.login_codes.use(code)
+        cookies = session_cookies(call.config.access_token) if is_known else ()
+        return redirect(call, '/dashboard', *cookies)
     try:
         with open(DASHBOARD_PATH, 'rb') as file:
             page = file.read()
@@ -9130,9 +9130,10 @@ def session_value(access_token):
     return hmac.new(access_token.encode(), b'dashboard', 'sha256').hexdigest()
 
 
-def session_cookie(access_token):
-    return ('set-cookie', f'{SESSION_COOKIE}={session_value(access_token)}; Path=/; HttpOnly; '
-                          f'SameSite=Strict; Max-Age={SESSION_S}')
+def session_cookies(access_token):
+    """The header field that lets a browser in, in a list; empty without an access token."""
+    return [('set-cookie', f'{SESSION_COOKIE}={session_value(access_token)}; Path=/; HttpOnly; '
+                           f'SameSite=Strict; Max-Age={SESSION_S}')] if access_token else []
 
 
 def has_session(headers: dict, access_token: str) -> bool:
@@ -9171,8 +9172,7 @@ def api_login(call: Call):
     if access_token and not is_same_secret(token, access_token):
         raise BadRequest('This is not the access token.', 401, 'authentication_error',
                          field='token')
-    fields = [session_cookie(access_token)] if access_token else ()
-    call.send_json({'success': True}, fields=fields)
+    call.send_json({'success': True}, fields=session_cookies(access_token))
 
 
 # -- what there is to see ------------------------------------------------------------
@@ -9310,7 +9310,7 @@ def api_add_key(call: Call, kind: str | None):
         edited, key = add_key(config, PROVIDER_OF[kind], wanted_field(fields, 'token'),
                               fields.get('label', ''), utc_text(time.time()),
                               fields.get('baseUrl'))
-        refuse_named_tokens(config, edited)
+        refuse_moved_tokens(config, edited, {})
         return edited, key
     _, key = call.app.update(edit)
     call.send_done('key_added', key_views(call, key.ref)[0], 201, key=key.ref)
@@ -9324,49 +9324,39 @@ def api_edit_key(call: Call, kind: str | None, id: str):
 
     def edit(config):
         edited = edit_key(config, ref, fields)
-        refuse_named_tokens(config, edited)
-        refuse_unproved_tokens(config, edited, {ref: fields.get('token', '')})
+        refuse_moved_tokens(config, edited, {ref: fields.get('token', '')})
         return edited
     call.app.update(edit)
     call.send_done('key_changed', key_views(call, ref)[0], key=ref, fields=list(fields))
-
-
-def refuse_unproved_tokens(config, edited, tokens):
-    """Raises BadRequest where a token would go to another server and is not among `tokens`, {ref:
-    token}: whoever reaches this API could have all tokens sent to a server of theirs."""
-    unproved = []
-    for ref, key in edited.keys.items():
-        before = config.keys.get(ref)
-        is_moved = before and before.token == key.token and (
-            servers_of(config, before) != servers_of(edited, key))
-        if is_moved and not knows_token(key, tokens.get(ref, '')):
-            unproved.append(ref)
-    if unproved:
-        raise BadRequest(f'Enter the token of {", ".join(unproved)} again: it would go to another '
-                         f'server. Or change it in the file, with {RUN} config set.',
-                         field='tokens', keys=unproved)
 
 
 #: The providers' own servers: nobody who reaches this API gains by what is sent there.
 PUBLIC_SERVERS = frozenset(s.default for s in SETTINGS if s.check is check_base_url)
 
 
-def refuse_named_tokens(config, edited):
-    """Raises BadRequest where a request would have what a file or variable holds sent to another
-    server: that could be any login of this machine.  A variable's value can be proved instead; a
-    file's may be another one tomorrow."""
+def refuse_moved_tokens(config, edited, known):
+    """Raises BadRequest where a token would go to another server and is not among `known`, {ref:
+    token}: whoever reaches this API could have all tokens sent to a server of theirs.  What a file
+    or a new variable holds could be any login of this machine, and that of a file another one
+    tomorrow: to know it is not enough."""
+    unproved = []
     for ref, key in edited.keys.items():
         before = config.keys.get(ref)
-        was_there = before and before.token == key.token
-        if not is_reference(key.token) or was_there and key.token.startswith('env:'):
-            continue
-        others = servers_of(edited, key) - PUBLIC_SERVERS
-        others -= servers_of(config, before) if was_there else set()
+        was_there = before is not None and before.token == key.token
+        old, new = servers_of(config, before) if was_there else set(), servers_of(edited, key)
+        can_be_proved = not is_reference(key.token) or was_there and key.token.startswith('env:')
+        others = set() if can_be_proved else new - PUBLIC_SERVERS - old
         if others:
             command = f'add-{"openai-" if key.provider == OPENAI else ""}key'
             raise BadRequest(f'{key.token} would be sent to {" or ".join(others)}, which no '
                              f'request may cause: do it with {RUN} {command} or {RUN} config '
                              'set, or in the configuration file.', field='token')
+        if was_there and new != old and not knows_token(key, known.get(ref, '')):
+            unproved.append(ref)
+    if unproved:
+        raise BadRequest(f'Enter the token of {", ".join(unproved)} again: it would go to another '
+                         f'server. Or change it in the file, with {RUN} config set.',
+                         field='tokens', keys=unproved)
 
 
 def servers_of(config, key):
@@ -9535,13 +9525,11 @@ def api_change_config(call: Call):
 
     def edit(config):
         edited = change_settings(config, changes)
-        refuse_named_tokens(config, edited)
-        refuse_unproved_tokens(config, edited, tokens)
+        refuse_moved_tokens(config, edited, tokens)
         return edited
     config = call.app.update(edit)
     # An access token must not lock out who has just set it.
-    access_token = config.access_token if 'accessToken' in changes else None
-    cookies = [session_cookie(access_token)] if access_token else ()
+    cookies = session_cookies(config.access_token if 'accessToken' in changes else None)
     call.send_done('config_changed', setting_values(config), 200, cookies, fields=list(changes))
 
 
