@@ -10752,7 +10752,7 @@ def examine_server(url, upstream, exchange):
     try:
         response = upstream.open(UpstreamRequest(base, 'HEAD', head, b''), exchange, CONNECT_S)
     except (UpstreamUnreachable, UpstreamTimeout) as error:
-        return Finding('server', f'{url}: {error or "no answer in time"}',
+        return Finding('server', f'{url}: {str(error) or "no answer in time"}',
                        'check the network, HTTPS_PROXY and SSL_CERT_FILE')
     response.close()
     ms = round((time.monotonic() - started) * 1000)

@@ -9679,6 +9679,10 @@ class DoctorTest(ProgramTest):
             self.anthropic.fields = [('date', cf.http_date(round(time.time()) - off_s))]
             self.assertIn(f"this machine's clock is {words}", dict(self.wrong('clock'))['clock'])
 
+    def test_a_server_that_does_not_answer_in_time_is_said_to(self):
+        with mock.patch.object(cf.Upstream, 'open', side_effect=cf.UpstreamTimeout):
+            self.assertEqual(self.wrong('server'), [('server', f'{self.anthropic.url}: no answer in time')])
+
     def test_a_key_that_cools_for_one_model_is_limited_in_json_alone(self):
         self.anthropic.limited.add('a')
         self.send()
