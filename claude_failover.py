@@ -10632,7 +10632,8 @@ def examine_proxy(config_path, config, health):
     if health is None:
         yield examine_silence(config_path)
         for profile in config.profiles.values():
-            yield from examine_port(profile)
+            if profile.port:
+                yield examine_port(profile)
         return
     is_old = health['version'] != VERSION
     yield Finding('proxy', f'{health["version"]} runs, pid {health["pid"]}, for '
@@ -10662,13 +10663,12 @@ def examine_silence(config_path):
 
 def examine_port(profile):
     """Whether a port could be opened, where no proxy runs."""
-    if not profile.port:
-        return
+    place = f'{profile.port} of profile {profile.name}'
     with socket.socket() as sock:
-        is_taken = sock.connect_ex((LISTEN_HOST, profile.port)) == 0
-    yield Finding('port', f'{profile.port} of profile {profile.name} is '
-                          + ('taken by another program' if is_taken else 'free'),
-                  'end that program, or give the profile another "port"' if is_taken else '')
+        if sock.connect_ex((LISTEN_HOST, profile.port)):
+            return Finding('port', f'{place} is free')
+    return Finding('port', f'{place} is taken by another program',
+                   'end that program, or give the profile another "port"')
 
 
 def examine_keys(config, health):
@@ -10682,10 +10682,8 @@ def examine_keys(config, health):
 
 
 def examine_environment():
-    for name in CARRIED_VARIABLES:
-        value = os.environ.get(name)
-        if not value:
-            continue
+    for name in filter(os.environ.get, CARRIED_VARIABLES):
+        value = os.environ[name]
         is_missing = name.startswith('SSL') and not os.path.exists(value)
         shown = re.sub(r'//[^/@]*@', '//...@', value)         # a proxy's password
         yield Finding('environment', f'{name}={shown}',
@@ -11268,15 +11266,15 @@ def cmd_start(options):
     harden_process()
     app = App(options.config)
     if not app.pid_file.acquire():
-        raise already_running(app.pid_file.holder())
+        running = app.pid_file.holder()
+        raise already_running(running and running.pid)
     tidy_up(options.config)
     try:
         app.start()
     except PortTaken as error:
         running = fetch_health(options.config, app.store.current)
         if running:
-            raise FailoverError(f'{PROGRAM} {running["version"]} is running already (pid '
-                                f'{running["pid"]}). See: {RUN} status') from error
+            raise already_running(running['pid']) from error
         raise PortTaken(f'{error} Stop the program that uses it, or give the profile another '
                         f'"port" in {options.config}.') from error
     try:
@@ -11302,8 +11300,8 @@ def tidy_up(config_path):
         os.unlink(note)
 
 
-def already_running(running):
-    who = f' (pid {running.pid})' if running else ''
+def already_running(pid):
+    who = f' (pid {pid})' if pid else ''
     return FailoverError(f'{PROGRAM} is running already{who}. See: {RUN} status')
 
 
@@ -11312,7 +11310,7 @@ def start_in_background(options):
     import subprocess
     running = PidFile(options.config).holder()
     if running:
-        raise already_running(running)
+        raise already_running(running.pid)
     output = f'{output_path(options.config)}.{os.getpid()}'       # two may try at once
     make_private_folder(os.path.dirname(output))
     with open(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 'wb') as file:
