@@ -9407,11 +9407,8 @@ def test_key(config: Config, key: Key, upstream: Upstream, exchange: Exchange,
         target = find_target(config, key, token, None)
         wanted = build_key_test(target, key, token)
         url = f'{wanted.base.scheme}://{wanted.base.host_field}{models_path(target)}'
-        response = upstream.open(wanted, exchange, CONNECT_S)
-        try:
+        with contextlib.closing(upstream.open(wanted, exchange, CONNECT_S)) as response:
             message = read_error(response.read_all(MAX_ERROR_BODY_BYTES)).message
-        finally:
-            response.close()
     except TokenUnavailable as error:
         return tested(False, 0, str(error))
     except (UpstreamUnreachable, UpstreamCut, UpstreamTimeout) as error:
@@ -10094,7 +10091,7 @@ class App(Parts):
         self._tls_thread = threading.Thread(target=self.upstream.tls_context, name='tls',
                                             daemon=True)
 
-    def start(self):
+    def start(self) -> None:
         """Opens every profile's port.  Raises PortTaken, with none left open."""
         self._open_listeners()
         if self.port_problems:
@@ -10222,8 +10219,7 @@ class App(Parts):
         if port in self.ports().values():
             return                    # our own: the configuration says whether it is free
         try:
-            with socket.create_server((LISTEN_HOST, port)):
-                pass
+            socket.create_server((LISTEN_HOST, port)).close()
         except OSError as error:
             raise BadRequest(f'Port {port} cannot be opened ({error.strerror}): choose another.',
                              409, field='port') from error
