@@ -1829,9 +1829,11 @@ class Again(enum.Enum):
     ALONE = 2                 # only if no other key is ready
 
 
-#: When a request that has nothing else left asks what cools all the same: at once and always; at
-#: once and then in passing (HOPE_S); after these seconds, the last of them repeated.
-ANY_TIME, IN_PASSING, LATER = (0,), (0, 0), (300, 600, 900, 3600)
+#: All requests together ask so often, at most, a key whose cooldown only a person could end.
+HOPE_S = 5
+#: The seconds after which a cooldown is asked all the same, by a request that has nothing else
+#: left, the last of them repeated: always; at once, and then in passing; seldom.
+ANY_TIME, IN_PASSING, LATER = (0,), (0, HOPE_S), (300, 600, 900, 3600)
 
 
 class Answer(NamedTuple):
@@ -1948,6 +1950,8 @@ WINDOW_STATUS = re.compile(UNIFIED + '(?:(.+)-)?status')
 #: The windows of all models, and the summary where it names no model family.
 KEY_WINDOWS = frozenset(('5h', '7d', ''))
 FAMILY_CLAIM = re.compile('(?:five_hour|seven_day)_(?!overage).+')
+#: A window may end while its refusal is on its way: Date has whole seconds.
+JUST_NOW_S = 5
 REMAINING = re.compile(r'(anthropic-ratelimit-.+)-remaining')
 
 
@@ -1977,10 +1981,11 @@ def is_key_rejected(answer):
 
 def seconds_to_window_reset(answer):
     """Until the last of the key's spent windows is over, or the last of a family's."""
-    windows = rejected_windows(answer.headers)
-    resets = [parse_reset(windows[window], answer.now)
+    windows, then = rejected_windows(answer.headers), answer.now - JUST_NOW_S
+    resets = [parse_reset(windows[window], then)
               for window in KEY_WINDOWS.intersection(windows) or windows]
-    return max(filter(None, resets), default=None) or retry_after_s(answer)
+    known = [max(0, reset - JUST_NOW_S) for reset in resets if reset is not None]
+    return max(known) if known else retry_after_s(answer)
 
 
 def seconds_to_limit_reset(answer):
@@ -2125,7 +2130,7 @@ RATE_LIMITED = Rule('rate_limited', (429,), Step.NEXT_KEY, Final.LIMITED, scope=
                     cooldown_s=30, words='rate limit reached')
 OVERLOADED = Rule('overloaded', (529,), Step.NEXT_KEY, Final.OVERLOADED, scope=Scope.PAIR,
                   cooldown_s=10, again=Again.ALONE, tries=2, words='model is overloaded')
-SERVER_ERROR = Rule('server_error', (408, 500, 502, 503, 504, *range(520, 528)), Step.NEXT_KEY,
+SERVER_ERROR = Rule('server_error', (408, 500, *range(502, 600)), Step.NEXT_KEY,
                     Final.SERVER, scope=Scope.PAIR, cooldown_s=15, again=Again.FIRST, tries=3,
                     strikes=3, asks_again=ANY_TIME, words='server errors')
 EXTRA_USAGE = Rule('extra_usage', (400, 403), Step.NEXT_KEY, scope=Scope.PAIR, cooldown_s=300,
@@ -2153,7 +2158,7 @@ RULES = (
     Rule('unsupported_field', (400,), Step.REPAIR, when=find_fallback_repair),
     AUTH_FAILED,
     BILLING,
-    NO_MODEL._replace(statuses=(400, 403, 404),
+    NO_MODEL._replace(statuses=(400, 403, 404), other_providers=True,
                       when=lambda answer: answer.is_relays and says(NO_SUCH_MODEL)(answer)),
     Rule('forbidden', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.PAIR, cooldown_s=600,
          when=says('permission_error'), words='access is not allowed', **BY_A_PERSON),
@@ -4152,8 +4157,8 @@ def answer_stream(conversation: Conversation, target: Target, message_id: str,
 PROBE_S = 3
 #: As many at a time, and what came back is as good as proved.
 RAMP_END = 64
-#: All requests together ask so often, at most, a key whose cooldown only a person could end.
-HOPE_S = 5
+#: A cooldown that ended so long ago keeps nobody in line.
+UNPROVED_S = 60
 #: A server that could not be reached is tried so often by those who wait for it.
 RETRY_S = 1
 
@@ -4242,7 +4247,6 @@ class Cooldowns:
         self._repeats = {}    # place -> {rule name: cooldowns in a row that doubled}
         self._strikes = {}    # place -> {rule name: such answers in a row}
         self._asked = {}      # place -> (how often it was asked as a last hope, when last)
-        self._hoped_at = -math.inf
         self._paid = {}       # key's ref -> unix seconds
         self._queue = []      # [Ticket, ...], first come first
 
@@ -4296,8 +4300,9 @@ class Cooldowns:
         return min(rule.cooldown_s * 2 ** min(before, 20), rule.doubles_to_s)
 
     def _left_s(self, cooling):
-        """By the clock that says less: one stops in sleep, the other may be set."""
-        return max(0.0, min(cooling.until - self._clock(), cooling.until_unix_s - self._now()))
+        """By the clock that says less: one stops in sleep, the other may be set.  Less than
+        nothing is how long ago it ended."""
+        return min(cooling.until - self._clock(), cooling.until_unix_s - self._now())
 
     @property
     def is_empty(self):
@@ -4385,7 +4390,8 @@ class Cooldowns:
             self._wake_locked()
 
     def _blocking_locked(self, slot, ticket):
-        entries = [self._cooling[place] for place in slot.places if place in self._cooling]
+        entries = [self._cooling[place] for place in slot.places if place in self._cooling
+                   and self._left_s(self._cooling[place]) > -UNPROVED_S]
         current = [cooling for cooling in entries if not self._is_over(cooling, ticket)]
         if current:
             return max(current, key=self._left_s)
@@ -4408,38 +4414,43 @@ class Cooldowns:
                 return False
             if waiting is ticket:
                 return True
-            room -= any(place in slot.places for slot in waiting.slots)
+            room -= any(place in slot.places and self._is_free_locked(slot, waiting)
+                        for slot in waiting.slots)
         return room > 0
 
-    def last_hope(self, slots):
+    def _is_free_locked(self, slot, ticket):
+        """Whether nothing keeps a ticket from a slot but its place in line."""
+        return all(self._is_over(self._cooling[place], ticket)
+                   for place in slot.places if place in self._cooling)
+
+    def last_hope(self, slots, in_line=True):
         """The first of the slots that may be tried though it cools: what bars it is something
-        that a person may have mended by now.  None where that was asked just now."""
+        that a person may have mended by now, or without `in_line` only others who try it.  None
+        where all were asked just now."""
         with self._lock:
             hopes = []
             for order, slot in enumerate(slots):
-                bars = [self._cooling[place] for place in slot.places if place in self._cooling]
-                if bars and all(map(self._may_ask_locked, bars)):
-                    hopes.append((max(map(self._asked_at_locked, bars)), order, slot, bars))
+                bars = [self._cooling[place] for place in slot.places if place in self._cooling
+                        and self._left_s(self._cooling[place]) > 0]
+                if all(map(self._may_ask_locked, bars)) and (bars or not in_line):
+                    asked_at = max(map(self._asked_at_locked, bars), default=-math.inf)
+                    hopes.append((asked_at, order, slot, bars))
             if not hopes:
                 return None
             *_, slot, bars = min(hopes)
             for cooling in bars:
                 count, _ = self._asked.get(cooling.place, (0, 0))
                 self._asked[cooling.place] = count + 1, self._clock()
-            if bars[0].outcome.rule.asks_again != ANY_TIME:
-                self._hoped_at = self._clock()
         return slot
 
     def _asked_at_locked(self, cooling):
         return self._asked.get(cooling.place, (0, cooling.began))[1]
 
     def _may_ask_locked(self, cooling):
-        gaps_s, now = cooling.outcome.rule.asks_again, self._clock()
-        if not gaps_s or gaps_s == ANY_TIME:
-            return bool(gaps_s)
+        gaps_s = cooling.outcome.rule.asks_again
         count, _ = self._asked.get(cooling.place, (0, 0))
-        due = self._asked_at_locked(cooling) + gaps_s[min(count, len(gaps_s) - 1)]
-        return now >= due and now - self._hoped_at >= HOPE_S
+        return bool(gaps_s) and self._clock() >= (
+            self._asked_at_locked(cooling) + gaps_s[min(count, len(gaps_s) - 1)])
 
     # -- keys that are paid beside their plan ----------------------------------
 
@@ -4452,7 +4463,7 @@ class Cooldowns:
 
     def paid(self):
         """{ref, ...} of the keys whose answers are paid beside their plan now."""
-        return {ref for ref, until in self._paid.items() if until > self._now()}
+        return {ref for ref, until in self._paid.copy().items() if until > self._now()}
 
     # -- the queue -------------------------------------------------------------
 
@@ -4518,7 +4529,7 @@ class Cooldowns:
 
     def remaining_s(self, cooling):
         """(seconds until it may be tried again, seconds until the limit itself ends)."""
-        left_s = self._left_s(cooling)
+        left_s = max(0.0, self._left_s(cooling))
         return left_s, max(left_s, cooling.resets_unix_s - self._now())
 
     def snapshot(self):
@@ -7196,7 +7207,8 @@ class AnswerReader:
         if self._is_openai:
             return self._in_anthropics_words(outcome)
         type = error.type.split(' ')[0] or error_type(status)
-        return Whole(outcome, self._json_fields(), error_json(type, error.message))
+        message = redact(self._client.without_secrets(error.message))
+        return Whole(outcome, self._json_fields(), error_json(type, message))
 
     def _json_fields(self):
         """The upstream's fields, for a body that was made here."""
@@ -7889,7 +7901,7 @@ class Serving:
         failures = round.failures
         is_unknown = bool(failures) and not any(
             failure.outcome.rule.other_providers for failure in failures)
-        if is_unknown and self._request.body.model.startswith('claude'):
+        if is_unknown and (self._request.body.model or '').startswith('claude'):
             return None               # no Claude of that name: the client should hear of it
         attempts = round.take_last_resort()
         self._uses_last_resort = self._uses_last_resort or bool(attempts)
@@ -7902,7 +7914,7 @@ class Serving:
         skipped = {self._slot(failure.attempt): failure.attempt for failure in round.failures
                    if failure.reply is None and failure.attempt not in round.hopes
                    and not self._is_ruled_out(failure.attempt)}
-        slot = self._cooldowns.last_hope(list(skipped))
+        slot = self._cooldowns.last_hope(list(skipped), in_line=self._config.queue_wait_ms > 0)
         hopes = [skipped[slot]] if slot else []
         round.hopes += hopes
         return hopes
@@ -7927,7 +7939,11 @@ class Serving:
     def _try_in_turn(self, attempt, later):
         """The attempt, unless it cools; whether the client was answered."""
         round = self._round
-        cooling = None if attempt in round.hopes else self._admit(attempt)
+        cooling = None
+        if attempt in round.hopes:
+            self._stop_waiting()
+        else:
+            cooling = self._admit(attempt)
         if cooling and (self._request.is_message or not cooling.outcome.rule.waits):
             round.note_failure(Failure(attempt, cooling.outcome, None, is_cooling=True))
             return False
@@ -8030,6 +8046,7 @@ class Serving:
     def _unless_renewed(self, attempt, ask):
         """A refusal is of a secret: what the key's file or variable holds now was not refused."""
         if self._cooldowns.is_empty:
+            self._stop_waiting()
             return None
         slot = self._slot(attempt)
         cooling = ask(slot, ticket=self._ticket)
@@ -8037,6 +8054,11 @@ class Serving:
             self._cooldowns.clear(attempt.key.ref)
             cooling = ask(slot, ticket=self._ticket)
         return cooling
+
+    def _stop_waiting(self):
+        """It tries something now: its place in line is another's."""
+        if self._ticket and self._ticket.slots:
+            self._cooldowns.await_slots(self._ticket, ())
 
     # -- one attempt -----------------------------------------------------------
 
@@ -8164,9 +8186,9 @@ class Serving:
         if 200 <= reply.outcome.status < 300:
             if not self._cooldowns.is_empty:
                 self._cooldowns.succeeded(self._slot(attempt), sent_at)
-            if attempt.key.provider == ANTHROPIC and isinstance(reply, Open):
+            if attempt.key.provider == ANTHROPIC and self._request.is_message:
                 self._cooldowns.note_paid(attempt.key.ref, extra_usage_ends_s(
-                    reply.upstream.headers, self._failover.now()))
+                    reply.headers, self._failover.now()))
             if self._repaired:
                 self._remember_repairs()
             if self._request.is_message:
@@ -8231,13 +8253,15 @@ class Serving:
     def _cool(self, attempt, outcome):
         """Cools what the outcome says; the seconds, 0 for nothing."""
         rule, key = outcome.rule, attempt.key
-        if rule.scope is None:
-            return 0
+        if rule.scope is None or rule.attention and not self._request.path.startswith(
+                (MESSAGES_PATH, MODELS_PATH)):
+            return 0          # what a key may not do elsewhere says nothing about messages
         slot, in_force = self._slot(attempt), self._failover.store.current.keys.get(key.ref)
         if rule.scope is Scope.PAIR and slot.model is None or (
                 in_force and in_force.token != key.token):
             return 0          # not about messages; or of a token that was replaced meanwhile
-        digest = secret_digest(self._token) if is_reference(key.token) and self._token else None
+        is_named = is_reference(key.token) and self._token and rule.scope is not Scope.SERVER
+        digest = secret_digest(self._token) if is_named else None
         limit_s = self._config.cooldown_ms / 1000
         seconds = self._cooldowns.cool(key, slot, outcome, limit_s, digest)
         if rule.name in SHARED_LIMITS:
@@ -8310,16 +8334,11 @@ class Serving:
             self._client.queued_s += self._clock() - entered
 
     def _cooling_slots(self):
-        """The slots to wait for: of every attempt that can be made, if each of them cools, or did
-        when its turn came; none where that is not so, since then waiting is no remedy."""
-        failures = [(self._slot(failure.attempt), failure) for failure in self._round.failures]
-        cooled = {slot for slot, failure in failures if failure.is_cooling}
-        impossible = {slot for slot, failure in failures
-                      if failure.outcome.rule in (NO_TOKEN, UNTRANSLATABLE, UNFIT)}
-        slots = {self._slot(attempt) for attempt in self._round.attempts} - impossible
-        all_cool = all(slot in cooled or self._cooldowns.blocking(slot, self._ticket)
-                       for slot in slots)
-        return slots if all_cool else set()
+        """The slots to wait for: of every attempt that cools, or did when its turn came."""
+        cooled = {self._slot(f.attempt) for f in self._round.failures if f.is_cooling}
+        slots = {self._slot(attempt) for attempt in self._round.attempts}
+        return {slot for slot in slots if slot in cooled
+                or self._cooldowns.blocking(slot, self._ticket)}
 
     def _wait_in_queue(self, deadline):
         exchange = self._exchange
@@ -11026,6 +11045,7 @@ def demo_document(url, port):
         return {id: {'token': f'sk-{kind}-{id}-{"0" * 40}', 'label': id} for id in ids}
     return {
         'anthropicBaseUrl': url, 'openaiBaseUrl': f'{url}/openai/v1', 'queueWaitMs': 5000,
+        'fallbackPatienceMs': 0,
         'profiles': {'default': {'port': port}}, 'openaiModelFallback': True,
         'keys': keys('ant-api03', 'personal', 'work'), 'openaiKeys': keys('proj', 'openai')}
 

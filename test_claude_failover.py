@@ -3855,11 +3855,23 @@ class CooldownsTest(unittest.TestCase):
         self.clock.now += 1
         self.cool('auth_failed', key=self.b)
         slots, asked = [self.slot(self.b), self.slot(self.a)], []
-        for _ in range(4):
-            asked.append(self.cooldowns.last_hope(slots).ref)
-            self.assertIsNone(self.cooldowns.last_hope(slots))      # all requests together
+        for _ in range(2):
+            asked += [hope and hope.ref for hope in (self.cooldowns.last_hope(slots) for _ in '123')]
             self.clock.now += cf.HOPE_S
-        self.assertEqual(asked, ['anthropic:a', 'anthropic:b'] * 2)
+        self.assertEqual(asked, ['anthropic:a', 'anthropic:b', None, 'anthropic:b', 'anthropic:a', None])
+
+    def test_one_who_cannot_go_yet_holds_up_nobody(self):
+        self.cool('window_spent', 5)
+        self.cool('rate_limited', 60)
+        opus, sonnet = self.wait_for(), self.wait_for(self.slot(model=SONNET))
+        self.clock.now += 6
+        self.assertEqual(self.cooldowns.seconds_to_turn(opus), (54, False))
+        self.assertEqual(self.cooldowns.seconds_to_turn(sonnet), (0, False))
+
+    def test_a_cooldown_that_is_long_over_keeps_nobody_in_line(self):
+        self.cool('rate_limited', 5)
+        self.clock.now += 5 + cf.UNPROVED_S
+        self.assertEqual([self.cooldowns.admit(self.slot(), n) for n in range(10)], [None] * 10)
 
     def test_a_server_that_could_not_be_reached_is_looked_at_each_second_by_those_who_wait(self):
         for _ in range(8):
@@ -6141,6 +6153,75 @@ class ServingTest(unittest.TestCase):
         self.clock.now += cf.HOPE_S
         self.assertEqual(self.again(), (400, 'a'))
 
+    def test_a_limit_that_is_over_bars_no_hope(self):
+        for limit in (RATE_LIMITED, OVERLOADED):
+            self.setUp()
+            self.one({'a': [limit, NO_CREDIT, Play()]}, 'a')
+            self.clock.now += 21
+            self.again()                                        # 400, no credit
+            self.clock.now += 10
+            self.assertEqual(self.again(), (200, 'a'))
+        self.setUp()
+        self.one({'a': [RATE_LIMITED, REFUSED]}, 'a')
+        self.clock.now += 21
+        for _ in range(6):
+            self.again()
+        self.upstream.script = {'a': [Play()]}
+        self.assertEqual(self.again(), (200, 'a'))
+
+    def test_with_several_dead_keys_the_one_that_was_mended_is_found_at_once(self):
+        self.one({'a': BAD_KEY, 'b': NO_CREDIT})
+        self.upstream.script['b'] = [Play()]
+        self.assertEqual(self.again()[0], 200)
+
+    def test_without_a_queue_nobody_is_refused_for_the_sake_of_the_line(self):
+        failover = self.failover(FakeUpstream(a=Play()), make_config('a', queueWaitMs=0))
+        key, inner = self.store.current.keys['anthropic:a'], []
+        self.cooldowns.cool(key, cf.Slot(key.ref), cf.Outcome(rule('window_spent'), 429, 'x', 5), 3600)
+        self.clock.now += 6
+
+        def first(body):
+            inner.append(self.serve(failover).status)           # a second one meanwhile
+            return Play()
+        self.upstream.script['a'] = [first, Play()]
+        self.assertEqual((self.serve(failover).status, inner), (200, [200]))
+
+    def test_a_stand_ins_refusal_keeps_nobody_from_waiting_for_the_asked_model(self):
+        for keys in ('a', 'ab', 'abc'):
+            self.setUp()
+            limited = iter([refusal(429, 'rate_limit_error', 'x', retry_after='6')] * len(keys))
+
+            def play(body, limited=limited):
+                if body['model'] == SONNET:
+                    return refusal(400, 'invalid_request_error', 'prompt is too long')
+                return next(limited, Play())
+            upstream = FakeUpstream(**dict.fromkeys(keys, play))
+            answered = self.serve(self.failover(upstream, make_config(*keys)))
+            self.assertEqual((answered.status, answered.headers['x-proxy-model']), (200, OPUS))
+
+    def test_what_fails_in_passing_keeps_nobody_from_waiting_for_what_comes_back(self):
+        limited = refusal(429, 'rate_limit_error', 'x', retry_after='6')
+        for trouble in (SERVER_TROUBLE, refusal(403, 'forbidden', 'no'), CUT_BODY, BAD_KEY, NO_MODEL):
+            self.setUp()
+            upstream = FakeUpstream(a=[limited, Play()], b=trouble)
+            answered = self.serve(self.failover(upstream, make_config('a', 'b', modelFallback={})))
+            self.assertEqual(answered.status, 200)
+
+    def test_a_relay_that_lacks_a_model_on_another_path_is_no_crash(self):
+        document = make_document('a', queueWaitMs=0)
+        document['keys']['a']['baseUrl'] = 'https://relay.example'
+        for method, target in (('GET', '/v1/models/x'), ('POST', '/v1/x/y'), ('DELETE', '/v1/files/x')):
+            self.setUp()
+            upstream = FakeUpstream(a=refusal(404, 'x', 'The model `x` does not exist'))
+            failover = self.failover(upstream, cf.parse_config(document))
+            self.assertEqual(self.serve(failover, {'x': 1}, method=method, target=target).status, 404)
+
+    def test_what_a_key_may_not_do_elsewhere_says_nothing_about_messages(self):
+        failover = self.failover(FakeUpstream(a=[BAD_KEY, Play()], b=[BAD_KEY, Play()]),
+                                 make_config('a', 'b', queueWaitMs=0))
+        self.assertNotEqual(self.serve(failover, method='GET', target='/v1/organizations/me').status, 200)
+        self.assertEqual(self.cooling(), {})
+
     def test_a_hope_is_no_reason_to_pass_over_what_is_ready(self):
         self.one({'a': NO_CREDIT, 'b': Play()})
         self.assertEqual(self.again(), (200, 'b'))
@@ -6403,7 +6484,7 @@ class ServingTest(unittest.TestCase):
     def test_a_change_goes_to_the_key_that_made_it_alone_and_a_read_to_others_too(self):
         failover = self.failover(FakeUpstream(a=Play(), b=BAD_KEY), make_config('a', 'b'))
         failover.makers.note('x', 'anthropic:b')
-        self.assertEqual(self.ask_each(failover, ('DELETE', '/v1/files/x'), ('GET', '/v1/files/x')), [('b', 401), ('a', 200)])
+        self.assertEqual(self.ask_each(failover, ('DELETE', '/v1/files/x'), ('GET', '/v1/files/x')), [('b', 401), ('ba', 200)])
         failover.makers.note('y', 'anthropic:gone')
         self.assertEqual(self.ask_each(failover, ('GET', '/v1/files/y')), [('a', 200)])
 
