@@ -103,7 +103,7 @@ import time
 import urllib.parse
 import zlib
 from datetime import datetime, timezone
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 try:
     import fcntl
@@ -284,7 +284,7 @@ def error_reason(error: BaseException) -> str:
     return getattr(error, 'strerror', None) or type(error).__name__
 
 
-def where_raised(error: BaseException) -> str:
+def where_raised(error: BaseException | None) -> str:
     """'proxy:1234 < _serve_one:1200': functions and lines of a traceback, without any value."""
     frames, step = [], error.__traceback__
     while step:
@@ -4578,7 +4578,7 @@ def who_serves(config, profile, model, cooling, unusable=(), was_seen=False):
     ready = [place for place in usable if not ends[place][0]]
     if ready:
         passed, following = attempts[:ready[0]], [attempts[place] for place in ready[1:2]]
-        return Prospect('ready', attempts[ready[0]], None, passed, *following)
+        return Prospect('ready', attempts[ready[0]], None, tuple(passed), *following)
     first = min(usable, key=lambda place: (not ends[place][1], ends[place][0]))
     return Prospect('cooling', attempts[first], ends[first][0])
 
@@ -4988,28 +4988,30 @@ class Metrics:
         noted, headers = self._limits.get(ref, (None, {}))
         return noted, read_limits(headers, upstream_now(headers, noted))
 
-    def is_nearly_spent(self, ref):
-        """Whether a window of a key is used but for a rest that its own conversations need."""
+    def _windows(self, ref):
+        """[(used, unix seconds of its end), ...] of a key's windows, as far as they are known."""
         noted, limits = self.limits(ref)
-        return any(limit.name in WINDOWS and limit.used >= NEARLY_SPENT
-                   and (limit.resets_s is None or noted + limit.resets_s > self._now())
-                   for limit in limits)
+        ends = [(limit.used, (noted or 0) + limit.resets_s) for limit in limits
+                if limit.name in WINDOWS and limit.resets_s]
+        return [window for window in ends if window[1] > self._now()]
 
-    def window_end(self, ref):
-        """Unix seconds when the first window of a key with quota left ends: what is left of it
-        then is lost; infinity where none is known."""
-        noted, limits = self.limits(ref)
-        ends = [noted + limit.resets_s for limit in limits
-                if limit.name in WINDOWS and limit.resets_s and limit.used < NEARLY_SPENT]
-        return min((end for end in ends if end > self._now()), default=math.inf)
+    def is_nearly_spent(self, ref: str) -> bool:
+        """Whether what is left of a window is for the conversations that are there."""
+        return any(used >= NEARLY_SPENT for used, _ in self._windows(ref))
 
-    def token_limit(self, ref):
+    def window_end(self, ref: str) -> float:
+        """Unix seconds when the first window with quota left ends, which is lost then; infinity
+        where none is known."""
+        return min((end for used, end in self._windows(ref) if used < NEARLY_SPENT),
+                   default=math.inf)
+
+    def token_limit(self, ref: str) -> int:
         """The input tokens a minute that a key may use, where its answers say so; else 0."""
         _, headers = self._limits.get(ref, (None, {}))
         limit = headers.get('anthropic-ratelimit-input-tokens-limit', '')
         return int(limit) if DIGITS.fullmatch(limit) else 0
 
-    def organization(self, ref):
+    def organization(self, ref: str) -> str | None:
         """The organization that a key's answers named; None where none did."""
         return self._limits.get(ref, (None, {}))[1].get('anthropic-organization-id')
 
@@ -6888,7 +6890,7 @@ def new_request_id():
 class Whole(NamedTuple):
     """What came of an attempt, read to its end; without `fields` there is nothing to relay."""
     outcome: Outcome
-    fields: list = ()         # [(name, value), ...] of the head that the client gets
+    fields: Sequence = ()     # ((name, value), ...) of the head that the client gets
     body: bytes = b''
     own_status: int = 0       # for the client, where it differs from the outcome's
     usage: dict = {}          # of a body that was translated
@@ -6930,8 +6932,8 @@ class ClientSide:
         self.queued_s = 0.0
         self.secrets = {value.split(' ')[-1] for _, value in request.credentials}
         self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
-        self.sticky = None            # of a known conversation: 'stay', 'wait' or 'move'
-        self.moved_because = None
+        self.sticky = ''              # of a known conversation: 'stay', 'wait' or 'move'
+        self.moved_because = ''
         self._request_id = None
         self._next_ping = self.started + PING_S
 
@@ -7264,7 +7266,7 @@ class AnswerReader:
         if not (events.stopped or events.stop_reason):
             raise UpstreamCut('the stream ended before the message did')
         parser, read = SseParser(), []
-        for data in parser.feed(told) + parser.end():
+        for data in parser.feed(bytes(told)) + parser.end():
             with contextlib.suppress(ValueError):     # no JSON: not of the message
                 read.append(loads_object(data))
         body = dump_body(message_from_events(read))
@@ -7590,19 +7592,19 @@ def verbatim_failure(failure, client, is_clients_own):
 
 
 def earliest_return(failures):
-    """(seconds, Failure) of the key whose limit ends first; (None, None): only a person can
+    """(seconds, Failure) of the key whose limit ends first; (infinity, None): only a person can
     help.  A key that failed in passing and does not cool is back at once."""
     returns = [(failure.back_in_s or 0, failure) for failure in failures
                if failure.outcome.rule.waits
                and (failure.back_in_s is not None or not failure.outcome.rule.final.is_hopeless)]
-    return min(returns, key=lambda pair: pair[0], default=(None, None))
+    return min(returns, key=lambda pair: pair[0], default=(math.inf, None))
 
 
 def own_failure(status, type, failures, client, final):
     earliest_s, earliest = earliest_return(failures)
     message = failure_message(failures, final)
     fields = [JSON_TYPE, ('request-id', client.request_id), *client.proxy_fields()]
-    is_soon = earliest is not None and earliest_s <= CLIENT_PATIENCE_S
+    is_soon = earliest_s <= CLIENT_PATIENCE_S
     if earliest and not final.is_hopeless and (earliest_s or final is not Final.SERVER):
         back_at = time.strftime('%H:%M:%S', time.localtime(client.now() + earliest_s))
         message += (f' Earliest back: {earliest.attempt.key.id} in {format_duration(earliest_s)}'
@@ -7810,9 +7812,9 @@ class Serving:
         self._config = failover.store.current
         self._round = Round(Plan([], []))
         self._uses_last_resort = False
-        self._warm = None             # where its conversation is
+        self._warm: Warm | None = None        # where its conversation is
         self._stays_until = math.inf  # and how long it may wait for that key
-        self._patient_until = None    # how long it waits for the asked model
+        self._patient_until: float | None = None      # how long it waits for the asked model
         self._patience_s = 0.5        # its next pause
         self._ticket = None           # in the queue
         self._queue_deadline = math.inf
@@ -7822,7 +7824,7 @@ class Serving:
         self._told_left_out = False   # what a translation leaves out is told once
         self._servers = {}            # key's ref -> base URL
         self._token = ''              # of the last attempt, and where that went
-        self._target = None
+        self._target = Target(MESSAGES, '')
         self._sent_body = {}          # of the last translated attempt
         self._translated = None       # the TranslatedStream that reads its answer
 
@@ -7874,8 +7876,7 @@ class Serving:
         rank_new = failover.rank(config.profiles[self._request.profile_name].strategy)
         attempts = order_attempts(attempts, lambda attempt: (
             attempt.key.ref in paid, attempt.key.ref != own, rank_new(attempt.key.ref)))
-        is_fallen = warm and warm.model != asked and any(a.model == warm.model for a in attempts)
-        if is_fallen and self._clock() - warm.since < FALLBACK_STAY_S and (
+        if warm and warm.model != asked and self._clock() - warm.since < FALLBACK_STAY_S and (
                 not failover.conversations.was_proved_since(asked, warm.since)):
             return stay_with_model(attempts, warm.model)
         return attempts
@@ -8065,7 +8066,7 @@ class Serving:
     def _try(self, attempt, later):
         """One attempt, with its repeats and repairs; whether the client was answered."""
         was_repeated = was_renewed = False
-        for _ in range(MAX_REPAIRS + 3):
+        while True:                   # but for MAX_REPAIRS each reason to go on counts once
             started = self._clock()
             reply = self._open(attempt)
             self._client.note_attempt(attempt, reply.outcome, started)

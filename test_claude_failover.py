@@ -3896,6 +3896,87 @@ class CooldownsTest(unittest.TestCase):
 
 
 # ==============================================================================
+# Conversations
+# ==============================================================================
+
+class ConversationsTest(unittest.TestCase):
+    def setUp(self):
+        self.clock = FakeClock()
+        self.conversations = cf.Conversations(self.clock)
+        config = make_config('a', 'b')
+        self.a, self.b = (cf.Attempt(key, OPUS) for key in config.keys.values())
+
+    def serve(self, digest, attempt, lifetime_s=300, **usage):
+        self.conversations.committed(digest, OPUS, attempt, 'order', lifetime_s, 'claude-code')
+        self.conversations.finished(digest, OPUS, attempt.key.ref, usage)
+
+    def test_a_conversation_is_known_by_its_session_else_by_how_it_begins(self):
+        def digest(body, session=None, **options):
+            return cf.conversation_digest({'x-claude-code-session-id': session}, cf.dump_body(body))
+
+        def user(user_id):
+            return digest(messages_body(metadata={'user_id': user_id}))
+        plain = messages_body()
+        self.assertIsNone(digest(plain))
+        self.assertEqual(digest(plain, 's1'), digest(messages_body(system='other'), 's1'))
+        self.assertNotEqual(digest(plain, 's1'), digest(plain, 's2'))
+        for form in ('{{"device_id":"d","session_id":"{}"}}', 'user_1_account__session_{}'):
+            self.assertEqual(user(form.format('s1')), digest(plain, 's1'))
+        for user_id in ('someone', '{"no": 1}', '{broken', '_session_', 5, None, {'a': 1}):
+            self.assertIsNone(user(user_id), user_id)
+
+    def test_marks_of_the_cache_move_and_change_no_conversation(self):
+        mark = {'cache_control': {'type': 'ephemeral'}}
+        longer = {'cache_control': {'type': 'ephemeral', 'ttl': '1h'}}
+        system = [{'type': 'text', 'text': 'You are.', **mark}]
+        hello = {'role': 'user', 'content': [{'type': 'text', 'text': 'first words'}]}
+        marked = {'role': 'user', 'content': [{**hello['content'][0], **longer}]}
+        turns = [{'role': 'assistant', 'content': 'ok'}, {'role': 'user', 'content': [{'type': 'text', 'text': 'x', **mark}]}]
+
+        def digest(**fields):
+            return cf.conversation_digest({}, json.dumps(messages_body(**fields)).encode())
+        first = digest(system=system, messages=[marked])
+        self.assertEqual(digest(system=system, messages=[hello, *turns]), first)
+        self.assertNotEqual(digest(system=system, messages=[{**hello, 'role': 'assistant'}, *turns]), first)
+        self.assertIsNone(digest(messages=[hello]))
+        self.assertEqual(len(digest(system=system, messages=[{'role': 'user', 'content': 'y' * 10 ** 6}])), 16)
+
+    def test_it_is_warm_as_long_as_its_cache_lives(self):
+        self.serve('one', self.a)
+        self.clock.now += 299
+        self.assertEqual(self.conversations.find('one', OPUS).ref, 'anthropic:a')
+        self.assertIsNone(self.conversations.find('one', SONNET))
+        self.serve('one', self.a)
+        self.clock.now += 300
+        self.assertIsNone(self.conversations.find('one', OPUS))
+        self.assertEqual(cf.cache_lifetime_s(b'{"ttl":"1h"}'), 3600)
+
+    def test_moves_and_tokens_are_counted(self):
+        self.serve('one', self.a, input_tokens=10, cache_read_input_tokens=0, cache_creation_input_tokens=20_000)
+        self.serve('one', self.a, input_tokens=10, cache_read_input_tokens=20_000, cache_creation_input_tokens=500)
+        self.serve('one', self.b, input_tokens=10, cache_read_input_tokens=0, cache_creation_input_tokens=21_000)
+        _, _, warm, left = self.conversations.snapshot()[0]
+        self.assertEqual((warm.ref, warm.turns, warm.moves, warm.tokens, warm.read, warm.written, left),
+                         ('anthropic:b', 3, 1, 21_010, 20_000, 41_500, 300))
+
+    def test_the_least_recently_used_are_forgotten(self):
+        with mock.patch.object(cf, 'MAX_CONVERSATIONS', 3):
+            for digest in 'abcad':
+                self.serve(digest, self.a)
+        self.assertEqual([digest for digest, *_ in self.conversations.snapshot()], ['d', 'a', 'c'])
+
+    def test_a_keys_load_is_its_conversations_and_the_tokens_of_a_minute(self):
+        self.serve('one', self.a, input_tokens=1000, cache_read_input_tokens=9000)
+        self.serve('two', self.a, input_tokens=500)
+        self.serve(None, self.b, input_tokens=7)
+        self.assertEqual((self.conversations.load('anthropic:a'), self.conversations.load('anthropic:b')), ((2, 1500), (0, 7)))
+        self.clock.now += 60
+        self.assertEqual(self.conversations.load('anthropic:a'), (2, 0))
+        self.clock.now += 240
+        self.assertEqual(self.conversations.load('anthropic:a'), (0, 0))
+
+
+# ==============================================================================
 # Journal
 # ==============================================================================
 
@@ -5541,7 +5622,7 @@ class ServingTest(unittest.TestCase):
         self.clock = FakeClock()
         self.cooldowns = cf.Cooldowns(self.clock, self.clock.unix_s)
         self.log = mock.Mock()
-        self.metrics = cf.Metrics()
+        self.metrics = cf.Metrics(self.clock.unix_s)
 
     def failover(self, upstream, config):
         self.store = mock.Mock(current=config)
@@ -6419,6 +6500,167 @@ class ServingTest(unittest.TestCase):
             self.setUp()
             self.one({'a': Play(429, fields, api_error('rate_limit_error', 'x'))}, 'a')
             self.assertEqual(self.cooling(), {('a', OPUS): seconds})
+
+    # -- conversations
+
+    SESSION = [('x-claude-code-session-id', 's1')]
+    BIG = {**MESSAGE, 'usage': {'input_tokens': 10, 'output_tokens': 5, 'cache_read_input_tokens': 90_000}}
+
+    def turn(self, session='s1', body=None):
+        """Another turn of a conversation; (status, keys tried, x-proxy-sticky)."""
+        before = len(self.upstream.seen)
+        fields = [('x-claude-code-session-id', session)] if session else ()
+        answered = self.serve(self.failover_, body, fields=fields)
+        tried = ''.join(key for key, _ in self.upstream.seen[before:])
+        return answered.status, tried, answered.headers.get('x-proxy-sticky')
+
+    def converse(self, script, keys='ab', **changes):
+        """A conversation with keys of one kind, which has begun; the keys tried."""
+        changes = {'queueWaitMs': 0, 'modelFallback': {}, **changes}
+        upstream = FakeUpstream(**script)
+        self.serve(self.failover(upstream, make_config(*keys, **changes)), fields=self.SESSION)
+        return ''.join(key for key, _ in upstream.seen)
+
+    def test_a_conversation_stays_where_its_cache_is_though_an_earlier_key_is_back(self):
+        self.assertEqual(self.converse({'a': [RATE_LIMITED, Play()], 'b': Play()}), 'ab')
+        self.clock.now += 21
+        self.assertEqual(self.turn(), (200, 'b', 'stay'))
+        self.assertEqual(self.turn('s2'), (200, 'a', None))            # a new one: the order
+        self.assertEqual(self.turn(None), (200, 'a', None))
+        self.clock.now += cf.CACHE_S
+        self.assertEqual(self.turn(), (200, 'a', None))                # its cache is gone
+
+    def test_it_moves_where_its_key_is_gone_for_long(self):
+        self.converse({'a': [Play(), LONG], 'b': Play()})
+        self.assertEqual(self.turn(), (200, 'ab', 'move'))
+        self.assertEqual((self.record()['moved_because'], self.record()['conversation']),
+                         ('rate_limited', cf.conversation_digest(dict(self.SESSION), b'')[:8]))
+        self.assertEqual(self.turn(), (200, 'b', 'stay'))
+
+    def test_strict_order_knows_no_conversations(self):
+        self.converse({'a': [RATE_LIMITED, Play()], 'b': Play()}, stickyMs=0)
+        self.clock.now += 21
+        self.assertEqual(self.turn(), (200, 'a', None))
+
+    def test_a_plan_is_never_passed_over_for_a_paid_key(self):
+        document = make_document('a', 'b', queueWaitMs=0, modelFallback={})
+        document['keys']['a'].update(token='sk-ant-oat01-a-0123456789', type='oauth')
+        upstream = FakeUpstream(a=[RATE_LIMITED, Play()], b=Play())
+        self.serve(self.failover(upstream, cf.parse_config(document)), fields=self.SESSION)
+        self.clock.now += 21
+        self.assertEqual(self.turn(), (200, 'a', 'move'))
+
+    def test_it_waits_for_its_own_key_where_that_is_cheaper_than_to_move(self):
+        """(retry-after, prompt tokens, stickyWaitMs, keys tried, sticky)"""
+        for seconds, tokens, wait_ms, tried, sticky in (
+                ('2', 90_000, 5000, 'aa', 'wait'), ('4', 90_000, 5000, 'aa', 'wait'),
+                ('5', 90_000, 5000, 'ab', 'move'), ('2', 30_000, 5000, 'ab', 'move'),
+                ('2', 90_000, 1000, 'ab', 'move'), ('2', 90_000, 0, 'ab', 'move')):
+            with self.subTest(seconds=seconds, tokens=tokens, wait_ms=wait_ms):
+                self.setUp()
+                big = {**MESSAGE, 'usage': {'input_tokens': tokens, 'output_tokens': 5}}
+                limited = refusal(429, 'rate_limit_error', 'x', retry_after=seconds)
+                self.converse({'a': [Play(body=big), limited, Play()], 'b': Play()}, stickyWaitMs=wait_ms)
+                self.assertEqual(self.turn(), (200, tried, sticky))
+
+    def test_a_wait_for_its_own_key_has_an_end(self):
+        limited = refusal(429, 'rate_limit_error', 'x', retry_after='2')
+        self.converse({'a': [Play(body=self.BIG), limited], 'b': Play()})
+        before = self.clock.now
+        self.assertEqual(self.turn(), (200, 'aaab', 'move'))
+        self.assertLessEqual(self.clock.now - before, 5)
+
+    def test_a_key_that_is_nearly_spent_keeps_the_rest_for_its_own_conversations(self):
+        nearly = {'anthropic-ratelimit-unified-5h-utilization': '0.985',
+                  'anthropic-ratelimit-unified-5h-reset': str(int(START) + 3600)}
+        self.assertEqual(self.converse({'a': Play(200, nearly), 'b': Play()}), 'a')
+        self.assertEqual(self.turn('s2'), (200, 'b', None))
+        self.assertEqual(self.turn('s1'), (200, 'a', 'stay'))
+
+    def strategy(self, name, script, **changes):
+        document = make_document(*script, queueWaitMs=0, modelFallback={}, **changes)
+        document['profiles']['default']['strategy'] = name
+        self.failover(FakeUpstream(**script), cf.parse_config(document))
+
+    def test_new_conversations_are_spread_where_the_strategy_says_so(self):
+        self.strategy('spread', dict.fromkeys('abc', Play()))
+        self.assertEqual([self.turn(f's{n}')[1] for n in range(6)], list('abcabc'))
+        self.assertEqual([self.turn(f's{n}')[1:] for n in range(6)], [(key, 'stay') for key in 'abcabc'])
+
+    def test_a_key_with_larger_limits_takes_more_of_them(self):
+        limits = {key: {'anthropic-ratelimit-input-tokens-limit': limit}
+                  for key, limit in (('a', '30000'), ('b', '60000'))}
+        self.strategy('spread', {key: Play(200, fields) for key, fields in limits.items()})
+        for key, fields in limits.items():
+            self.metrics.note_limits(f'anthropic:{key}', {**fields, 'anthropic-ratelimit-x': ''})
+        tried = ''.join(self.turn(f's{n}')[1] for n in range(6))
+        self.assertEqual((tried.count('a'), tried.count('b')), (2, 4))
+
+    def test_what_would_be_lost_first_is_drained_first(self):
+        def window(seconds, used='0.5'):
+            return Play(200, {'anthropic-ratelimit-unified-5h-utilization': used,
+                              'anthropic-ratelimit-unified-5h-reset': str(int(START) + seconds)})
+        self.strategy('drain', {'a': window(9000), 'b': window(3000), 'c': window(1000, '0.99')})
+        for key in 'abc':
+            self.metrics.note_limits(f'anthropic:{key}', self.upstream.script[key][0].headers)
+        self.assertEqual([self.turn(f's{n}')[1] for n in range(3)], list('bbb'))
+
+    def test_keys_of_one_organization_cool_together_for_a_minutes_limit(self):
+        org = {'anthropic-organization-id': 'o1', 'anthropic-ratelimit-requests-remaining': '5'}
+        for key in 'ab':
+            self.metrics.note_limits(f'anthropic:{key}', org)
+        self.one({'a': RATE_LIMITED, 'b': Play(), 'c': Play()}, 'abc')
+        self.assertEqual([key for key, _ in self.upstream.seen], ['a', 'c'])
+        self.setUp()
+        for key in 'ab':
+            self.metrics.note_limits(f'anthropic:{key}', org)
+        self.one({'a': BAD_KEY, 'b': Play()})
+        self.assertEqual([key for key, _ in self.upstream.seen], ['a', 'b'])
+
+    def test_a_model_that_is_overloaded_for_a_moment_is_waited_for(self):
+        """(seconds for which Opus is overloaded, patience, who answers)"""
+        for seconds, patience_ms, model in ((3, 5000, OPUS), (3, 0, SONNET), (60, 5000, SONNET), (3, 1000, SONNET)):
+            for keys in ('a', 'ab'):
+                with self.subTest(seconds=seconds, patience_ms=patience_ms, keys=keys):
+                    self.setUp()
+                    back_at = self.clock.now + seconds
+
+                    def play(body, back_at=back_at):
+                        return OVERLOADED if body['model'] == OPUS and self.clock.now < back_at else Play()
+                    upstream = FakeUpstream(**dict.fromkeys(keys, play))
+                    answered = self.serve(self.failover(upstream, make_config(*keys, fallbackPatienceMs=patience_ms)))
+                    self.assertEqual((answered.status, answered.headers['x-proxy-model']), (200, model))
+                    self.assertLessEqual(self.clock.now - 1000, 7)
+                    self.assertLessEqual(len(upstream.seen), 9)
+
+    def test_a_brief_limit_is_waited_for_before_a_lower_model_answers(self):
+        for seconds, model in (('3', OPUS), ('20', SONNET)):
+            self.setUp()
+            limited = iter([refusal(429, 'rate_limit_error', 'x', retry_after=seconds)])
+
+            def play(body, limited=limited):
+                return next(limited, Play()) if body['model'] == OPUS else Play()
+            answered = self.serve(self.failover(FakeUpstream(a=play), make_config('a')))
+            self.assertEqual(answered.headers['x-proxy-model'], model)
+
+    def test_who_fell_back_stays_for_a_minute_or_until_the_model_was_proved(self):
+        for proved, seconds, model in ((False, 30, SONNET), (False, 61, OPUS), (True, 30, OPUS)):
+            with self.subTest(proved=proved, seconds=seconds):
+                self.setUp()
+                limited = iter([LONG, LONG])
+
+                def play(body, limited=limited):
+                    return next(limited, Play()) if body['model'] == OPUS else Play()
+                upstream = FakeUpstream(a=play)
+                self.serve(self.failover(upstream, make_config('a', queueWaitMs=0)), fields=self.SESSION)
+                self.cooldowns.clear()
+                next(limited)
+                self.clock.now += 1
+                if proved:
+                    self.turn('s2')
+                self.clock.now += seconds - 1
+                self.turn()
+                self.assertEqual(upstream.seen[-1], ('a', model))
 
     # -- other paths
 
