@@ -286,7 +286,7 @@ def error_reason(error: BaseException) -> str:
 
 def where_raised(error: BaseException | None) -> str:
     """'proxy:1234 < _serve_one:1200': functions and lines of a traceback, without any value."""
-    frames, step = [], error.__traceback__
+    frames, step = [], error and error.__traceback__
     while step:
         frames.append(f'{step.tb_frame.f_code.co_name}:{step.tb_lineno}')
         step = step.tb_next
@@ -4622,6 +4622,7 @@ class Conversations:
         self._warm = collections.OrderedDict()
         self._loads = {}              # key's ref -> deque of (when, prompt tokens)
         self._proved = {}             # model -> when it answered last
+        self._troubled = {}           # model -> since when it is overloaded
 
     def find(self, digest, model):
         """The Warm of a conversation for a model; None where it is new, or its cache is gone."""
@@ -4635,14 +4636,17 @@ class Conversations:
         now = self._clock()
         with self._lock:
             self._proved[attempt.model] = now
-            if len(self._proved) > MAX_CONVERSATIONS:
-                self._proved.clear()
+            self._troubled.pop(attempt.model, None)
+            for record in self._proved, self._troubled:
+                if len(record) > MAX_CONVERSATIONS:
+                    record.clear()
             if not digest:
                 return
             old = self._warm.pop((digest, asked), None)
             place = attempt.key.ref, attempt.model
             if old and (old.ref, old.model) == place:
-                warm = old._replace(until=now + lifetime_s, turns=old.turns + 1)
+                since = old.since if why == 'order' else now      # it fell back once more
+                warm = old._replace(until=now + lifetime_s, turns=old.turns + 1, since=since)
             else:
                 moves = old.moves + (old.until > now) if old else 0
                 warm = Warm(*place, now + lifetime_s, old.tokens if old else 0, now, client,
@@ -4665,6 +4669,14 @@ class Conversations:
                 self._warm[digest, asked] = warm._replace(
                     tokens=fresh + read or warm.tokens, read=warm.read + read,
                     written=warm.written + written)
+
+    def note_trouble(self, model: str) -> None:
+        """A model was overloaded."""
+        self._troubled.setdefault(model, self._clock())
+
+    def troubled_s(self, model: str) -> float:
+        """For how long a model has been overloaded without an answer to anyone."""
+        return self._clock() - self._troubled.get(model, math.inf)
 
     def was_proved_since(self, model, since):
         """Whether a model answered anyone after a time."""
@@ -7645,6 +7657,8 @@ def describe_return(failure):
 # ==============================================================================
 # One request, from its plan to its answer.  Policy stands in RULES; here it is carried out.
 
+#: An overloaded model is asked again after 0.5 s, then so often.
+LONGEST_BACKOFF_S = 1
 #: Limits a minute, which keys of one organization share.
 SHARED_LIMITS = ('rate_limited', 'throttled')
 
@@ -7815,7 +7829,7 @@ class Serving:
         self._warm: Warm | None = None        # where its conversation is
         self._stays_until = math.inf  # and how long it may wait for that key
         self._patient_until: float | None = None      # how long it waits for the asked model
-        self._patience_s = 0.5        # its next pause
+        self._backoffs = 0            # pauses for an overloaded model so far
         self._ticket = None           # in the queue
         self._queue_deadline = math.inf
         self._repairs = {}            # what answers -> [Needed, ...]
@@ -7897,6 +7911,8 @@ class Serving:
             hopes = self._last_hope()
             if hopes:
                 return hopes
+        if self._waits_out_overload():
+            return round.attempts
         if self._await_turn(slots):
             return self._begin_round()
         failures = round.failures
@@ -7978,27 +7994,53 @@ class Serving:
     def _waits_for_model(self, attempts):
         """Pauses before a lower model is asked, where the asked one is only overloaded or limited
         for a moment; whether these attempts are to be made once more."""
-        now, round = self._clock(), self._round
+        now = self._clock()
         if self._patient_until is None:
-            self._patient_until = now + self._config.fallback_patience_ms / 1000
+            troubled_s = self._failover.conversations.troubled_s(self._request.body.model)
+            is_brief = troubled_s < FALLBACK_STAY_S       # else each turn would wait in vain
+            patience_ms = self._config.fallback_patience_ms if is_brief else 0
+            self._patient_until = now + patience_ms / 1000
         seconds = [self._seconds_to_ask(attempt) for attempt in attempts]
         pause_s = max(0.1, min(seconds))
         if now + pause_s > self._patient_until:
             return False
-        overloaded = [a for a, s in zip(attempts, seconds) if s == pause_s == self._patience_s]
-        if overloaded:                # then the next of its keys is asked, though it cools
-            attempt = overloaded[int(math.log2(2 * pause_s)) % len(overloaded)]
-            round.hopes = [attempt]
-            round.forget((self._server(attempt.key), attempt.model))
-            self._patience_s *= 2
+        overloaded = [a for a, s in zip(attempts, seconds) if s == pause_s == self._backoff_s]
+        self._ask_overloaded(overloaded)
         self._pause(pause_s)
+        return True
+
+    def _ask_overloaded(self, attempts):
+        """Has the next of some overloaded attempts made though it cools; the pause that precedes
+        it.  Not in line: no place is taken from others by asking."""
+        if attempts:
+            at_home = [attempt for attempt in attempts if self._is_at_home(attempt)]
+            attempt = (at_home or attempts)[self._backoffs % len(at_home or attempts)]
+            self._round.hopes = [attempt]
+            self._round.forget((self._server(attempt.key), attempt.model))
+            self._backoffs += 1
+
+    @property
+    def _backoff_s(self):
+        return min(0.5 * 2 ** self._backoffs, LONGEST_BACKOFF_S)
+
+    def _waits_out_overload(self):
+        """Pauses where what failed is overloaded, within the time of the queue; whether all is to
+        be tried once more."""
+        overloaded = [failure.attempt for failure in self._round.failures
+                      if failure.outcome.rule.final is Final.OVERLOADED]
+        started, pause_s = self._clock(), self._backoff_s
+        if not overloaded or started + pause_s > self._queue_until():
+            return False
+        self._ask_overloaded(overloaded)
+        self._pause(pause_s)
+        self._client.queued_s += self._clock() - started
         return True
 
     def _seconds_to_ask(self, attempt):
         """Until an attempt is worth another look; infinity where it is not."""
         failures = [f for f in self._round.failures if f.attempt == attempt]
         if failures and failures[0].outcome.rule.final is Final.OVERLOADED:
-            return self._patience_s
+            return self._backoff_s
         cooling = self._blocking(attempt)
         if cooling is None or not cooling.outcome.rule.waits or cooling.place.server:
             return math.inf
@@ -8206,8 +8248,8 @@ class Serving:
         lifetime_s = cache_lifetime_s(request.body.data)
         if self._config.sticky_ms is not None:
             lifetime_s = self._config.sticky_ms / 1000
-        why = next((f.outcome.rule.name for f in self._round.failures
-                    if warm and f.attempt.key.ref == warm.ref), 'order')
+        why = next((f.outcome.rule.name for f in self._round.failures if warm and (
+            f.attempt.key.ref == warm.ref or f.attempt.model == request.body.model)), 'order')
         if warm and (warm.ref, warm.model) == (attempt.key.ref, attempt.model):
             client.sticky = 'wait' if warm.why == 'wait' else 'stay'
         elif warm:
@@ -8227,15 +8269,21 @@ class Serving:
         rule = outcome.rule
         if self._round.count((self._server(attempt.key), attempt.model), outcome):
             return False
-        return rule.again is Again.FIRST or rule.again is Again.ALONE and not any(
-            other.model == attempt.model and not self._blocking(other) for other in later)
+        return rule.again is Again.FIRST or rule.again is Again.ALONE and (
+            self._is_at_home(attempt) or not any(
+                other.model == attempt.model and not self._blocking(other) for other in later))
+
+    def _is_at_home(self, attempt):
+        """Whether the conversation's cache is there: another key would write it anew."""
+        return bool(self._warm) and attempt.key.ref == self._warm.ref
 
     def _pause(self, seconds):
         exchange, end = self._exchange, self._clock() + seconds
         while self._clock() < end:    # the queue's news wake it too
             exchange.wake.clear()
             exchange.check()
-            self._failover.wait(exchange.wake, end - self._clock())
+            left_s = min(end - self._clock(), self._client.keep_patient())
+            self._failover.wait(exchange.wake, left_s)
         exchange.check()
 
     def _give_up(self, attempt, reply):
@@ -8246,6 +8294,8 @@ class Serving:
                       and other.key.provider == attempt.key.provider]
             round.given_up.update({(self._server(other.key), other.model): None
                                    for other in others})
+        if rule.final is Final.OVERLOADED:
+            self._failover.conversations.note_trouble(attempt.model)
         if rule in (RESET, UNREACHABLE):
             round.note_unreached(rule, self._target.base_url)
         is_cooling = self._cool(attempt, outcome) > 0
@@ -8317,15 +8367,19 @@ class Serving:
 
     def _await_turn(self, slots):
         """Waits until an attempt may be made; False when that is not to be hoped for in time."""
-        queue_wait_s = self._config.queue_wait_ms / 1000
-        if not (slots and self._request.is_message and queue_wait_s > 0):
-            return False
-        self._queue_deadline = min(self._queue_deadline, self._clock() + queue_wait_s)
-        return self._wait_for(slots, self._queue_deadline)
+        return bool(slots) and self._wait_for(slots, self._queue_until())
+
+    def _queue_until(self):
+        """When this request has waited for long enough; at once where the queue is off."""
+        wait_s = self._config.queue_wait_ms / 1000 if self._request.is_message else 0
+        self._queue_deadline = min(self._queue_deadline, self._clock() + wait_s)
+        return self._queue_deadline
 
     def _wait_for(self, slots, deadline):
         """Waits in the queue for one of these; False when that is not to be hoped for in time."""
         entered = self._clock()
+        if entered >= deadline:
+            return False
         if self._ticket is None:
             self._ticket = self._cooldowns.join_queue(self._exchange.wake)
         self._cooldowns.await_slots(self._ticket, slots)
