@@ -7658,7 +7658,7 @@ def describe_return(failure):
 # One request, from its plan to its answer.  Policy stands in RULES; here it is carried out.
 
 #: An overloaded model is asked again after 0.5 s, then so often.
-LONGEST_BACKOFF_S = 1
+LONGEST_BACKOFF_S = 2
 #: Limits a minute, which keys of one organization share.
 SHARED_LIMITS = ('rate_limited', 'throttled')
 
