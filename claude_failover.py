@@ -432,6 +432,14 @@ def dump_body(body: object) -> bytes:
         return json.dumps(body, separators=(',', ':')).encode()
 
 
+def remember(record: dict, name: Any, value: Any, most: int) -> None:
+    """Sets an entry of a record that keeps so many, those that were set last."""
+    record.pop(name, None)
+    record[name] = value
+    for oldest in list(record)[:len(record) - most] if len(record) > most else ():
+        record.pop(oldest, None)
+
+
 def make_private_folder(folder: str) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
 
@@ -4619,7 +4627,7 @@ class Conversations:
     def __init__(self, clock=time.monotonic):
         self._clock = clock
         self._lock = threading.Lock()
-        self._warm = collections.OrderedDict()
+        self._warm = {}
         self._loads = {}              # key's ref -> deque of (when, prompt tokens)
         self._proved = {}             # model -> when it answered last
         self._troubled = {}           # model -> since when it is overloaded
@@ -4635,11 +4643,8 @@ class Conversations:
         """An attempt answers a turn of a conversation."""
         now = self._clock()
         with self._lock:
-            self._proved[attempt.model] = now
+            remember(self._proved, attempt.model, now, MAX_CONVERSATIONS)
             self._troubled.pop(attempt.model, None)
-            for record in self._proved, self._troubled:
-                if len(record) > MAX_CONVERSATIONS:
-                    record.clear()
             if not digest:
                 return
             old = self._warm.pop((digest, asked), None)
@@ -4652,9 +4657,7 @@ class Conversations:
                 warm = Warm(*place, now + lifetime_s, old.tokens if old else 0, now, client,
                             (old.turns if old else 0) + 1, moves, old.read if old else 0,
                             old.written if old else 0, why)
-            self._warm[digest, asked] = warm
-            if len(self._warm) > MAX_CONVERSATIONS:
-                self._warm.popitem(last=False)
+            remember(self._warm, (digest, asked), warm, MAX_CONVERSATIONS)
 
     def finished(self, digest, asked, ref, usage):
         """The usage of an answer: what its prompt took of the key's limits, and where it stood."""
@@ -4672,7 +4675,9 @@ class Conversations:
 
     def note_trouble(self, model: str) -> None:
         """A model was overloaded."""
-        self._troubled.setdefault(model, self._clock())
+        with self._lock:
+            remember(self._troubled, model, self._troubled.get(model, self._clock()),
+                     MAX_CONVERSATIONS)
 
     def troubled_s(self, model: str) -> float:
         """For how long a model has been overloaded without an answer to anyone."""
@@ -4697,7 +4702,7 @@ class Conversations:
         now = self._clock()
         with self._lock:
             return [(digest, asked, warm, max(0.0, warm.until - now))
-                    for (digest, asked), warm in reversed(self._warm.items())]
+                    for (digest, asked), warm in reversed(list(self._warm.items()))]
 
 
 # ==============================================================================
@@ -6946,19 +6951,8 @@ class ClientSide:
         self.record = {'outcome': 'failed'}   # what the log line says beside the attempts
         self.sticky = ''              # of a known conversation: 'stay', 'wait' or 'move'
         self.moved_because = ''
-        self._request_id = None
+        self.request_id = new_request_id()    # or the upstream's once its answer is relayed
         self._next_ping = self.started + PING_S
-
-    @property
-    def request_id(self):
-        """Ours, or the upstream's once its answer is relayed."""
-        if self._request_id is None:
-            self._request_id = new_request_id()
-        return self._request_id
-
-    @request_id.setter
-    def request_id(self, value):
-        self._request_id = value
 
     @property
     def was_queued(self):
@@ -7120,7 +7114,7 @@ class AnswerReader:
                 reply = self._read_beginning()
             return reply
         except UpstreamCut as error:
-            return broken_off(error)
+            return Whole(Outcome(RESET, 0, f'the answer broke off: {error}', None))
         finally:
             if not isinstance(reply, Open):
                 self._upstream.close()
@@ -7250,10 +7244,11 @@ class AnswerReader:
             document = loads_object(body)
         except ValueError:
             return self._no_message(body)
-        if holds_error(document):
+        if document.get('type') == 'error' or (
+                document.get('error') and not document.get('content')):
             error = read_error(body)
             return self._refused(status_of_error(error.details), error)
-        if not holds_message(document):
+        if document.get('type') != 'message' and not isinstance(document.get('content'), list):
             return self._no_message(body)
         if not response.started:
             return Open(self._classify(), self._upstream, bytes(body))
@@ -7354,19 +7349,6 @@ def seems_message(body):
             and CONTENT_START.search(body) is not None)
 
 
-def holds_error(document):
-    return document.get('type') == 'error' or (
-        bool(document.get('error')) and not document.get('content'))
-
-
-def holds_message(document):
-    return document.get('type') == 'message' or isinstance(document.get('content'), list)
-
-
-def broken_off(error):
-    return Whole(Outcome(RESET, 0, f'the answer broke off: {error}', None))
-
-
 # -- relaying ------------------------------------------------------------------
 
 def relay(client, attempt, reply, carrier, cool):
@@ -7380,7 +7362,7 @@ def relay(client, attempt, reply, carrier, cool):
     if attempt.model != asked:
         client.record['fallback'] = f'{asked} -> {attempt.model}'
     headers = reply.headers
-    client.request_id = headers.get('request-id')
+    client.request_id = headers.get('request-id') or client.request_id
     fields = client.proxy_fields(attempt)
     if 'date' not in headers:         # RFC 9110 section 6.6.1: who passes on adds what is missing
         fields.append(('date', http_date(int(client.now()))))
@@ -7438,8 +7420,8 @@ def relay_stream(client, attempt, reply, fields, carrier, cool):
                 upstream.limit_silence(STREAM_IDLE_S)
             if carrier and events.can_be_carried and is_open:
                 rest = carrier.carry(upstream, events, response)
-                if events.failure is not None:
-                    break
+            if events.failure is not None:
+                break
             piece = client.read_piece(upstream, events)
             if not piece:
                 break
@@ -7659,28 +7641,10 @@ def describe_return(failure):
 
 #: An overloaded model is asked again after 0.5 s, then so often.
 LONGEST_BACKOFF_S = 2
+#: Things made whose keys are remembered: of others every key is asked until one knows it.
+MAX_MAKERS = 10_000
 #: Limits a minute, which keys of one organization share.
 SHARED_LIMITS = ('rate_limited', 'throttled')
-
-
-class Makers:
-    """Which key made a batch or a file, or was seen to know it: it is asked first."""
-    LIMIT = 10_000            # the latest; of others every key is asked until one knows it
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._refs = {}               # id -> the key's ref, oldest first
-
-    def note(self, id, ref):
-        with self._lock:
-            self._refs.pop(id, None)
-            self._refs[id] = ref
-            if len(self._refs) > self.LIMIT:
-                del self._refs[next(iter(self._refs))]
-
-    def find(self, id):
-        with self._lock:
-            return self._refs.get(id)
 
 
 class Failover:
@@ -7694,7 +7658,7 @@ class Failover:
         self.conversations = Conversations(clock)
         self.clock, self.now, self.wait, self.jitter = clock, now, wait, jitter
         self.repairs = {}             # what answers -> (Needed, ...) of its 400s
-        self.makers = Makers()
+        self.makers = {}              # id of a batch or file -> ref of the key that knows it
         self.stopping = False
         self._token_problems = {}     # key's ref -> the problem that the log was told of
         self._plans = None, {}        # a Config, {(profile's name, model): Plan}
@@ -7715,7 +7679,7 @@ class Failover:
         attempts = [attempt for attempt in planned if attempt.key.provider == ANTHROPIC]
         # Their own limits are not those of messages: a cooling key is only second choice.
         made = made_id(request.path)
-        maker = self.makers.find(made)
+        maker = self.makers.get(made)
         attempts.sort(key=lambda a: (a.key.ref != maker,
                                      bool(self.cooldowns.blocking(Slot(a.key.ref)))))
         is_found = bool(attempts) and attempts[0].key.ref == maker
@@ -7885,7 +7849,9 @@ class Serving:
         digest, asked = self._request.conversation_digest, self._request.body.model
         if len(attempts) < 2 or not (digest or paid):
             return attempts
-        warm = self._warm = self._find_warm()
+        if not self._warm and config.sticky_ms != 0:
+            self._warm = failover.conversations.find(digest, asked)
+        warm = self._warm
         own = warm.ref if warm else None
         rank_new = failover.rank(config.profiles[self._request.profile_name].strategy)
         attempts = order_attempts(attempts, lambda attempt: (
@@ -7894,12 +7860,6 @@ class Serving:
                 not failover.conversations.was_proved_since(asked, warm.since)):
             return stay_with_model(attempts, warm.model)
         return attempts
-
-    def _find_warm(self):
-        if self._warm or self._config.sticky_ms == 0:
-            return self._warm
-        request = self._request
-        return self._failover.conversations.find(request.conversation_digest, request.body.model)
 
     def _next_attempts(self):
         """What is tried after all of a round failed; None when that was all."""
@@ -7913,7 +7873,7 @@ class Serving:
                 return hopes
         if self._waits_out_overload():
             return round.attempts
-        if self._await_turn(slots):
+        if slots and self._wait_for(slots, self._queue_until()):
             return self._begin_round()
         failures = round.failures
         is_unknown = bool(failures) and not any(
@@ -8262,7 +8222,7 @@ class Serving:
         told = self._request.may_make and MADE_ID.search(reply.held[:EDGE_BYTES])
         for id in (told and told.group(1).decode(), made_id(self._request.path)):
             if id:
-                self._failover.makers.note(id, attempt.key.ref)
+                remember(self._failover.makers, id, attempt.key.ref, MAX_MAKERS)
 
     def _tries_again(self, attempt, later, outcome):
         """Counts this answer, and says whether the same key is tried once more."""
@@ -8364,10 +8324,6 @@ class Serving:
                 self._failover.repairs[answerer] = lasting
 
     # -- the queue -------------------------------------------------------------
-
-    def _await_turn(self, slots):
-        """Waits until an attempt may be made; False when that is not to be hoped for in time."""
-        return bool(slots) and self._wait_for(slots, self._queue_until())
 
     def _queue_until(self):
         """When this request has waited for long enough; at once where the queue is off."""

@@ -6725,17 +6725,16 @@ class ServingTest(unittest.TestCase):
 
     def test_a_change_goes_to_the_key_that_made_it_alone_and_a_read_to_others_too(self):
         failover = self.failover(FakeUpstream(a=Play(), b=BAD_KEY), make_config('a', 'b'))
-        failover.makers.note('x', 'anthropic:b')
+        failover.makers['x'] = 'anthropic:b'
         self.assertEqual(self.ask_each(failover, ('DELETE', '/v1/files/x'), ('GET', '/v1/files/x')), [('b', 401), ('ba', 200)])
-        failover.makers.note('y', 'anthropic:gone')
+        failover.makers['y'] = 'anthropic:gone'
         self.assertEqual(self.ask_each(failover, ('GET', '/v1/files/y')), [('a', 200)])
 
     def test_the_latest_things_that_were_made_are_remembered(self):
-        makers = cf.Makers()
-        with mock.patch.object(cf.Makers, 'LIMIT', 2):
-            for id in 'abac':
-                makers.note(id, id.upper())
-        self.assertEqual([makers.find(id) for id in 'abc'], ['A', None, 'C'])
+        makers = {}
+        for id in 'abac':
+            cf.remember(makers, id, id.upper(), 2)
+        self.assertEqual(makers, {'a': 'A', 'c': 'C'})
 
     def test_the_first_ready_key_is_used_and_a_limited_one_rather_than_none(self):
         upstream = FakeUpstream(a=Play(), b=Play())
