@@ -7641,6 +7641,8 @@ def describe_return(failure):
 
 #: An overloaded model is asked again after 0.5 s, then so often.
 LONGEST_BACKOFF_S = 2
+#: A key that writes a conversation's cache anew is taken to be busy for no longer.
+MOST_BUSY_S = 30
 #: Things made whose keys are remembered: of others every key is asked until one knows it.
 MAX_MAKERS = 10_000
 #: Limits a minute, which keys of one organization share.
@@ -7873,7 +7875,7 @@ class Serving:
                 return hopes
         if self._waits_out_overload():
             return round.attempts
-        if slots and self._wait_for(slots, self._queue_until()):
+        if slots and (self._waits_for_home(slots) or self._wait_for(slots, self._queue_until())):
             return self._begin_round()
         failures = round.failures
         is_unknown = bool(failures) and not any(
@@ -7944,6 +7946,27 @@ class Serving:
             return False
         self._warm = warm._replace(why='wait')
         return self._wait_for({self._slot(attempt)}, self._stays_until)
+
+    def _waits_for_home(self, slots):
+        """Where all keys cool: waits for the one where the conversation's cache is first, though
+        another is back sooner, as long as that one would be busy with writing it anew."""
+        warm, left_s = self._warm, self._seconds_left(slots)
+        home = next((slot for slot in slots if warm and slot[:2] == (warm.ref, warm.model)), None)
+        if warm is None or home is None or len(slots) == 1:
+            return False
+        later_s = left_s[home] - min(left_s.values())
+        limit = self._failover.journal.metrics.token_limit(warm.ref)
+        busy_s = min(60 * warm.tokens / limit, MOST_BUSY_S) if limit else 0
+        most_s = max(self._config.sticky_wait_ms / 1000, busy_s)
+        tokens = max(warm.tokens, TOKENS_PER_SECOND * busy_s)
+        return is_worth_waiting(later_s, tokens, most_s) and self._wait_for(
+            {home}, min(self._queue_until(), self._clock() + left_s[home] + PROBE_S))
+
+    def _seconds_left(self, slots):
+        """{slot: seconds until it may be tried again, as far as something keeps it}"""
+        cooling = {slot: self._cooldowns.blocking(slot, self._ticket) for slot in slots}
+        return {slot: self._cooldowns.remaining_s(c)[0] if c else 0.0
+                for slot, c in cooling.items()}
 
     def _is_first_lower(self, attempts, index):
         """Whether the asked model's attempts are behind, and a lower one's begin."""
