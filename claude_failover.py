@@ -46,6 +46,7 @@ Sections, each using only what stands above it (grep -A1 '^# ====' prints them):
     Journal                 the log file, the counters, the recent requests
     Configuration store     the file: atomic, private, reloaded when it changes
     Secrets                 the tokens that file:PATH and env:NAME stand for
+    State                   what a restart does not lose
     Exchanges               both ends of a request, and the watcher that sees either end leave
     HTTP messages           heads and chunked bodies as both sides read them
     Client connections      request heads and bodies read strictly, answers written once
@@ -2294,6 +2295,15 @@ NO_MESSAGE = Rule('no_message', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.PAI
 #: What broke after its commit: the client's own retry is to meet another key.
 BROKE_OFF = Rule('broke_off', (), Step.NEXT_KEY, Final.SERVER, scope=Scope.PAIR, cooldown_s=10,
                  asks_again=ANY_TIME, words='answer broke off')
+
+
+def find_cooling_rule(provider: str, name: str) -> Rule | None:
+    """The rule of this name by which a provider's keys cool; None where this version has none."""
+    rules = RULES if provider == ANTHROPIC else OPENAI_RULES
+    return next((rule for rule in (*rules, UNREACHABLE, RESET, NO_MESSAGE, BROKE_OFF)
+                 if rule.name == name and rule.scope), None)
+
+
 UNTRANSLATABLE = Rule('untranslatable', (), Step.NEXT_KEY, waits=False)
 #: A model or provider that was not asked for refuses the request: another may take it.  A client
 #: that heard of it would compact what the asked model holds.
@@ -4257,6 +4267,7 @@ class Cooldowns:
         self._asked = {}      # place -> (how often it was asked as a last hope, when last)
         self._paid = {}       # key's ref -> unix seconds
         self._queue = []      # [Ticket, ...], first come first
+        self.changes = 0      # counts what may have changed the report of the state
 
     def cool(self, key, slot, outcome, limit_s, digest=None):
         """Cools what the outcome's rule says, at most `limit_s`; the seconds, 0 for none.
@@ -4449,6 +4460,7 @@ class Cooldowns:
             for cooling in bars:
                 count, _ = self._asked.get(cooling.place, (0, 0))
                 self._asked[cooling.place] = count + 1, self._clock()
+                self.changes += 1
         return slot
 
     def _asked_at_locked(self, cooling):
@@ -4520,6 +4532,7 @@ class Cooldowns:
             self._wake_locked()
 
     def _wake_locked(self):
+        self.changes += 1
         for ticket in self._queue:
             ticket.wake.set()
 
@@ -4549,6 +4562,45 @@ class Cooldowns:
     def queue_length(self):
         with self._lock:
             return len(self._queue)
+
+    def report_state(self) -> dict:
+        """What cools, as JSON values by the wall clock."""
+        with self._lock:
+            unix_s, offset_s = self._now(), self._now() - self._clock()
+            return {'paid': list(self._paid.copy().items()), 'cooldowns': [
+                {**c._asdict(), 'key': c.key.ref, 'began': c.began + offset_s,
+                 'until_unix_s': unix_s + self._left_s(c), 'outcome': (
+                     c.outcome.rule.name, c.outcome.status, c.outcome.message[:300],
+                     c.outcome.hint_s, c.outcome.limit_fields),
+                 'repeats': dict(self._repeats.get(place, {})),
+                 'asked': (self._asked.get(place, (0,))[0], self._asked_at_locked(c) + offset_s)}
+                for place, c in self._cooling.items() if self._left_s(c) > 0]}
+
+    def restore(self, saved: dict, keys: dict[str, Key]) -> None:
+        """Takes back what cools yet.  Its times are kept, so what is old may be asked at once."""
+        now, unix_s, cooling, repeats, asked = self._clock(), self._now(), {}, {}, {}
+        for entry in saved['cooldowns']:
+            name, status, message, hint_s, fields = entry['outcome']
+            key, place = keys.get(entry['key']), Slot(*map(text_or_none, entry['place']))
+            rule, length_s = key and find_cooling_rule(key.provider, name), entry['length_s']
+            age_s = max(0.0, unix_s - entry['began'])     # less than 0: the clock was set back
+            left_s = min(entry['until_unix_s'] - unix_s, length_s - age_s)
+            if not (key and rule and place.ref in (None, key.ref)
+                    and 0 < left_s <= length_s <= ABSURD_HINT_S):
+                continue
+            outcome = Outcome(rule, int(status), str(message), hint_s, limit_fields=tuple(
+                (str(name), str(value)) for name, value in fields))
+            resets_unix_s = min(unix_s + ABSURD_HINT_S, entry['resets_unix_s'])
+            cooling[place] = Cooling(key, place, outcome, now - age_s, now + left_s,
+                                     unix_s + left_s, resets_unix_s, length_s,
+                                     text_or_none(entry['digest']))
+            repeats[place] = {name: int(count) for name, count in entry['repeats'].items()}
+            count, when = entry['asked']
+            asked[place] = int(count), now - max(0.0, unix_s - when)
+        paid = {ref: float(until) for ref, until in saved['paid'] if ref in keys}
+        with self._lock:
+            self._cooling, self._repeats, self._asked, self._paid = cooling, repeats, asked, paid
+            self._prune_locked()
 
 
 class Prospect(NamedTuple):
@@ -4621,12 +4673,17 @@ class Warm(NamedTuple):
     why: str = 'new'          # it is where it is
 
 
+#: A value of each type that a Warm has.
+NO_WARM = Warm('', '', 0.0, 0, 0.0)._asdict()
+
+
 class Conversations:
     """(conversation's digest, asked model) -> Warm, the latest used last; and each key's load."""
 
-    def __init__(self, clock=time.monotonic):
-        self._clock = clock
+    def __init__(self, clock=time.monotonic, now=time.time):
+        self._clock, self._now = clock, now
         self._lock = threading.Lock()
+        self.changes = 0              # counts what changed the report of the state
         self._warm = {}
         self._loads = {}              # key's ref -> deque of (when, prompt tokens)
         self._proved = {}             # model -> when it answered last
@@ -4643,6 +4700,7 @@ class Conversations:
         """An attempt answers a turn of a conversation."""
         now = self._clock()
         with self._lock:
+            self.changes += 1
             remember(self._proved, attempt.model, now, MAX_CONVERSATIONS)
             self._troubled.pop(attempt.model, None)
             if not digest:
@@ -4703,6 +4761,28 @@ class Conversations:
         with self._lock:
             return [(digest, asked, warm, max(0.0, warm.until - now))
                     for (digest, asked), warm in reversed(list(self._warm.items()))]
+
+    def report_state(self) -> dict:
+        """Who is warm where, as JSON values by the wall clock."""
+        with self._lock:
+            known = list(self._warm.items())      # what follows holds nobody up
+        now, offset_s = self._clock(), self._now() - self._clock()
+        return {'conversations': [
+            {**w._asdict(), 'digest': digest, 'asked': asked, 'until': w.until + offset_s,
+             'since': w.since + offset_s} for (digest, asked), w in known if w.until > now]}
+
+    def restore(self, saved: dict, keys: dict[str, Key]) -> None:
+        """Takes back who is warm yet."""
+        now, offset_s = self._clock(), self._now() - self._clock()
+        known = {}
+        for entry in saved['conversations'][-MAX_CONVERSATIONS:]:
+            warm = Warm(**{name: type(value)(entry[name]) for name, value in NO_WARM.items()})
+            until, since = warm.until - offset_s, min(now, warm.since - offset_s)
+            if warm.ref in keys and now < until < now + ABSURD_HINT_S:
+                place = str(entry['digest']), text_or_none(entry['asked'])
+                known[place] = warm._replace(until=until, since=since)
+        with self._lock:
+            self._warm = known
 
 
 # ==============================================================================
@@ -4950,12 +5030,14 @@ def is_rescued(record):
 
 #: The windows of a plan; at this use no new conversation begins in one, where another key can.
 WINDOWS, NEARLY_SPENT = ('5h', '7d'), 0.98
+LONGEST_WINDOW_S = 7 * 86400
+ORGANIZATION = 'anthropic-organization-id'
 DIGITS = re.compile(r'[0-9]{1,12}')
 
 
 class Metrics:
-    """Counters since the start, the last hour by minutes, the last finished requests, and the
-    rate limits that each key's last answer named."""
+    """Counters, the last hour by minutes, the last finished requests, and the rate limits that
+    each key's last answer named."""
 
     def __init__(self, now=time.time):
         self._now = now
@@ -4966,11 +5048,13 @@ class Metrics:
         self._minutes = collections.defaultdict(Minute)     # by unix minute, oldest first
         self._limits = {}             # key's ref -> (unix seconds, header fields)
         self._looked = {}             # key's ref -> unix seconds of the last look at them
+        self.changes = 0
 
     def finished(self, record):
         """Counts one finished request by its record in the log."""
         minute = int(self._now() // 60)
         with self._lock:
+            self.changes += 1
             counts = self._counts
             counts['requests'] += 1
             counts[record['outcome']] += 1
@@ -5030,7 +5114,7 @@ class Metrics:
 
     def organization(self, ref: str) -> str | None:
         """The organization that a key's answers named; None where none did."""
-        return self._limits.get(ref, (None, {}))[1].get('anthropic-organization-id')
+        return self._limits.get(ref, (None, {}))[1].get(ORGANIZATION)
 
     def snapshot(self):
         """{'requests': 3, 'answered': 2, ..., 'by_key': {...}} and the recent, newest first."""
@@ -5043,6 +5127,29 @@ class Metrics:
         for ref, count in by_key.items():
             by_provider[ref.partition(':')[0]] += count
         return {**counts, 'by_key': by_key, 'by_provider': dict(by_provider)}, recent
+
+    def report_state(self) -> dict:
+        """The counters and the rate limits, as JSON values."""
+        with self._lock:
+            counts, answers = list(self._counts.items()), list(self._served_by.items())
+        return {'counters': counts, 'answers': answers, 'limits': [
+            (ref, noted, {name: value for name, value in headers.items()
+                          if name in ('date', ORGANIZATION) or tells_limits({name: value})})
+            for ref, (noted, headers) in list(self._limits.items())]}
+
+    def restore(self, saved: dict, keys: dict[str, Key]) -> None:
+        """Takes back what was counted, and the limits whose windows may still be open."""
+        now = self._now()
+        counts = {str(name): int(count) for name, count in saved['counters']}
+        answers = {ref: int(count) for ref, count in saved['answers'] if ref in keys}
+        limits = {ref: (min(now, noted), {str(name): str(fields[name]) for name in fields})
+                  for ref, noted, fields in saved['limits']
+                  if ref in keys and now - noted < LONGEST_WINDOW_S}
+        with self._lock:
+            for mine, theirs in ((self._counts, counts), (self._served_by, answers),
+                                 (self._limits, limits)):
+                mine.clear()
+                mine.update(theirs)
 
     def history(self) -> list[dict]:
         """[{'minute': unix seconds, 'answered': 5, ...}, ...] of the last hour's minutes in which
@@ -5331,6 +5438,99 @@ def has_new_secret(key: Key, digest: str | None) -> bool:
         return secret_digest(read_token(key.token)) != digest
     except TokenUnavailable:
         return False
+
+
+# ==============================================================================
+# State
+# ==============================================================================
+# What a restart does not lose, in a file that is a help and never a need.  What it says is the
+# parts' own: each has `report_state() -> {name: [JSON value, ...]}`, `restore(saved, keys)`, which
+# leaves out what is not of these keys, and `changes`, a count that tells whether to save.
+
+#: To be raised when the same name comes to mean something else.
+STATE_VERSION = 1
+#: 10,000 conversations have 3 MB.
+MAX_STATE_BYTES = 32 * 1024 * 1024
+#: It is saved so often at most, or where that takes long for so small a part of the time.
+SAVE_S, SAVING_SHARE = 1, 0.02
+BASE_URLS = operator.attrgetter('anthropic_base_url', 'openai_base_url', 'codex_base_url')
+
+
+def state_path(config_path: str) -> str:
+    return os.path.join(os.path.dirname(config_path), 'state.json')
+
+
+def key_digests(config: Config) -> dict[str, str]:
+    """{key's ref: what another token or server under that name would change}."""
+    return {ref: secret_digest(json.dumps([key.token, key.base_url, *BASE_URLS(config)]))
+            for ref, key in config.keys.items()}
+
+
+class State:
+    """The file, and the parts whose state it keeps."""
+
+    def __init__(self, store: ConfigStore, log: JsonLog, parts: list):
+        self.path, self._store, self._log, self._parts = (
+            state_path(store.path), store, log, parts)
+        self._lock = threading.Lock()             # held while it is saved
+        self._saved = None            # the parts' `changes` that the file knows
+        self._problem = None          # why it could not be saved
+        self.pause_s: float = SAVE_S  # until it may be saved again
+
+    def load(self) -> None:
+        """Gives the parts what the file says; from where it cannot be used they begin anew."""
+        config = self._store.current
+        try:
+            saved = self._read(config)
+            keys = {ref: config.keys[ref] for ref, digest in key_digests(config).items()
+                    if saved['keys'].get(ref) == digest}
+            for part in self._parts:
+                part.restore(saved, keys)
+        except (ArithmeticError, AttributeError, LookupError, OSError, TypeError,
+                ValueError) as error:
+            level = 'info' if isinstance(error, FileNotFoundError) else 'warn'
+            self._log.write(level, 'state_ignored', message=f'{type(error).__name__}: {error}')
+        self._saved = [part.changes for part in self._parts]
+
+    def _read(self, config):
+        """The file's object.  Raises OSError, or ValueError for one that is not believed."""
+        found = os.stat(self.path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_STATE_BYTES:
+            raise ValueError('no file, or too big')
+        if found.st_mode & 0o077 and os.name != 'nt':     # Windows has no such modes
+            raise ValueError('others may read it')
+        with open(self.path, 'rb') as file:
+            saved = loads_object(file.read())
+        if saved.get('version') != STATE_VERSION:
+            raise ValueError('of another version')
+        if saved['keys'] and not saved['keys'].keys() & config.keys.keys():
+            raise ValueError('of another configuration')
+        return saved
+
+    def save(self) -> None:
+        """Writes the file if anything has changed.  That it cannot be written is logged once."""
+        with self._lock:
+            changes, began = [part.changes for part in self._parts], time.monotonic()
+            if changes == self._saved:
+                return
+            try:
+                write_atomically(self.path, self._dump())
+                self._saved, problem = changes, None
+            except OSError as error:
+                problem = error.strerror
+            if problem and not self._problem:
+                self._log.warn('state_not_saved', path=self.path, message=problem)
+            self._problem = problem
+            self.pause_s = max(SAVE_S, (time.monotonic() - began) / SAVING_SHARE)
+
+    def _dump(self):
+        """The file's bytes, encoded entry by entry: encoding lets no request run."""
+        digests = json.dumps(key_digests(self._store.current))
+        fields = [f'"version": {STATE_VERSION}', f'"keys": {digests}']
+        for part in self._parts:
+            for name, entries in part.report_state().items():
+                fields.append(f'"{name}": [' + ',\n'.join(map(json.dumps, entries)) + ']')
+        return f'{{{", ".join(fields)}}}'.encode()
 
 
 # ==============================================================================
@@ -7652,18 +7852,36 @@ SHARED_LIMITS = ('rate_limited', 'throttled')
 class Failover:
     """What all requests share: the configuration in force, cooldowns, connections, the journal,
     and what earlier requests taught."""
+    changes = 0               # of what was taught: Metrics counts the requests that bring them
 
     def __init__(self, store, cooldowns, upstream, journal, carrier=None, clock=time.monotonic,
                  now=time.time, wait=threading.Event.wait, jitter=random.uniform):
         self.store, self.cooldowns, self.upstream = store, cooldowns, upstream
         self.journal, self.carrier = journal, carrier
-        self.conversations = Conversations(clock)
+        self.conversations = Conversations(clock, now)
         self.clock, self.now, self.wait, self.jitter = clock, now, wait, jitter
         self.repairs = {}             # what answers -> (Needed, ...) of its 400s
         self.makers = {}              # id of a batch or file -> ref of the key that knows it
         self.stopping = False
         self._token_problems = {}     # key's ref -> the problem that the log was told of
         self._plans = None, {}        # a Config, {(profile's name, model): Plan}
+
+    def report_state(self) -> dict:
+        """What requests taught, as JSON values."""
+        return {'repairs': list(self.repairs.items()), 'makers': list(self.makers.refs.items())}
+
+    def restore(self, saved: dict, keys: dict[str, Key]) -> None:
+        """Takes back the repairs that this version knows, and what these keys made."""
+        for answerer, needed in saved['repairs']:
+            is_claude = isinstance(answerer, str)
+            names = {repair.name for repair in (REPAIRS if is_claude else OPENAI_REPAIRS)}
+            repairs = tuple(Needed(name, str(subject)) for name, subject in needed
+                            if name in names and is_about_model(name, subject))
+            if repairs:
+                self.repairs[answerer if is_claude else tuple(answerer)] = repairs
+        for id, ref in saved['makers']:
+            if ref in keys:
+                self.makers.note(id, ref)
 
     def plan(self, request, config):
         """The Plan for a request; an empty one where its profile is gone."""
@@ -10087,7 +10305,6 @@ TOO_MANY = (b'HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json
 # Service
 # ==============================================================================
 
-BASE_URLS = operator.attrgetter('anthropic_base_url', 'openai_base_url', 'codex_base_url')
 #: Memory is given back with the first of so many looks: 5 s after the start, then each 10 min.
 TURNS_TO_TRIM = 120
 
@@ -10131,6 +10348,8 @@ class App(Parts):
         self.carrier = StreamCarrier() if hasattr(socket, 'MSG_DONTWAIT') else None     # Windows
         self.failover = Failover(self.store, self.cooldowns, self.upstream,
                                  Journal(self.log, self.metrics, self.bus), self.carrier)
+        self.state = State(self.store, self.log, [
+            self.cooldowns, self.failover.conversations, self.metrics, self.failover])
         self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._workers = Workers()
         self.listeners = {}           # profile name -> Listener
@@ -10146,6 +10365,7 @@ class App(Parts):
 
     def start(self) -> None:
         """Opens every profile's port.  Raises PortTaken, with none left open."""
+        self.state.load()
         self._open_listeners()
         if self.port_problems:
             self._close_listeners(self.listeners.values())
@@ -10156,6 +10376,7 @@ class App(Parts):
             self.carrier.start()
         self._tls_thread.start()
         threading.Thread(target=self._reload_loop, name='reload', daemon=True).start()
+        threading.Thread(target=self._save_loop, name='state', daemon=True).start()
         self.log.info('started', version=VERSION, pid=os.getpid(), ports=self.ports())
 
     def ports(self) -> dict:
@@ -10220,6 +10441,16 @@ class App(Parts):
                     return_memory()
             except Exception as error:        # a thread's top: the next look may go better
                 self.log.error('reload_failed', kind=type(error).__name__, at=where_raised(error))
+
+    def _save_loop(self):
+        while not self._stop.wait(self.state.pause_s):
+            self._save_state()
+
+    def _save_state(self):
+        try:
+            self.state.save()
+        except Exception as error:            # a help, never a need: not for the stop either
+            self.log.error('save_failed', kind=type(error).__name__, at=where_raised(error))
 
     def reload(self):
         """Puts a changed file in force; opens ports that could not be opened before."""
@@ -10287,6 +10518,7 @@ class App(Parts):
             if not len(self.watcher):
                 break
         self.upstream.close_idle()
+        self._save_state()
         self._tls_thread.join()       # as the interpreter ends, OpenSSL goes: not under a thread
         self.log.info('stopped', cut=len(self.watcher))
         self.log.close()
@@ -11343,7 +11575,7 @@ def tidy_up(config_path):
     """Removes what saves that were cut short left (it may hold keys), and 1.0.0's note of where
     it runs.  Only for the holder of the pid file: another proxy may be writing."""
     note = os.path.join(os.path.dirname(config_path), 'running.json')
-    for path in (config_path, note, ToolSetup(config_path).record_path):
+    for path in (config_path, note, state_path(config_path), ToolSetup(config_path).record_path):
         with contextlib.suppress(FailoverError):      # the folder of a link that leads nowhere
             remove_leftovers(path)
     with contextlib.suppress(OSError):

@@ -4367,6 +4367,284 @@ class ConfigStoreTest(ScratchTest):
 
 
 # ==============================================================================
+# State
+# ==============================================================================
+
+class StateTest(ScratchTest):
+    """One program's parts, and after `restart` the next one's, with what the file told them."""
+
+    def setUp(self):
+        super().setUp()
+        self.clock, self.document = FakeClock(), {**make_document('a', 'b'), **with_openai('o')}
+        self.log, self.parts = mock.Mock(), None
+        self.restart()
+
+    def restart(self, seconds=0, document=None):
+        """Saves, and starts anew some seconds later, at another reading of the monotonic clock."""
+        if self.parts:
+            self.state.save()
+        self.document = document or self.document
+        self.write_config(self.document)
+        store, wall = cf.ConfigStore(self.path), self.clock.unix_s() + seconds
+        store.load()
+        self.clock = clock = FakeClock(50.0)
+        self.clock.unix_s = lambda: wall + clock.now - 50
+        self.cooldowns, self.metrics = cf.Cooldowns(clock, clock.unix_s), cf.Metrics(clock.unix_s)
+        self.failover = cf.Failover(store, self.cooldowns, None, cf.Journal(self.log, self.metrics), None, clock, clock.unix_s)
+        self.conversations, self.keys = self.failover.conversations, store.current.keys
+        self.a, self.b, self.o = (self.keys.get(ref) for ref in ('anthropic:a', 'anthropic:b', 'openai:o'))
+        self.parts = [self.cooldowns, self.conversations, self.metrics, self.failover]
+        self.state = cf.State(store, self.log, self.parts)
+        self.log.reset_mock()
+        self.state.load()
+
+    def cool(self, name, hint_s=None, key=None, limit_s=3600, provider=cf.ANTHROPIC, **outcome):
+        key = key or self.a
+        outcome = cf.Outcome(cf.find_cooling_rule(provider, name), 429, 'why', hint_s, **outcome)
+        self.cooldowns.cool(key, cf.Slot(key.ref, OPUS, None, 'https://a.example'), outcome, limit_s, 'd1')
+
+    def cooling(self):
+        return [(c.key.id, c.model, c.outcome.rule.name, round(left_s), c.digest) for c, left_s in self.cooldowns.snapshot()]
+
+    def commit(self, digest='c1', key=None, lifetime_s=300):
+        self.conversations.committed(digest, OPUS, cf.Attempt(key or self.a, SONNET), 'order', lifetime_s, 'claude-code')
+
+    def saved(self):
+        with open(self.state.path, encoding='utf-8') as file:
+            return json.load(file)
+
+    def put(self, saved):
+        """Puts another file in place; what it was before stays that of this program."""
+        with open(self.state.path, 'w', encoding='utf-8') as file:
+            file.write(saved if isinstance(saved, str) else json.dumps(saved))
+        os.chmod(self.state.path, 0o600)
+        self.parts = None
+        self.restart()
+
+    def told(self):
+        """[(level, why the state was ignored), ...]"""
+        return [(call[0][0], call[1]['message']) for call in self.log.write.call_args_list if call[0][1] == 'state_ignored']
+
+    def test_what_cools_goes_on_as_it_was(self):
+        self.cool('rate_limited', 20, limit_fields=(('anthropic-ratelimit-x', '1'),))
+        self.cool('auth_failed', key=self.b)
+        self.cool('overloaded', key=self.o, provider=cf.OPENAI)
+        self.cool('window_spent', 600, key=self.o, provider=cf.ANTHROPIC)
+        for _ in range(3):
+            self.cool('unreachable')
+        self.assertEqual(len(self.cooldowns.snapshot()), 5)
+        self.restart(0.25)
+        self.assertEqual(self.cooling(), [('a', None, 'unreachable', 1, 'd1'), ('o', OPUS, 'overloaded', 10, 'd1'),
+                                          ('a', OPUS, 'rate_limited', 20, 'd1'), ('b', None, 'auth_failed', 300, 'd1')])
+        limited = next(c for c, _ in self.cooldowns.snapshot() if c.model and c.key is self.a)
+        self.assertEqual((limited.outcome.status, limited.outcome.message, limited.outcome.hint_s, limited.outcome.limit_fields),
+                         (429, 'why', 20, (('anthropic-ratelimit-x', '1'),)))
+        self.assertIs(next(c for c, _ in self.cooldowns.snapshot() if c.key is self.o).outcome.rule,
+                      cf.find_cooling_rule(cf.OPENAI, 'overloaded'))
+        self.restart(5)
+        self.assertEqual([left for *_, left, _ in self.cooling()], [5, 15, 295])
+        self.assertEqual(self.told(), [])
+
+    def test_repeats_go_on_doubling(self):
+        for left in (300, 600):
+            self.cool('auth_failed')
+            self.assertEqual(self.cooling()[0][3], left)
+            if left == 300:
+                self.clock.now += 299
+                self.restart(0.5)
+                self.clock.now += 0.6
+
+    def test_a_last_hope_is_asked_as_seldom_as_before_and_an_old_cooldown_at_once(self):
+        slot = cf.Slot('anthropic:a', OPUS)
+        for name, seconds, asked in (('window_spent', 0, [299, 1]), ('auth_failed', 0, [0, 5]), ('window_spent', 86400, [0, 599])):
+            with self.subTest(rule=name, seconds=seconds):
+                os.path.exists(self.state.path) and os.unlink(self.state.path)
+                self.parts = None
+                self.restart()
+                self.cool(name, 2 * 86400, limit_s=3 * 86400) if name == 'window_spent' else self.cool(name)
+                self.restart(seconds)
+                for step in asked[:-1]:
+                    self.clock.now += step
+                    self.assertEqual(self.cooldowns.last_hope([slot]), None if step else slot)
+                self.restart(0.5)
+                self.clock.now += asked[-1] - 1
+                self.assertIsNone(self.cooldowns.last_hope([slot]))
+                self.clock.now += 2
+                self.assertEqual(self.cooldowns.last_hope([slot]), slot)
+
+    def test_what_ended_meanwhile_is_left_out(self):
+        self.cool('rate_limited', 20)
+        self.cooldowns.note_paid('anthropic:a', 100)
+        self.cooldowns.note_paid('anthropic:b', 1000)
+        self.commit()
+        self.restart(301)
+        self.assertEqual((self.cooling(), self.conversations.snapshot(), self.cooldowns.paid()), ([], [], {'anthropic:b'}))
+        self.assertTrue(self.cooldowns.is_empty)
+
+    def test_a_clock_that_was_set_back_makes_no_cooldown_longer(self):
+        self.cool('rate_limited', 20)
+        self.cooldowns._now = lambda unix_s=self.clock.unix_s(): unix_s
+        self.restart(-86400)
+        self.assertEqual(self.cooling(), [('a', OPUS, 'rate_limited', 20, 'd1')])
+
+    def test_a_conversation_stays_where_it_is_warm(self):
+        self.commit()
+        self.conversations.finished('c1', OPUS, 'anthropic:a', {'input_tokens': 5, 'cache_read_input_tokens': 7})
+        self.clock.now += 10
+        before = self.conversations.find('c1', OPUS)
+        self.restart(90)
+        warm = self.conversations.find('c1', OPUS)
+        self.assertEqual(warm._replace(until=0, since=0), before._replace(until=0, since=0))
+        self.assertEqual((warm.tokens, round(warm.until - self.clock.now), round(self.clock.now - warm.since)), (12, 200, 100))
+        self.assertEqual(self.conversations.load('anthropic:a'), (1, 0))
+
+    def test_counters_limits_repairs_and_makers_are_kept(self):
+        self.metrics.finished({'outcome': 'answered', 'key': 'a', 'provider': 'anthropic', 'attempts': [], 'input_tokens': 7})
+        self.metrics.note_limits('anthropic:a', {
+            'anthropic-ratelimit-unified-5h-utilization': '0.5', 'date': 'Tue, 14 Nov 2023 22:13:20 GMT', 'set-cookie': 'secret',
+            'anthropic-ratelimit-input-tokens-limit': '50', 'anthropic-organization-id': 'org'})
+        self.failover.repairs[SONNET] = (cf.Needed('beta', 'x-2025-01-01'),)
+        self.failover.repairs['https://o.example', 'gpt'] = (cf.Needed('parameter', 'top_p'),)
+        self.failover.makers.note('file_1', 'anthropic:b')
+        counted, limits = self.metrics.snapshot()[0], self.metrics.limits('anthropic:a')
+        self.restart(60)
+        self.assertEqual((self.metrics.snapshot()[0], self.metrics.limits('anthropic:a')), (counted, limits))
+        self.assertEqual((self.metrics.token_limit('anthropic:a'), self.metrics.organization('anthropic:a')), (50, 'org'))
+        self.assertEqual(self.failover.repairs, {SONNET: (('beta', 'x-2025-01-01'),), ('https://o.example', 'gpt'): (('parameter', 'top_p'),)})
+        self.assertEqual(self.failover.makers.find('file_1'), 'anthropic:b')
+        self.assertNotIn('secret', json.dumps(self.saved()))
+        self.restart(8 * 86400)
+        self.assertEqual(self.metrics.limits('anthropic:a'), (None, []))
+
+    def fill(self):
+        for key in (self.a, self.b):
+            self.cool('rate_limited', 600, key)
+            self.commit(key.ref, key)
+            self.metrics.note_limits(key.ref, {'anthropic-ratelimit-unified-5h-utilization': '0.5'})
+            self.failover.makers.note(key.id, key.ref)
+            self.metrics.finished({'outcome': 'answered', 'key': key.id, 'provider': 'anthropic', 'attempts': []})
+
+    def kept(self):
+        """The ids of the keys of which something is known, by part."""
+        refs = [{c.key.ref for c, _ in self.cooldowns.snapshot()}, {warm.ref for *_, warm, _ in self.conversations.snapshot()},
+                set(self.metrics._limits), set(self.failover.makers.refs.values()), set(self.metrics.snapshot()[0]['by_key'])]
+        return [''.join(sorted(ref[-1] for ref in of_part)) for of_part in refs]
+
+    def test_what_is_of_another_key_token_or_server_is_left_out(self):
+        changed, moved = copy.deepcopy(self.document), copy.deepcopy(self.document)
+        changed['keys']['a']['token'] = token_of('fresh')
+        moved['keys']['a']['baseUrl'] = 'https://other.example'
+        for document, kept in ((make_document('b'), 'b'), (changed, 'b'), (moved, 'b'), (make_document('c'), ''),
+                               ({**self.document, 'anthropicBaseUrl': 'https://other.example'}, ''), (self.document, 'ab')):
+            with self.subTest(document=document):
+                self.fill()
+                self.restart(1, document)
+                self.assertEqual(self.kept(), [kept] * 5)
+                self.assertEqual([message for _, message in self.told()],
+                                 ['ValueError: of another configuration'] if 'c' in document['keys'] else [])
+                self.parts = None
+                os.unlink(self.state.path)
+                self.restart(0, {**make_document('a', 'b'), **with_openai('o')})
+
+    def test_the_file_is_private_and_holds_no_token(self):
+        self.fill()
+        self.state.save()
+        self.assertEqual(stat.S_IMODE(os.stat(self.state.path).st_mode), 0o600)
+        with open(self.state.path, encoding='utf-8') as file:
+            text = file.read()
+        for token in (token_of('a'), token_of('b'), openai_token_of('o')):
+            self.assertNotIn(token[:20], text)
+
+    def test_a_file_that_cannot_be_believed_is_one_line_in_the_log(self):
+        self.fill()
+        self.state.save()
+        good = self.saved()
+        entry, warm = good['cooldowns'][0], good['conversations'][0]
+        for wrong in ('', '{', '[]', '[' * 100_000, '{"version": 1}', {**good, 'version': 2}, {**good, 'keys': []},
+                      {**good, 'cooldowns': [{**entry, 'place': [[], None, None, None]}, {}]}, {**good, 'cooldowns': {}, 'paid': 5},
+                      {**good, 'cooldowns': [{**entry, 'until_unix_s': 'x'}]}, {**good, 'cooldowns': [{**entry, 'asked': None}]},
+                      {**good, 'cooldowns': [{**entry, 'key': []}]}, {**good, 'conversations': [{**warm, 'tokens': 'many'}]},
+                      {**good, 'conversations': [{**warm, 'tokens': float('inf')}]}, {**good, 'counters': [['requests', None]]},
+                      {**good, 'limits': [['anthropic:a', 'x', {}]]}, {**good, 'repairs': [[SONNET, [['beta']]]]}):
+            with self.subTest(wrong=str(wrong)[:200]):
+                self.put(wrong)
+                self.assertEqual([level for level, _ in self.told()], ['warn'])
+                self.fill()
+                self.restart()
+                self.assertEqual((self.kept(), self.told()), (['ab'] * 5, []))
+        self.put(good)
+        os.chmod(self.state.path, 0o640)
+        self.parts = None
+        self.restart()
+        self.assertEqual((self.kept(), self.told()), ([''] * 5, [('warn', 'ValueError: others may read it')]))
+        self.put(good)
+        self.parts = None
+        with mock.patch.object(cf, 'MAX_STATE_BYTES', 100):
+            self.restart()
+        self.assertEqual((self.kept(), len(self.told())), ([''] * 5, 1))
+        os.unlink(self.state.path)
+        os.mkdir(self.state.path)
+        self.restart()
+        self.assertEqual(len(self.told()), 1)
+
+    def test_nonsense_of_the_right_shape_does_no_harm(self):
+        self.fill()
+        self.state.save()
+        good = self.saved()
+        entry, warm = good['cooldowns'][0], good['conversations'][0]
+        for name, values in (('until_unix_s', (float('nan'), float('inf'), -1)), ('length_s', (float('nan'), float('inf'), -1, 1e300)),
+                             ('outcome', (['gone', 429, 'why', None, []], ['answered', 429, 'why', None, []])),
+                             ('place', (['anthropic:b', None, None, None],)), ('key', ('anthropic:gone', None))):
+            for value in values:
+                self.put({**good, 'cooldowns': [{**entry, name: value}], 'repairs': [[SONNET, [['gone', 'x']]]],
+                          'conversations': [{**warm, 'until': float('nan')}, {**warm, 'until': float('inf')}, {**warm, 'until': 1e300}]})
+                self.assertEqual((self.told(), self.conversations.snapshot(), self.failover.repairs), ([], [], {}))
+                for cooling, left_s in self.cooldowns.snapshot():
+                    self.assertLessEqual(left_s, 600, (name, value))
+                    cf.cooldown_health(cooling, left_s)
+                    cf.format_duration(self.cooldowns.remaining_s(cooling)[1])
+
+    def test_it_is_saved_when_something_changed_and_only_then(self):
+        self.assertFalse(os.path.exists(self.state.path))
+        slot = cf.Slot('anthropic:a', OPUS)
+        for change, saves in (
+                (lambda: None, 0), (self.commit, 1), (lambda: self.cool('auth_failed'), 1), (lambda: self.cooldowns.last_hope([slot]), 1),
+                (self.cooldowns.clear, 1), (lambda: self.metrics.finished({'outcome': 'failed', 'attempts': []}), 1), (lambda: None, 0)):
+            with mock.patch.object(cf, 'write_atomically') as write:
+                change()
+                self.state.save()
+                self.state.save()
+            self.assertEqual(write.call_count, saves)
+
+    def test_a_full_disk_is_told_once_and_tried_again(self):
+        self.log.reset_mock()
+        for outcome in (OSError(28, 'No space left on device'), OSError(28, 'No space left on device'), None):
+            with mock.patch.object(cf, 'write_atomically', side_effect=outcome) as write:
+                self.commit()
+                self.state.save()
+            self.assertEqual(write.call_count, 1)
+        self.log.warn.assert_called_once_with('state_not_saved', path=self.state.path, message='No space left on device')
+
+    def test_much_of_it_is_saved_more_seldom(self):
+        with mock.patch.object(cf.time, 'monotonic', iter((0, 0.5)).__next__):
+            self.commit(lifetime_s=5)
+            self.state.save()
+        self.assertEqual(self.state.pause_s, 25)
+        self.commit()
+        self.state.save()
+        self.assertLessEqual(self.state.pause_s, 25)
+
+    def test_the_records_stay_bounded(self):
+        for number in range(20):
+            self.commit(f'c{number}')
+        self.state.save()
+        with mock.patch.object(cf, 'MAX_CONVERSATIONS', 10):
+            self.parts = None
+            self.restart()
+        self.assertEqual([digest for digest, *_ in self.conversations.snapshot()], [f'c{number}' for number in range(19, 9, -1)])
+
+
+# ==============================================================================
 # Exchanges
 # ==============================================================================
 
@@ -9823,6 +10101,39 @@ class ServiceTest(ProgramTest):
             self.reload(self.profiles(default=taken.getsockname()[1]))
             self.assertEqual(self.health(self.port)['status'], 'problem')
             self.assertEqual(self.app.ports(), {'default': self.port})
+
+    def test_a_restart_loses_nothing(self):
+        """A key cools as long as before, and a conversation stays at the other one."""
+        document, session = make_document('a', 'b', anthropicBaseUrl=self.anthropic.url), {'x_claude_code_session_id': 's'}
+        self.anthropic.limited.add('a')
+        self.assertEqual(self.send(**session).headers['x-proxy-attempts'], 'a=429,b=200')
+        before = self.app.health()
+        self.stop()
+        self.assertEqual(stat.S_IMODE(os.stat(cf.state_path(self.path)).st_mode), 0o600)
+        self.start(document)
+        after = self.app.health()
+        self.assertEqual([c['key'] for c in after['cooldowns']], ['a'])
+        self.assertLessEqual(after['cooldowns'][0]['remaining_ms'], before['cooldowns'][0]['remaining_ms'])
+        self.assertEqual(after['metrics'], before['metrics'])
+        self.anthropic.limited.clear()
+        self.assertEqual(self.send().headers['x-proxy-key'], 'b')
+        self.app.cooldowns.clear()
+        self.assertEqual(self.send(**session).headers['x-proxy-key'], 'b')
+        self.assertEqual(self.send().headers['x-proxy-key'], 'a')
+        self.stop()
+        self.assertEqual([line['level'] for line in self.log_lines('state_ignored')], ['info'])       # of the first start
+
+    def test_what_is_known_is_saved_while_it_runs(self):
+        saved = threading.Event()
+        with mock.patch.object(self.app.state, 'save', saved.set):
+            self.assertTrue(saved.wait(PATIENCE_S))
+
+    def test_a_state_that_cannot_be_saved_stops_nothing(self):
+        with mock.patch.object(cf.State, '_dump', side_effect=RuntimeError('x')):
+            self.send()
+            self.stop()
+        self.assertFalse(self.thread.is_alive())
+        self.assertTrue(self.log_lines('save_failed') and self.log_lines('stopped'))
 
     def test_profiles_may_swap_their_ports(self):
         one, two = free_port(), free_port()
