@@ -4570,7 +4570,7 @@ class Cooldowns:
             return {'paid': list(self._paid.copy().items()), 'cooldowns': [
                 {**c._asdict(), 'key': c.key.ref, 'began': c.began + offset_s,
                  'until_unix_s': unix_s + self._left_s(c), 'outcome': (
-                     c.outcome.rule.name, c.outcome.status, c.outcome.message[:300],
+                     c.outcome.rule.name, c.outcome.status, redact(c.outcome.message)[:300],
                      c.outcome.hint_s, c.outcome.limit_fields),
                  'repeats': dict(self._repeats.get(place, {})),
                  'asked': (self._asked.get(place, (0,))[0], self._asked_at_locked(c) + offset_s)}
@@ -5146,10 +5146,8 @@ class Metrics:
                   for ref, noted, fields in saved['limits']
                   if ref in keys and now - noted < LONGEST_WINDOW_S}
         with self._lock:
-            for mine, theirs in ((self._counts, counts), (self._served_by, answers),
-                                 (self._limits, limits)):
-                mine.clear()
-                mine.update(theirs)
+            self._counts, self._served_by = map(collections.Counter, (counts, answers))
+            self._limits = limits
 
     def history(self) -> list[dict]:
         """[{'minute': unix seconds, 'answered': 5, ...}, ...] of the last hour's minutes in which
@@ -5470,11 +5468,11 @@ class State:
     """The file, and the parts whose state it keeps."""
 
     def __init__(self, store: ConfigStore, log: JsonLog, parts: list):
-        self.path, self._store, self._log, self._parts = (
-            state_path(store.path), store, log, parts)
+        self.path = state_path(store.path)
+        self._store, self._log, self._parts = store, log, parts
         self._lock = threading.Lock()             # held while it is saved
         self._saved = None            # the parts' `changes` that the file knows
-        self._problem = None          # why it could not be saved
+        self._failed = False          # it could not be saved
         self.pause_s: float = SAVE_S  # until it may be saved again
 
     def load(self) -> None:
@@ -5482,14 +5480,14 @@ class State:
         config = self._store.current
         try:
             saved = self._read(config)
-            keys = {ref: config.keys[ref] for ref, digest in key_digests(config).items()
-                    if saved['keys'].get(ref) == digest}
+            unchanged = saved['keys'].items() & key_digests(config).items()
+            keys = {ref: config.keys[ref] for ref, _ in unchanged}
             for part in self._parts:
                 part.restore(saved, keys)
         except (ArithmeticError, AttributeError, LookupError, OSError, TypeError,
                 ValueError) as error:
             level = 'info' if isinstance(error, FileNotFoundError) else 'warn'
-            self._log.write(level, 'state_ignored', message=f'{type(error).__name__}: {error}')
+            self._log.write(level, 'state_ignored', message=f'{type(error).__name__}: {error}'[:300])
         self._saved = [part.changes for part in self._parts]
 
     def _read(self, config):
@@ -5515,12 +5513,11 @@ class State:
                 return
             try:
                 write_atomically(self.path, self._dump())
-                self._saved, problem = changes, None
+                self._saved, self._failed = changes, False
             except OSError as error:
-                problem = error.strerror
-            if problem and not self._problem:
-                self._log.warn('state_not_saved', path=self.path, message=problem)
-            self._problem = problem
+                if not self._failed:
+                    self._log.warn('state_not_saved', path=self.path, message=error.strerror)
+                self._failed = True
             self.pause_s = max(SAVE_S, (time.monotonic() - began) / SAVING_SHARE)
 
     def _dump(self):
@@ -5528,8 +5525,8 @@ class State:
         digests = json.dumps(key_digests(self._store.current))
         fields = [f'"version": {STATE_VERSION}', f'"keys": {digests}']
         for part in self._parts:
-            for name, entries in part.report_state().items():
-                fields.append(f'"{name}": [' + ',\n'.join(map(json.dumps, entries)) + ']')
+            fields += [f'"{name}": [' + ',\n'.join(map(json.dumps, entries)) + ']'
+                       for name, entries in part.report_state().items()]
         return f'{{{", ".join(fields)}}}'.encode()
 
 
@@ -10445,6 +10442,7 @@ class App(Parts):
     def _save_loop(self):
         while not self._stop.wait(self.state.pause_s):
             self._save_state()
+        self._save_state()            # a second signal would end the draining without it
 
     def _save_state(self):
         try:

@@ -4548,6 +4548,8 @@ class StateTest(ScratchTest):
 
     def test_the_file_is_private_and_holds_no_token(self):
         self.fill()
+        outcome = cf.Outcome(rule('throttled'), 429, f'no more for {token_of("a")}', 9)
+        self.cooldowns.cool(self.a, cf.Slot(self.a.ref, SONNET), outcome, 3600)
         self.state.save()
         self.assertEqual(stat.S_IMODE(os.stat(self.state.path).st_mode), 0o600)
         with open(self.state.path, encoding='utf-8') as file:
@@ -10128,6 +10130,23 @@ class ServiceTest(ProgramTest):
         with mock.patch.object(self.app.state, 'save', saved.set):
             self.assertTrue(saved.wait(PATIENCE_S))
 
+    def test_a_stop_that_is_cut_short_has_saved_what_was_known_when_it_began(self):
+        self.stop()
+        with mock.patch.object(cf, 'SAVE_S', 3600):
+            self.start(make_document('a', 'b', anthropicBaseUrl=self.anthropic.url))
+        self.anthropic.limited.add('a')
+        self.send()
+        self.anthropic.hold, saved, save = threading.Event(), threading.Event(), self.app.state.save
+        threading.Thread(target=self.send, daemon=True).start()
+        for _ in range(3):
+            self.assertTrue(self.anthropic.asked_for.acquire(timeout=PATIENCE_S))
+        self.app.state.save = lambda: (save(), saved.set())
+        self.app.stop()
+        self.assertTrue(saved.wait(PATIENCE_S) and self.thread.is_alive())
+        with open(self.app.state.path) as file:
+            self.assertEqual([entry['key'] for entry in json.load(file)['cooldowns']], ['anthropic:a'])
+        self.anthropic.hold.set()
+
     def test_a_state_that_cannot_be_saved_stops_nothing(self):
         with mock.patch.object(cf.State, '_dump', side_effect=RuntimeError('x')):
             self.send()
@@ -10640,7 +10659,7 @@ class CommandLineTest(ScratchTest):
         self.assertEqual(process.wait(PATIENCE_S), 0)
         self.assertEqual(process.stderr.read(), '')
         events = [json.loads(line)['event'] for line in self.run_command('logs', '--json').stdout.splitlines()]
-        self.assertEqual(events, ['started', 'stopped'])
+        self.assertEqual(events, ['state_ignored', 'started', 'stopped'])
 
     def test_a_port_that_another_program_has_is_named_with_the_remedy(self):
         taken = RawServer(self, lambda sock, number: None)
@@ -10746,7 +10765,7 @@ class CommandLineTest(ScratchTest):
         folder = os.path.dirname(self.path)
 
         def leave():
-            for name in ('config.json', 'running.json', 'setup.json'):
+            for name in ('config.json', 'running.json', 'setup.json', 'state.json'):
                 with open(os.path.join(folder, f'{name}.4711.139776.tmp'), 'w'):
                     pass
 
@@ -10760,7 +10779,7 @@ class CommandLineTest(ScratchTest):
         self.assertEqual((left(), os.path.exists(note)), ([], False))
         leave()
         self.assertIn('is running already', self.run_command('start').stderr)
-        self.assertEqual(len(left()), 3)
+        self.assertEqual(len(left()), 4)
 
     def test_a_daemon_that_cannot_start_says_why(self):
         taken = RawServer(self, lambda sock, number: None)
