@@ -4569,7 +4569,7 @@ class Cooldowns:
             unix_s, offset_s = self._now(), self._now() - self._clock()
             return {'paid': list(self._paid.copy().items()), 'cooldowns': [
                 {**c._asdict(), 'key': c.key.ref, 'began': c.began + offset_s,
-                 'until_unix_s': unix_s + self._left_s(c), 'outcome': (
+                 'until': unix_s + self._left_s(c), 'outcome': (
                      c.outcome.rule.name, c.outcome.status, redact(c.outcome.message)[:300],
                      c.outcome.hint_s, c.outcome.limit_fields),
                  'repeats': dict(self._repeats.get(place, {})),
@@ -4584,7 +4584,7 @@ class Cooldowns:
             key, place = keys.get(entry['key']), Slot(*map(text_or_none, entry['place']))
             rule, length_s = key and find_cooling_rule(key.provider, name), entry['length_s']
             age_s = max(0.0, unix_s - entry['began'])     # less than 0: the clock was set back
-            left_s = min(entry['until_unix_s'] - unix_s, length_s - age_s)
+            left_s = min(entry['until'] - unix_s, length_s - age_s)
             if not (key and rule and place.ref in (None, key.ref)
                     and 0 < left_s <= length_s <= ABSURD_HINT_S):
                 continue
@@ -5487,7 +5487,8 @@ class State:
         except (ArithmeticError, AttributeError, LookupError, OSError, TypeError,
                 ValueError) as error:
             level = 'info' if isinstance(error, FileNotFoundError) else 'warn'
-            self._log.write(level, 'state_ignored', message=f'{type(error).__name__}: {error}'[:300])
+            self._log.write(level, 'state_ignored',
+                            message=f'{type(error).__name__}: {error}'[:300])
         self._saved = [part.changes for part in self._parts]
 
     def _read(self, config):

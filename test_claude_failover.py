@@ -4564,7 +4564,7 @@ class StateTest(ScratchTest):
         entry, warm = good['cooldowns'][0], good['conversations'][0]
         for wrong in ('', '{', '[]', '[' * 100_000, '{"version": 1}', {**good, 'version': 2}, {**good, 'keys': []},
                       {**good, 'cooldowns': [{**entry, 'place': [[], None, None, None]}, {}]}, {**good, 'cooldowns': {}, 'paid': 5},
-                      {**good, 'cooldowns': [{**entry, 'until_unix_s': 'x'}]}, {**good, 'cooldowns': [{**entry, 'asked': None}]},
+                      {**good, 'cooldowns': [{**entry, 'until': 'x'}]}, {**good, 'cooldowns': [{**entry, 'asked': None}]},
                       {**good, 'cooldowns': [{**entry, 'key': []}]}, {**good, 'conversations': [{**warm, 'tokens': 'many'}]},
                       {**good, 'conversations': [{**warm, 'tokens': float('inf')}]}, {**good, 'counters': [['requests', None]]},
                       {**good, 'limits': [['anthropic:a', 'x', {}]]}, {**good, 'repairs': [[SONNET, [['beta']]]]}):
@@ -4594,7 +4594,7 @@ class StateTest(ScratchTest):
         self.state.save()
         good = self.saved()
         entry, warm = good['cooldowns'][0], good['conversations'][0]
-        for name, values in (('until_unix_s', (float('nan'), float('inf'), -1)), ('length_s', (float('nan'), float('inf'), -1, 1e300)),
+        for name, values in (('until', (float('nan'), float('inf'), -1)), ('length_s', (float('nan'), float('inf'), -1, 1e300)),
                              ('outcome', (['gone', 429, 'why', None, []], ['answered', 429, 'why', None, []])),
                              ('place', (['anthropic:b', None, None, None],)), ('key', ('anthropic:gone', None))):
             for value in values:
