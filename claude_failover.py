@@ -7866,7 +7866,7 @@ class Failover:
 
     def report_state(self) -> dict:
         """What requests taught, as JSON values."""
-        return {'repairs': list(self.repairs.items()), 'makers': list(self.makers.refs.items())}
+        return {'repairs': list(self.repairs.items()), 'makers': list(self.makers.items())}
 
     def restore(self, saved: dict, keys: dict[str, Key]) -> None:
         """Takes back the repairs that this version knows, and what these keys made."""
@@ -7879,7 +7879,7 @@ class Failover:
                 self.repairs[answerer if is_claude else tuple(answerer)] = repairs
         for id, ref in saved['makers']:
             if ref in keys:
-                self.makers.note(id, ref)
+                remember(self.makers, id, ref, MAX_MAKERS)
 
     def plan(self, request, config):
         """The Plan for a request; an empty one where its profile is gone."""

@@ -4505,13 +4505,13 @@ class StateTest(ScratchTest):
             'anthropic-ratelimit-input-tokens-limit': '50', 'anthropic-organization-id': 'org'})
         self.failover.repairs[SONNET] = (cf.Needed('beta', 'x-2025-01-01'),)
         self.failover.repairs['https://o.example', 'gpt'] = (cf.Needed('parameter', 'top_p'),)
-        self.failover.makers.note('file_1', 'anthropic:b')
+        self.failover.makers['file_1'] = 'anthropic:b'
         counted, limits = self.metrics.snapshot()[0], self.metrics.limits('anthropic:a')
         self.restart(60)
         self.assertEqual((self.metrics.snapshot()[0], self.metrics.limits('anthropic:a')), (counted, limits))
         self.assertEqual((self.metrics.token_limit('anthropic:a'), self.metrics.organization('anthropic:a')), (50, 'org'))
         self.assertEqual(self.failover.repairs, {SONNET: (('beta', 'x-2025-01-01'),), ('https://o.example', 'gpt'): (('parameter', 'top_p'),)})
-        self.assertEqual(self.failover.makers.find('file_1'), 'anthropic:b')
+        self.assertEqual(self.failover.makers.get('file_1'), 'anthropic:b')
         self.assertNotIn('secret', json.dumps(self.saved()))
         self.restart(8 * 86400)
         self.assertEqual(self.metrics.limits('anthropic:a'), (None, []))
@@ -4521,13 +4521,13 @@ class StateTest(ScratchTest):
             self.cool('rate_limited', 600, key)
             self.commit(key.ref, key)
             self.metrics.note_limits(key.ref, {'anthropic-ratelimit-unified-5h-utilization': '0.5'})
-            self.failover.makers.note(key.id, key.ref)
+            self.failover.makers[key.id] = key.ref
             self.metrics.finished({'outcome': 'answered', 'key': key.id, 'provider': 'anthropic', 'attempts': []})
 
     def kept(self):
         """The ids of the keys of which something is known, by part."""
         refs = [{c.key.ref for c, _ in self.cooldowns.snapshot()}, {warm.ref for *_, warm, _ in self.conversations.snapshot()},
-                set(self.metrics._limits), set(self.failover.makers.refs.values()), set(self.metrics.snapshot()[0]['by_key'])]
+                set(self.metrics._limits), set(self.failover.makers.values()), set(self.metrics.snapshot()[0]['by_key'])]
         return [''.join(sorted(ref[-1] for ref in of_part)) for of_part in refs]
 
     def test_what_is_of_another_key_token_or_server_is_left_out(self):
