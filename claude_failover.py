@@ -1354,8 +1354,11 @@ def opening(data, name):
 
 
 def cache_lifetime_s(data):
-    """How long what this request caches lives after each use."""
-    return LONG_CACHE_S if b'"1h"' in data else CACHE_S
+    """How long what this request caches lives after each use.  The marks stand near the edges: a
+    megabyte between them is not searched."""
+    is_long = data.find(b'"1h"', 0, OPENING_BYTES) >= 0 or data.find(
+        b'"1h"', max(0, len(data) - 2 * OPENING_BYTES)) >= 0
+    return LONG_CACHE_S if is_long else CACHE_S
 
 
 def without_thinking(body: dict, is_unwanted=lambda block: True) -> dict:
@@ -8273,7 +8276,7 @@ class Serving:
         if not request.is_message:
             return Slot(key.ref, server=self._server(key))
         has_feature = attempt.key.provider == ANTHROPIC and not (
-            request.feature == 'fast' and attempt.model != request.body.model)
+            attempt.model != request.body.model and request.feature == 'fast')
         return Slot(key.ref, attempt.model, request.feature if has_feature else None,
                     self._server(key))
 
@@ -8392,7 +8395,7 @@ class Serving:
         data = body.data
         if request.is_message:
             data = body.for_model(attempt.model)
-            if request.feature == 'fast' and attempt.model != request.body.model:
+            if attempt.model != request.body.model and request.feature == 'fast':
                 data, betas = without_fast_mode(data, betas)
             repairs = self._repairs_for(attempt.model)
             if repairs:
