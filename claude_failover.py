@@ -1010,20 +1010,20 @@ def edit_key(config: Config, ref: str, changes: dict) -> Config:
 
 
 def add_profile(config: Config, name: str, port: int | None = None,
-                orders: dict | None = None) -> Config:
-    """The Config with another profile, on the next free port when none is given.  `orders`
-    may hold keyOrder, openaiKeyOrder or priorityOrder.  Raises ConfigError."""
+                others: dict | None = None) -> Config:
+    """The Config with another profile, on the next free port when none is given.  `others`
+    may hold keyOrder, openaiKeyOrder, priorityOrder or strategy.  Raises ConfigError."""
     refuse_profile_name(config, name)
     ports = {profile.port for profile in config.profiles.values()}
     free = next(p for p in range(max(ports | {DEFAULT_PORT}) + 1, 2 ** 20) if p not in ports)
     document = document_with_profiles(config)
-    document['profiles'][name] = {'port': free if port is None else port, **(orders or {})}
+    document['profiles'][name] = {'port': free if port is None else port, **(others or {})}
     return parse_config(document)
 
 
 def edit_profile(config: Config, name: str, changes: dict) -> Config:
-    """The Config in which a profile has another name, port or order.  Raises UnknownProfile,
-    ConfigError."""
+    """The Config in which a profile has another name, port, order or strategy.  Raises
+    UnknownProfile, ConfigError."""
     refuse_unknown_profile(config, name)
     changes = dict(changes)
     new_name = changes.pop('name', None) or name
@@ -1962,6 +1962,7 @@ WINDOW_STATUS = re.compile(UNIFIED + '(?:(.+)-)?status')
 #: The windows of all models, and the summary where it names no model family.
 KEY_WINDOWS = frozenset(('5h', '7d', ''))
 FAMILY_CLAIM = re.compile('(?:five_hour|seven_day)_(?!overage).+')
+FAMILY_FIELD = re.compile(UNIFIED + r'(\d+[hd]_.+)-(?:utilization|reset|status)')
 #: A window may end while its refusal is on its way: Date has whole seconds.
 JUST_NOW_S = 5
 REMAINING = re.compile(r'(anthropic-ratelimit-.+)-remaining')
@@ -2060,6 +2061,8 @@ def codex_limit(headers, name, percent, now):
     field = f'x-codex-{name}-'
     hours = float(headers.get(field + 'window-minutes', 0)) / 60
     called = f'{hours / 24:g}d' if hours >= 48 else f'{hours:g}h' if hours else name
+    family = name.rpartition('-')[0]
+    called += f'_{family}' if family and hours else ''
     resets_s = sane_hint(parse_duration(headers.get(field + 'reset-after-seconds')))
     return Limit(called, percent / 100, resets_s)
 
@@ -2068,6 +2071,38 @@ LIMIT_FIELDS = tuple((re.compile(pattern), read) for pattern, read in (
     ('anthropic-ratelimit-unified-(.+)-utilization', unified_limit),
     ('anthropic-ratelimit-(?!unified)(.+)-remaining', plain_limit),
     ('x-ratelimit-remaining-(.+)', openai_limit), ('x-codex-(.+)-used-percent', codex_limit)))
+
+
+def family_fields(headers: dict, now: float) -> dict:
+    """The fields of windows of model families that are not over: answers of other models, which
+    come later, do not have them."""
+    matches = filter(None, map(FAMILY_FIELD.fullmatch, headers))
+    return {match.group(): headers[match.group()] for match in matches
+            if parse_reset(headers.get(f'{UNIFIED}{match.group(1)}-reset'), now)}
+
+
+WINDOW = re.compile(r'(\d+(?:\.\d+)?)([hd])(?:_.+)?')
+#: Where less of a window has passed, or been used, its pace would be chance.
+LEAST_SHARE = 0.03
+
+
+def window_length_s(name: str) -> float | None:
+    """Of '5h', '7d', '7d_opus' ...; None for what is no window of hours or days."""
+    match = WINDOW.fullmatch(name)
+    return float(match.group(1)) * (3600 if match.group(2) == 'h' else 86_400) if match else None
+
+
+def window_pace(name: str, used: float, resets_s: float | None,
+                now: float) -> tuple[float | None, float | None]:
+    """(share that is used at the reset at this pace, unix seconds when all is used: None where
+    it lasts); (None, None) where that says nothing, and for 5 hours that will last."""
+    length_s = window_length_s(name)
+    passed = 1 - resets_s / length_s if length_s and resets_s else 0
+    if min(passed, used) < LEAST_SHARE or used >= 1:
+        return None, None
+    if used > passed:
+        return used / passed, now + (1 - used) / used * passed * length_s
+    return (None if length_s <= 5 * 3600 else used / passed), None
 
 
 def tells_limits(headers: dict) -> bool:
@@ -5085,7 +5120,8 @@ class Metrics:
             return
         self._looked[ref] = now
         if tells_limits(headers):
-            self._limits[ref] = now, headers
+            _, before = self._limits.get(ref, (None, {}))
+            self._limits[ref] = now, {**family_fields(before, now), **headers}
 
     def limits(self, ref: str) -> tuple[float | None, list[Limit]]:
         """(unix seconds of the answer, [Limit, ...]) for a key; (None, []) without one."""
@@ -5204,6 +5240,11 @@ def describe_request(record):
     if attempts:
         text += ': ' + ' -> '.join(f'{a.get("key")} {a.get("status") or a.get("result")}'
                                    for a in attempts)
+    for name, words in (('cache_read_input_tokens', 'tokens read from the cache'),
+                        ('cache_creation_input_tokens', 'written to it')):
+        text += f', {record[name]} {words}' if record.get(name) else ''
+    if record.get('moved_because'):
+        text += f', conversation {record.get("conversation")} moved: {record["moved_because"]}'
     if record.get('error') or record.get('outcome') == 'client_gone':
         text += f' ({record.get("error") or "the client left"})'
     return printable(text)
@@ -9462,8 +9503,32 @@ def api_status(call: Call):
 
 
 def full_status(call: Call):
+    conversations = conversation_views(call)
     return {**call.app.health(), 'profile': call.profile_name,
-            'history': call.app.metrics.history()}
+            'history': call.app.metrics.history(), 'conversation_count': len(conversations),
+            'conversations': conversations[:SHOWN_CONVERSATIONS]}
+
+
+#: Conversations that the state lists; /api/conversations has all.
+SHOWN_CONVERSATIONS = 20
+
+
+def conversation_views(call: Call):
+    """[{...}, ...]: the conversations whose cache lives, the latest first."""
+    failover = call.app.failover
+    started = failover.now() - failover.clock()
+    return [{'conversation': digest[:8], 'client': warm.client, 'model': asked,
+             'upstream_model': warm.model, **shown_ref(warm.ref),
+             'since': utc_text(started + warm.since), 'turns': warm.turns, 'moves': warm.moves,
+             'why': warm.why, 'tokens_read': warm.read, 'tokens_written': warm.written,
+             'cache_ms': round(left_s * 1000)}
+            for digest, asked, warm, left_s in failover.conversations.snapshot() if left_s]
+
+
+def shown_ref(ref):
+    """A key's ref and id; a client's own login is called so, whoever's it is."""
+    kind, _, id = ref.partition(':')
+    return {'ref': kind, 'key': kind} if kind == CLIENT_REF else {'ref': ref, 'key': id}
 
 
 def api_events(call: Call):
@@ -9511,7 +9576,8 @@ class StatusReporter:
 
 
 #: What changes by itself, and the requests, which have their own events.
-CLOCKS = frozenset(('uptime_s', 'remaining_ms', 'until', 'back_in_ms', 'recent'))
+CLOCKS = frozenset(('uptime_s', 'remaining_ms', 'until', 'asked_at', 'back_in_ms', 'recent',
+                    'pace', 'spent_at', 'since', 'cache_ms'))
 
 
 def without_clocks(status):
@@ -9708,14 +9774,15 @@ def api_test_key(call: Call, kind: str | None, id: str):
 # -- profiles ----------------------------------------------------------------------
 
 ORDER_CHECKS = dict.fromkeys((*ORDER_FIELDS.values(), 'priorityOrder'), check_texts)
-PROFILE_CHECKS = {'name': check_text, 'port': whole_number(1, 'a port'), **ORDER_CHECKS}
+PROFILE_CHECKS = {'name': check_text, 'port': whole_number(1, 'a port'), **ORDER_CHECKS,
+                  'strategy': one_of(*STRATEGIES)}
 
 
 def profile_view(profile):
     orders = {field: ids_in_order(profile.order, provider)
               for provider, field in ORDER_FIELDS.items()}
     return {'name': profile.name, 'port': profile.port, **orders,
-            'priorityOrder': list(profile.order)}
+            'priorityOrder': list(profile.order), 'strategy': profile.strategy}
 
 
 def api_list_profiles(call: Call):
@@ -9725,10 +9792,10 @@ def api_list_profiles(call: Call):
 def api_add_profile(call: Call):
     fields = call.json(**PROFILE_CHECKS)
     name, port = wanted_field(fields, 'name').strip(), fields.pop('port', None)
-    orders = {field: fields[field] for field in ORDER_CHECKS if field in fields}
+    others = {field: value for field, value in fields.items() if field != 'name'}
 
     def edit(config):
-        edited = add_profile(config, name, port, orders)
+        edited = add_profile(config, name, port, others)
         call.app.refuse_taken_port(edited.profiles[name].port)
         return edited
     config = call.app.update(edit)
@@ -10073,6 +10140,8 @@ ROUTES = (
     route('HEAD GET', '/health', lambda call: call.send_json(call.app.health())),
     route('HEAD GET', '/api/status', api_status),
     route('GET', '/api/events', api_events),
+    route('HEAD GET', '/api/conversations',
+          lambda call: call.send_json({'conversations': conversation_views(call)})),
     route('HEAD GET', '/api/logs', api_logs),
     route('POST', '/api/login', api_login, is_open=True),
     route('POST', '/api/login-code',
@@ -10533,8 +10602,9 @@ class App(Parts):
         """What /health reports: tokens only masked."""
         config = self.store.current
         cooling = self.cooldowns.snapshot()
+        cooled = [(c, cooled_refs(config, c)) for c, _ in cooling]
         metrics, recent = self.metrics.snapshot()
-        keys = [self._key_health(key, cooling, metrics) for key in config.keys.values()]
+        keys = [self._key_health(key, cooled, metrics) for key in config.keys.values()]
         log_problem = f'The log {self.log.path} cannot be written.' if self.log.failed else None
         problems = [problem for problem in (self.store.problem, log_problem,
                                             *self.port_problems.values()) if problem]
@@ -10542,7 +10612,7 @@ class App(Parts):
         ports = self.ports()
         profiles = [{'name': name, 'port': ports.get(name),
                      'url': local_url(ports[name]) if name in ports else None,
-                     'order': profile.order,
+                     'order': profile.order, 'strategy': profile.strategy,
                      'serving': profile_serving(config, profile, recent, cooling, unusable)}
                     for name, profile in config.profiles.items()]
         return {
@@ -10552,18 +10622,21 @@ class App(Parts):
             'started_by': os.environ.get(STARTED_BY) or 'hand',
             'config': self.store.path, 'log': self.log.path, 'problems': problems,
             'profiles': profiles, 'keys': keys,
-            'cooldowns': [cooldown_health(c, left_s) for c, left_s in cooling],
+            'cooldowns': [cooldown_health(c, refs, *self.cooldowns.remaining_s(c))
+                          for c, refs in cooled],
             'active': len(self.watcher), 'waiting': self.cooldowns.queue_length(),
             'metrics': metrics, 'recent': recent}
 
-    def _key_health(self, key, cooling, metrics):
-        mine = [c for c, _ in cooling if c.key.ref == key.ref]
+    def _key_health(self, key, cooled, metrics):
+        mine = [c for c, refs in cooled if key.ref in refs]
         problem, (noted, limits) = token_problem(key), self.metrics.limits(key.ref)
         return {
             'ref': key.ref, 'id': key.id, 'label': key.label, 'provider': key.provider,
             'token': mask_token(key.token), 'type': 'oauth' if key.oauth else 'api-key',
             'base_url': key.base_url, 'added_at': key.added_at,
-            'windows': [limit_health(limit, noted) for limit in limits],
+            'siblings': [other.ref for other in
+                         self.failover.siblings(self.store.current, key)],
+            'windows': [limit_health(limit, noted, key) for limit in limits],
             'windows_at': noted and utc_text(noted),
             'state': key_state(self.store.current, key, problem, mine), 'problem': problem,
             'needs_attention': any(c.outcome.rule.attention for c in mine),
@@ -10641,21 +10714,39 @@ def health_status(profiles, keys, problems):
     return 'ok' if 'ready' in states else 'exhausted'
 
 
-def limit_health(limit, noted):
+#: Anthropic's limits a minute.
+A_MINUTES = ('requests', 'tokens')
+
+
+def limit_health(limit, noted, key):
     """A Limit as it is now: one that has been reset has nothing used."""
-    resets = None if limit.resets_s is None else noted + limit.resets_s
-    is_over = resets is not None and resets <= time.time()
-    return {'name': limit.name, 'used': 0 if is_over else round(limit.used, 4),
-            'resets_at': None if is_over or resets is None else utc_text(resets),
-            'status': None if is_over else limit.status}
+    now, resets = time.time(), None if limit.resets_s is None else noted + limit.resets_s
+    is_over = resets is not None and resets <= now
+    used, resets = (0, None) if is_over else (limit.used, resets)
+    pace, spent_at = window_pace(limit.name, used, resets and resets - now, now)
+    is_minutes = key.provider == ANTHROPIC and limit.name.endswith(A_MINUTES)
+    return {'name': limit.name, 'used': round(used, 4),
+            'length_s': 60 if is_minutes else window_length_s(limit.name),
+            'resets_at': resets and utc_text(resets), 'status': None if is_over else limit.status,
+            'pace': pace and round(pace, 4), 'spent_at': spent_at and utc_text(spent_at)}
 
 
-def cooldown_health(cooling, left_s):
-    return {'key': cooling.key.id, 'ref': cooling.key.ref, 'model': cooling.model,
+def cooled_refs(config, cooling):
+    """Refs of the keys that a cooldown concerns: of one, or of all at a server."""
+    server = cooling.place.server
+    return [key.ref for key in config.keys.values() if server_of(config, key) == server
+            ] if server else [cooling.key.ref]
+
+
+def cooldown_health(cooling, refs, left_s, ends_s):
+    """`until`: when the limit itself ends; `asked_at`: it is tried again.  A server has no key."""
+    now, server, key = time.time(), cooling.place.server, cooling.key
+    return {'key': None if server else key.id, 'ref': None if server else key.ref,
+            'server': server, 'refs': refs, 'model': cooling.model,
             'reason': cooling.outcome.rule.name, 'words': cooling.outcome.rule.words,
             'status': cooling.outcome.status, 'message': cooling.outcome.message[:300],
             'remaining_ms': round(left_s * 1000), 'total_ms': round(cooling.length_s * 1000),
-            'until': utc_text(time.time() + left_s),
+            'until': utc_text(now + ends_s), 'asked_at': utc_text(now + left_s),
             'needs_attention': cooling.outcome.rule.attention}
 
 
@@ -11432,7 +11523,7 @@ def say_json(value):
 
 
 def say_table(rows, indent='  '):
-    """Rows of texts in columns."""
+    """Rows of texts and numbers in columns."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -12055,6 +12146,8 @@ def cmd_health(options):
 
 def cmd_status(options):
     health = running_health(options)
+    if options.conversations:
+        return say_conversations(options, next(iter(open_ports(health).values())))
     if options.json:
         return say_json(health)
     metrics = health['metrics']
@@ -12084,9 +12177,61 @@ def describe_start(options, health):
     return 'started by hand; ' + ('it starts' if at_login else 'it does not start') + ' at login'
 
 
+CONVERSATION_HEADS = ('CONVERSATION', 'CLIENT', 'MODEL', 'KEY', 'SINCE', 'TURNS', 'MOVES', 'READ',
+                      'WRITTEN', 'CACHE LIVES')
+
+
+def say_conversations(options, port):
+    fields = access_fields(find_running(options.config), read_config(options.config)[0], port)
+    answer = fetch_json(port, '/api/conversations', fields) or {}
+    views = as_list(answer.get('conversations'))
+    if options.json:
+        return say_json(views)
+    if not views:
+        return say('No conversation has a living cache.')
+    say_table([CONVERSATION_HEADS, *(
+        (view['conversation'], view['client'],
+         ' -> '.join(dict.fromkeys(map(str, (view['model'], view['upstream_model'])))), view['key'],
+         local_moment(view['since']), view['turns'],
+         f'{view["moves"]} ({view["why"]})' if view['moves'] else 0, view['tokens_read'],
+         view['tokens_written'], format_duration(view['cache_ms'] / 1000))
+        for view in views)], indent='')
+
+
 def say_ports(health):
     say_table([[printable(profile['name']), local_url(profile['port'])
-                if profile['port'] else 'not open'] for profile in health['profiles']])
+                if profile['port'] else 'not open', profile.get('strategy', '')]
+               for profile in health['profiles']])
+
+
+def local_moment(text):
+    """'04:55', 'Thu 09:00' or '13 Dec 09:00', by the local clock."""
+    moment = datetime.fromisoformat(text.replace('Z', '+00:00')).astimezone()
+    days = abs((moment.date() - datetime.now().date()).days)
+    return moment.strftime('%H:%M' if not days else '%a %H:%M' if days < 7 else '%d %b %H:%M')
+
+
+def describe_window(window):
+    """'7d 80 %, resets Thu 09:00, at this pace until Wed 03:00'."""
+    text = f'{window["name"]} {100 * window["used"]:.0f} %'
+    if window['resets_at']:
+        text += f', resets {local_moment(window["resets_at"])}'
+    if window['spent_at']:
+        return f'{text}, at this pace until {local_moment(window["spent_at"])}'
+    return text + (f', at this pace {100 * window["pace"]:.0f} % by then' if window['pace'] else '')
+
+
+def say_limits(keys):
+    """What is used of each plan's windows, and which keys share their limits."""
+    for place, key in enumerate(keys):
+        windows = [describe_window(w) for w in key['windows'] if (w.get('length_s') or 0) > 60]
+        if windows:
+            say(printable(f'  {key["id"]}: {"; ".join(windows)}'))
+        shared = [other['id'] for other in keys[:place]
+                  if other['ref'] in key.get('siblings', ())]
+        if shared:
+            say(f'  {key["id"]} adds no capacity a minute: it is of the organization of '
+                f'{shared[0]}')
 
 
 def say_keys(health):
@@ -12099,11 +12244,15 @@ def say_keys(health):
     for key in health['keys']:
         if key['problem'] and key['state'] != 'unused':
             say(paint('bad', f'  {key["id"]} cannot be used: {printable(key["problem"])}'))
+    say_limits(health['keys'])
     for cooling in health['cooldowns']:
         model = f' with {printable(cooling["model"])}' if cooling['model'] else ''
         left = format_duration(cooling['remaining_ms'] / 1000)
-        why = f'{cooling["status"] or ""} {cooling.get("words", cooling["reason"])}'.strip()
-        text = f'  {cooling["key"]}{model} cools for {left}: {why}'
+        why = f'{cooling["status"] or ""} {cooling["words"]}'.strip()
+        text = f'  {cooling.get("server") or cooling["key"]}{model} cools for {left}: {why}'
+        until, asked_at = (local_moment(cooling.get(name) or cooling['until'])
+                           for name in ('until', 'asked_at'))
+        text += f', resets {until}; tried again at {asked_at}' if until != asked_at else ''
         if cooling['message']:
             text += f', "{printable(cooling["message"])[:100]}"'
         say(paint('bad' if cooling['needs_attention'] else 'warn', text))
@@ -12236,7 +12385,8 @@ COMMANDS = (
     Command('stop', 'stop the running proxy; running answers may finish', cmd_stop, (NOW_OPTION,)),
     Command('restart', 'stop it, and start it in the background', cmd_restart, (NOW_OPTION,)),
     Command('status', 'what the running proxy does: ports, keys, cooldowns, requests', cmd_status,
-            (JSON_OPTION,)),
+            (flag('--conversations', 'which conversation has its cache at which key'),
+             JSON_OPTION)),
     Command('health', "the running proxy's /health as JSON; exit status 0 when all is well",
             cmd_health),
     Command('add-key', 'add an Anthropic API key or OAuth token', cmd_add_key,

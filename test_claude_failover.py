@@ -1275,6 +1275,7 @@ class ClassificationTest(unittest.TestCase):
                  [('requests', 0.01, 360, None)]),
                 ({'x-codex-primary-used-percent': '12.5', 'x-codex-primary-window-minutes': '300', 'x-codex-primary-reset-after-seconds': '60',
                   'x-codex-secondary-used-percent': '50', 'x-codex-secondary-window-minutes': '10080'}, [('5h', 0.125, 60, None), ('7d', 0.5, None, None)]),
+                ({'x-codex-spark-primary-used-percent': '100', 'x-codex-spark-primary-window-minutes': '300'}, [('5h_spark', 1, None, None)]),
                 ({'anthropic-ratelimit-requests-remaining': '5', 'x-ratelimit-remaining-tokens': 'x', 'x-codex-primary-used-percent': 'nan',
                   'anthropic-ratelimit-tokens-remaining': '5', 'anthropic-ratelimit-tokens-limit': '0', 'content-type': 'x'}, [])):
             with self.subTest(headers=headers):
@@ -1282,6 +1283,21 @@ class ClassificationTest(unittest.TestCase):
                 self.assertEqual([(limit.name, round(limit.used, 6), limit.resets_s and round(limit.resets_s), limit.status) for limit in read], limits)
                 self.assertEqual(cf.tells_limits(headers), True)
         self.assertFalse(cf.tells_limits({'content-type': 'x'}))
+
+    def test_the_pace_of_a_window_says_when_it_is_used_up(self):
+        hour, day = 3600, 86_400
+        for name, used, resets_s, pace, spent_s in (
+                ('5h', 0.5, 4 * hour, 2.5, hour), ('5h', 0.9, 2.5 * hour, 1.8, 2.5 * hour / 9),
+                ('5h', 0.1, 2.5 * hour, None, None),            # will last: nothing to say
+                ('7d', 0.8, 3.5 * day, 1.6, 0.875 * day), ('7d_opus', 0.8, 3.5 * day, 1.6, 0.875 * day),
+                ('7d', 0.3, 3.5 * day, 0.6, None), ('1.5d', 0.5, 1.125 * day, 2, 0.375 * day),
+                ('5h_spark', 0.5, 4 * hour, 2.5, hour),
+                ('5h', 0.5, 4.9 * hour, None, None), ('5h', 0.029, 2 * hour, None, None),     # chance
+                ('7d', 1, day, None, None), ('7d', 1.2, day, None, None), ('7d', 0.5, None, None, None),
+                ('7d', 0.5, 8 * day, None, None), ('requests', 0.5, 30, None, None), ('primary', 0.5, 30, None, None)):
+            with self.subTest(name=name, used=used, resets_s=resets_s):
+                said, spent_at = cf.window_pace(name, used, resets_s, START)
+                self.assertEqual((said and round(said, 6), spent_at and round(spent_at - START, 3)), (pace, spent_s and round(spent_s, 3)))
 
     def test_a_limit_that_resets_in_a_million_years_has_no_reset(self):
         for field, value in (('x-ratelimit-reset-requests', '9' * 14), ('x-ratelimit-reset-requests', '9' * 400),
@@ -4114,6 +4130,33 @@ class JournalTest(ScratchTest):
             metrics.note_limits('a', {'anthropic-ratelimit-requests-limit': '100',
                                       'anthropic-ratelimit-requests-remaining': str(100 - used)})
             self.assertEqual([round(limit.used, 2) for limit in metrics.limits('a')[1]], [used / 100])
+
+    def test_what_a_refusal_says_of_limits_is_not_lost(self):
+        def windows(**used):
+            return {f'anthropic-ratelimit-unified-{name}-{field}': value for name, share in used.items()
+                    for field, value in (('utilization', str(share)), ('reset', str(int(START) + 600)))}
+        clock = FakeClock(START)
+        metrics = cf.Metrics(clock)
+
+        def told():
+            return {limit.name: limit.used for limit in metrics.limits('a')[1]}
+        metrics.note_limits('a', windows(**{'5h': 0.1}))
+        metrics.note_limits('a', windows(**{'5h': 0.2, '7d_opus': 1}), is_refusal=True)
+        self.assertEqual(told(), {'5h': 0.2, '7d_opus': 1})
+        metrics.note_limits('a', windows(**{'5h': 0.1}))             # was sent before
+        self.assertEqual(told(), {'5h': 0.2, '7d_opus': 1})
+        for seconds, left in ((5, {'5h': 0.3, '7d_opus': 1}), (600, {'5h': 0.3})):
+            clock.now += seconds
+            metrics.note_limits('a', windows(**{'5h': 0.3}))         # another model's
+            metrics.note_limits('a', {'retry-after': '5'}, is_refusal=True)
+            self.assertEqual(told(), left)
+
+    def test_a_request_in_the_log_says_what_became_of_the_cache(self):
+        record = {'event': 'request', 'method': 'POST', 'path': '/v1/messages', 'model': 'm', 'status': 200, 'duration_ms': 5,
+                  'cache_read_input_tokens': 900, 'cache_creation_input_tokens': 70, 'conversation': 'ab12cd34', 'sticky': 'move',
+                  'moved_because': 'rate_limited', 'attempts': [{'key': 'b', 'status': 200}]}
+        self.assertEqual(cf.describe_record(record), 'POST /v1/messages m 200 in 5 ms: b 200, 900 tokens read from the cache, '
+                         '70 written to it, conversation ab12cd34 moved: rate_limited')
 
     def test_the_last_hour_is_told_by_minutes(self):
         clock = FakeClock(60 * 1000)
@@ -9783,6 +9826,67 @@ class ApiTest(ProgramTest):
         self.assertEqual((status['metrics']['by_provider'], status['metrics']['total'], status['metrics']['retries']), ({'anthropic': 1}, 1, 1))
         self.assertRegex(status['recent'][0]['time'], r'^20\d\d-')
 
+    def test_windows_tell_their_length_and_pace(self):
+        now = time.time()
+        for name, left_s in (('5h', 4 * 3600), ('7d', 86_400)):
+            self.anthropic.fields += [(f'anthropic-ratelimit-unified-{name}-utilization', '0.5'),
+                                      (f'anthropic-ratelimit-unified-{name}-reset', str(int(now + left_s)))]
+        self.anthropic.fields += [('anthropic-ratelimit-requests-limit', '50'), ('anthropic-ratelimit-requests-remaining', '10')]
+        self.send()
+        windows = self.call('GET', '/api/status')['keys'][0]['windows']
+        self.assertEqual([(w['name'], w['length_s'], w['pace'] and round(w['pace'], 1), w['spent_at'] is not None) for w in windows],
+                         [('5h', 18_000, 2.5, True), ('7d', 604_800, 0.6, False), ('requests', 60, None, False)])
+
+    def test_a_cooldown_tells_when_it_is_tried_again_and_when_the_limit_ends(self):
+        self.reload(make_document('a', cooldownMs=60_000, anthropicBaseUrl=self.anthropic.url))
+        self.anthropic.limited.add('a')
+        self.app.store.current = self.app.store.current._replace(queue_wait_ms=0)
+        self.send()
+        cooldown = self.call('GET', '/api/status')['cooldowns'][0]
+        ends_s, asked_s = (cf.unix_seconds(cf.datetime.fromisoformat(cooldown[name].replace('Z', '+00:00'))) - time.time()
+                           for name in ('until', 'asked_at'))
+        self.assertEqual((round(ends_s, -2), asked_s <= 60), (3000, True))
+
+    def test_a_server_that_cools_is_named_and_with_it_all_its_keys(self):
+        key = self.app.store.current.keys['anthropic:a']
+        outcome = cf.Outcome(cf.UNREACHABLE._replace(strikes=1), None, 'no route', 60)
+        self.app.cooldowns.cool(key, cf.Slot(key.ref, OPUS, server=self.anthropic.url), outcome, 3600)
+        status = self.call('GET', '/api/status')
+        cooldown = status['cooldowns'][0]
+        self.assertEqual((cooldown['key'], cooldown['ref'], cooldown['server'], cooldown['refs']),
+                         (None, None, self.anthropic.url, ['anthropic:a', 'anthropic:b']))
+        self.assertEqual([key['state'] for key in status['keys']], ['cooling', 'cooling'])
+
+    def test_conversations_tell_where_they_are(self):
+        self.assertEqual(self.call('GET', '/api/conversations'), {'conversations': []})
+        session = {'x_claude_code_session_id': 'one', 'user_agent': 'claude-cli/2'}
+        for _ in 'ab':
+            self.send(**session)
+        self.anthropic.limited.add('a')
+        self.send(**session)
+        [view] = self.call('GET', '/api/conversations')['conversations']
+        self.assertEqual([view[name] for name in ('client', 'model', 'upstream_model', 'key', 'ref', 'turns', 'moves', 'why')],
+                         ['claude-code', OPUS, OPUS, 'b', 'anthropic:b', 3, 1, 'rate_limited'])
+        self.assertEqual((len(view['conversation']), 0 < view['cache_ms'] <= 3_600_000), (8, True))
+        status = self.call('GET', '/api/status')
+        self.assertEqual((status['conversation_count'], [v['conversation'] for v in status['conversations']]), (1, [view['conversation']]))
+        self.assertEqual(cf.shown_ref('client:12ab'), {'ref': 'client', 'key': 'client'})
+
+    def test_a_profiles_strategy_is_told_and_changed(self):
+        self.assertEqual(self.call('GET', '/api/profiles')['profiles'][0]['strategy'], 'order')
+        self.assertEqual(self.call('PUT', '/api/profiles/default', {'strategy': 'spread'})['strategy'], 'spread')
+        self.assertEqual(self.call('GET', '/api/status')['profiles'][0]['strategy'], 'spread')
+        self.assertEqual(self.refused('PUT', '/api/profiles/default', {'strategy': 'best'}, 400)[0], 'strategy')
+        self.assertEqual(self.call('POST', '/api/profiles', {'name': 'x', 'port': free_port(), 'strategy': 'drain'}, 201)['strategy'], 'drain')
+        self.assertEqual(self.read_config()['profiles']['default']['strategy'], 'spread')
+
+    def test_keys_of_one_organization_are_told(self):
+        self.anthropic.fields = [('anthropic-organization-id', 'org-1'), ('anthropic-ratelimit-requests-limit', '50'),
+                                 ('anthropic-ratelimit-requests-remaining', '10')]
+        for ref in ('anthropic:a', 'anthropic:b'):
+            self.app.metrics.note_limits(ref, dict(self.anthropic.fields))
+        self.assertEqual([key['siblings'] for key in self.call('GET', '/api/status')['keys']], [['anthropic:b'], ['anthropic:a']])
+
     def test_the_status_tells_who_serves_each_model_in_use(self):
         serving = self.call('GET', '/api/status')['profiles'][0]['serving']
         self.assertEqual([(row['model'], row['state'], row['ref'], row['next']['ref']) for row in serving], [(None, 'ready', 'anthropic:a', 'anthropic:b')])
@@ -9901,6 +10005,7 @@ class ApiTest(ProgramTest):
         clock = FakeClock()
         call.app.health = lambda: {'uptime_s': clock.now, 'recent': [], 'cooldowns': [{'key': 'a', 'remaining_ms': clock.now, 'until': clock.now}]}
         call.app.metrics.history = lambda: []
+        call.app.failover = mock.Mock(now=clock, clock=clock, conversations=cf.Conversations(clock))
         reporter = cf.StatusReporter(call, clock)
         self.assertIn(b'"recent"', reporter.news())
         for seconds, news in ((0.5, b''), (1, b''), (1, b''), (20, b': \n\n'), (1, b'')):
@@ -11154,6 +11259,45 @@ class CommandLineTest(ScratchTest):
             self.assertIn(str(process.pid), self.run_command(command).stdout)
         os.unlink(self.path)
         self.assertIn(f'pid {process.pid}', self.run_command('status').stdout)
+
+    def test_status_says_what_is_used_when_it_ends_and_who_shares_it(self):
+        thursday, now = '2026-03-05T09:00:00.000Z', cf.datetime(2026, 3, 3, 1, 0)
+
+        def window(name, used, length_s, spent_at=None, pace=None):
+            return {'name': name, 'used': used, 'length_s': length_s, 'resets_at': thursday, 'spent_at': spent_at, 'pace': pace}
+
+        def key(id, *windows, siblings=()):
+            return {'id': id, 'ref': id, 'provider': 'anthropic', 'token': 'x', 'state': 'ready', 'answers': 1, 'problem': None,
+                    'windows': windows, 'siblings': siblings}
+
+        def cooling(key, server, asked_at):
+            return {'key': key, 'server': server, 'model': None, 'remaining_ms': 60_000, 'status': 429, 'words': 'x', 'message': '',
+                    'needs_attention': False, 'until': '2026-03-03T04:55:00.000Z', 'asked_at': asked_at}
+        health = {
+            'keys': [key('a', window('5h', 0.5, 18_000, '2026-03-03T03:10:00.000Z', 2), window('7d', 0.42, 604_800, pace=0.8),
+                         window('requests', 0.5, 60), siblings=['b']), key('b', siblings=['a'])],
+            'cooldowns': [cooling('a', None, '2026-03-03T01:55:00.000Z'), cooling(None, 'https://x.test', '2026-03-03T04:55:00.000Z')]}
+        self.addCleanup(time.tzset)
+        with mock.patch.object(cf, 'datetime', mock.Mock(wraps=cf.datetime, now=lambda: now)), \
+                mock.patch.dict(os.environ, TZ='UTC'), contextlib.redirect_stdout(io.StringIO()) as said:
+            time.tzset()
+            cf.say_keys(health)
+            self.assertEqual(cf.local_moment('2026-03-13T09:00:00.000Z'), '13 Mar 09:00')
+        for line in ('  a: 5h 50 %, resets Thu 09:00, at this pace until 03:10; 7d 42 %, resets Thu 09:00, at this pace 80 % by then',
+                     '  b adds no capacity a minute: it is of the organization of a',
+                     '  a cools for 60 s: 429 x, resets 04:55; tried again at 01:55', '  https://x.test cools for 60 s: 429 x'):
+            self.assertIn(line, said.getvalue().splitlines())
+
+    def test_conversations_are_listed_as_a_table_and_as_json(self):
+        self.write_config(self.free_port_document('a', accessToken='sesame', anthropicBaseUrl=PretendAnthropic(self).url))
+        _, port, _ = self.start()
+        self.assertEqual(self.run_command('status', '--conversations').stdout, 'No conversation has a living cache.\n')
+        with connect(port) as sock:
+            sock.sendall(request_bytes(body=messages_body(), connection='close', x_api_key='sesame', x_claude_code_session_id='one'))
+            self.assertIn(b'200 OK', read_all(sock))
+        [view] = json.loads(self.run_command('status', '--conversations', '--json').stdout)
+        heads, row = map(str.split, self.run_command('status', '--conversations').stdout.splitlines())
+        self.assertEqual((heads[:4], row[:4]), (['CONVERSATION', 'CLIENT', 'MODEL', 'KEY'], [view['conversation'], 'other', OPUS, 'a']))
 
     def test_start_names_keys_that_cannot_be_used_and_unknown_fields(self):
         document = self.free_port_document('a', queueWaitMS=1)
