@@ -11757,6 +11757,50 @@ class DashboardTest(ProgramTest):
     def order(self, provider='anthropic'):
         return self.browser.run('return [...document.querySelectorAll(arguments[0])].map((row) => row.dataset.id)', f'#keys-{provider} tbody tr')
 
+    def note_windows(self, ref, **windows):
+        """An answer of a key said so: window=(share, seconds to its reset)."""
+        self.app.metrics.note_limits(ref, {
+            'anthropic-organization-id': 'org-1', **{
+                f'anthropic-ratelimit-unified-{name}-{field}': value for name, (used, left_s) in windows.items()
+                for field, value in (('utilization', str(used)), ('reset', str(int(time.time() + left_s))))}}, True)
+
+    def test_limits_tell_their_pace_their_true_reset_and_who_shares_them(self):
+        for ref in ('anthropic:a', 'anthropic:b'):
+            self.note_windows(ref, **{'5h': (0.5, 4 * 3600), '7d': (0.42, 3 * 86_400), '7d_opus': (0.9, 3 * 86_400)})
+        key = self.app.store.current.keys['anthropic:a']
+        spent = cf.Outcome(next(rule for rule in cf.RULES if rule.name == 'window_spent'), 429, 'spent', 4 * 3600, ends_s=4 * 3600)
+        self.app.cooldowns.cool(key, cf.Slot(key.ref, OPUS), spent, 3600)
+        self.open('keys')
+        for text in ('7 days opus', 'at this pace until', 'at this pace 74 % by then', '; tried again at',
+                     'Of the organization of', 'adds no capacity a minute'):
+            self.shown(text)
+        outcome = cf.Outcome(cf.UNREACHABLE._replace(strikes=1), None, 'no route', 60)
+        self.app.cooldowns.cool(key, cf.Slot(key.ref, OPUS, server=self.anthropic.url), outcome, 3600)
+        self.open()
+        self.shown(self.anthropic.url, '#cooldowns')
+        self.shown('every key there', '#cooldowns')
+        self.assertEqual(self.browser.run('return document.querySelectorAll("#cooldowns li").length'), 2)
+
+    def test_conversations_are_a_table_once_there_are_any(self):
+        self.open()
+        self.assertIsNone(self.browser.run('return document.getElementById("conversations")'))
+        for limited in ('', 'a'):
+            self.anthropic.limited.update(limited)
+            self.send(x_claude_code_session_id='one', user_agent='claude-cli/2')
+        self.browser.until('document.getElementById("conversations")')
+        [view] = self.app.failover.conversations.snapshot()
+        for text in (view[0][:8], 'claude-code', 'rate limited'):
+            self.shown(text, '#conversations')
+
+    def test_a_profiles_strategy_is_chosen(self):
+        self.open('profiles')
+        self.browser.until('document.getElementById("strategy-default")')
+        self.browser.run('const select = document.getElementById("strategy-default"); select.value = "drain";'
+                         'select.dispatchEvent(new Event("change", {bubbles: true}))')
+        self.browser.until('profileNamed("default").strategy === "drain"')
+        self.browser.until('state.config.profiles[0].strategy === "drain"')
+        self.assertEqual(self.read_config()['profiles']['default']['strategy'], 'drain')
+
     def test_two_seconds_tell_what_is_served_and_a_rotation_appears_live(self):
         self.open()
         self.shown('Serving from a', '#state-sentence')
