@@ -2096,7 +2096,7 @@ def window_pace(name: str, used: float, resets_s: float | None,
                 now: float) -> tuple[float | None, float | None]:
     """(share that is used at the reset at this pace, unix seconds when all is used: None where
     it lasts); (None, None) where that says nothing, and for 5 hours that will last."""
-    length_s = window_length_s(name)
+    length_s = window_length_s(name) or 0
     passed = 1 - resets_s / length_s if length_s and resets_s else 0
     if min(passed, used) < LEAST_SHARE or used >= 1:
         return None, None
@@ -10714,17 +10714,13 @@ def health_status(profiles, keys, problems):
     return 'ok' if 'ready' in states else 'exhausted'
 
 
-#: Anthropic's limits a minute.
-A_MINUTES = ('requests', 'tokens')
-
-
 def limit_health(limit, noted, key):
     """A Limit as it is now: one that has been reset has nothing used."""
     now, resets = time.time(), None if limit.resets_s is None else noted + limit.resets_s
     is_over = resets is not None and resets <= now
     used, resets = (0, None) if is_over else (limit.used, resets)
     pace, spent_at = window_pace(limit.name, used, resets and resets - now, now)
-    is_minutes = key.provider == ANTHROPIC and limit.name.endswith(A_MINUTES)
+    is_minutes = key.provider == ANTHROPIC and limit.name.endswith(('requests', 'tokens'))
     return {'name': limit.name, 'used': round(used, 4),
             'length_s': 60 if is_minutes else window_length_s(limit.name),
             'resets_at': resets and utc_text(resets), 'status': None if is_over else limit.status,
@@ -12147,7 +12143,7 @@ def cmd_health(options):
 def cmd_status(options):
     health = running_health(options)
     if options.conversations:
-        return say_conversations(options, next(iter(open_ports(health).values())))
+        return say_conversations(options, next(iter(open_ports(health).values()), 0))
     if options.json:
         return say_json(health)
     metrics = health['metrics']
@@ -12177,10 +12173,6 @@ def describe_start(options, health):
     return 'started by hand; ' + ('it starts' if at_login else 'it does not start') + ' at login'
 
 
-CONVERSATION_HEADS = ('CONVERSATION', 'CLIENT', 'MODEL', 'KEY', 'SINCE', 'TURNS', 'MOVES', 'READ',
-                      'WRITTEN', 'CACHE LIVES')
-
-
 def say_conversations(options, port):
     fields = access_fields(find_running(options.config), read_config(options.config)[0], port)
     answer = fetch_json(port, '/api/conversations', fields) or {}
@@ -12189,10 +12181,11 @@ def say_conversations(options, port):
         return say_json(views)
     if not views:
         return say('No conversation has a living cache.')
-    say_table([CONVERSATION_HEADS, *(
+    heads = 'CONVERSATION,CLIENT,MODEL,KEY,SINCE,TURNS,MOVES,READ,WRITTEN,CACHE LIVES'
+    say_table([heads.split(','), *(
         (view['conversation'], view['client'],
-         ' -> '.join(dict.fromkeys(map(str, (view['model'], view['upstream_model'])))), view['key'],
-         local_moment(view['since']), view['turns'],
+         ' -> '.join(dict.fromkeys(map(str, (view['model'], view['upstream_model'])))),
+         view['key'], local_moment(view['since']), view['turns'],
          f'{view["moves"]} ({view["why"]})' if view['moves'] else 0, view['tokens_read'],
          view['tokens_written'], format_duration(view['cache_ms'] / 1000))
         for view in views)], indent='')
@@ -12218,7 +12211,8 @@ def describe_window(window):
         text += f', resets {local_moment(window["resets_at"])}'
     if window['spent_at']:
         return f'{text}, at this pace until {local_moment(window["spent_at"])}'
-    return text + (f', at this pace {100 * window["pace"]:.0f} % by then' if window['pace'] else '')
+    pace = window['pace']
+    return text + (f', at this pace {100 * pace:.0f} % by then' if pace else '')
 
 
 def say_limits(keys):
@@ -12250,8 +12244,8 @@ def say_keys(health):
         left = format_duration(cooling['remaining_ms'] / 1000)
         why = f'{cooling["status"] or ""} {cooling["words"]}'.strip()
         text = f'  {cooling.get("server") or cooling["key"]}{model} cools for {left}: {why}'
-        until, asked_at = (local_moment(cooling.get(name) or cooling['until'])
-                           for name in ('until', 'asked_at'))
+        until, asked_at = map(local_moment, (cooling['until'],
+                                             cooling.get('asked_at', cooling['until'])))
         text += f', resets {until}; tried again at {asked_at}' if until != asked_at else ''
         if cooling['message']:
             text += f', "{printable(cooling["message"])[:100]}"'

@@ -11791,6 +11791,8 @@ class DashboardTest(ProgramTest):
         [view] = self.app.failover.conversations.snapshot()
         for text in (view[0][:8], 'claude-code', 'rate limited'):
             self.shown(text, '#conversations')
+        self.browser.click('[data-action="request-open"] button')
+        self.shown('moved: rate limited', '#request-details')
 
     def test_a_profiles_strategy_is_chosen(self):
         self.open('profiles')
