@@ -5121,7 +5121,7 @@ class Metrics:
         self._looked[ref] = now
         if tells_limits(headers):
             _, before = self._limits.get(ref, (None, {}))
-            self._limits[ref] = now, {**family_fields(before, now), **headers}
+            self._limits[ref] = now, {**headers, **family_fields(before, now), **headers}
 
     def limits(self, ref: str) -> tuple[float | None, list[Limit]]:
         """(unix seconds of the answer, [Limit, ...]) for a key; (None, []) without one."""
@@ -12218,9 +12218,9 @@ def describe_window(window):
 def say_limits(keys):
     """What is used of each plan's windows, and which keys share their limits."""
     for place, key in enumerate(keys):
-        windows = [describe_window(w) for w in key['windows'] if (w.get('length_s') or 0) > 60]
-        if windows:
-            say(printable(f'  {key["id"]}: {"; ".join(windows)}'))
+        for window in key['windows']:
+            if (window.get('length_s') or 0) > 60:
+                say(printable(f'  {key["id"]}: {describe_window(window)}'))
         shared = [other['id'] for other in keys[:place]
                   if other['ref'] in key.get('siblings', ())]
         if shared:

@@ -4139,13 +4139,13 @@ class JournalTest(ScratchTest):
         metrics = cf.Metrics(clock)
 
         def told():
-            return {limit.name: limit.used for limit in metrics.limits('a')[1]}
+            return [(limit.name, limit.used) for limit in metrics.limits('a')[1]]
         metrics.note_limits('a', windows(**{'5h': 0.1}))
         metrics.note_limits('a', windows(**{'5h': 0.2, '7d_opus': 1}), is_refusal=True)
-        self.assertEqual(told(), {'5h': 0.2, '7d_opus': 1})
+        self.assertEqual(told(), [('5h', 0.2), ('7d_opus', 1)])
         metrics.note_limits('a', windows(**{'5h': 0.1}))             # was sent before
-        self.assertEqual(told(), {'5h': 0.2, '7d_opus': 1})
-        for seconds, left in ((5, {'5h': 0.3, '7d_opus': 1}), (600, {'5h': 0.3})):
+        self.assertEqual(told(), [('5h', 0.2), ('7d_opus', 1)])
+        for seconds, left in ((5, [('5h', 0.3), ('7d_opus', 1)]), (600, [('5h', 0.3)])):
             clock.now += seconds
             metrics.note_limits('a', windows(**{'5h': 0.3}))         # another model's
             metrics.note_limits('a', {'retry-after': '5'}, is_refusal=True)
@@ -11283,7 +11283,7 @@ class CommandLineTest(ScratchTest):
             time.tzset()
             cf.say_keys(health)
             self.assertEqual(cf.local_moment('2026-03-13T09:00:00.000Z'), '13 Mar 09:00')
-        for line in ('  a: 5h 50 %, resets Thu 09:00, at this pace until 03:10; 7d 42 %, resets Thu 09:00, at this pace 80 % by then',
+        for line in ('  a: 5h 50 %, resets Thu 09:00, at this pace until 03:10', '  a: 7d 42 %, resets Thu 09:00, at this pace 80 % by then',
                      '  b adds no capacity a minute: it is of the organization of a',
                      '  a cools for 60 s: 429 x, resets 04:55; tried again at 01:55', '  https://x.test cools for 60 s: 429 x'):
             self.assertIn(line, said.getvalue().splitlines())
