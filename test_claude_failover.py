@@ -4646,7 +4646,7 @@ class StateTest(ScratchTest):
                 self.assertEqual((self.told(), self.conversations.snapshot(), self.failover.repairs), ([], [], {}))
                 for cooling, left_s in self.cooldowns.snapshot():
                     self.assertLessEqual(left_s, 600, (name, value))
-                    cf.cooldown_health(cooling, left_s)
+                    cf.cooldown_health(cooling, [], *self.cooldowns.remaining_s(cooling))
                     cf.format_duration(self.cooldowns.remaining_s(cooling)[1])
 
     def test_it_is_saved_when_something_changed_and_only_then(self):
