@@ -9,16 +9,16 @@ One request, from top to bottom of its path (and from bottom to top of this file
 
     Handler             reads the head strictly, guards Host and Origin, matches ROUTES
     forward             makes a ClientRequest and an Exchange (both ends of one request)
-    Serving.serve       one round after another: plans, tries, queues
+    Serving.serve       one round after another, until one is answered; in each:
       plan_attempts     [Attempt(key, model), ...] in the profile's order, OpenAI's last
-      read_conversation for an OpenAI key: the request in OpenAI's words (WIRES)
+      order_attempts    where the conversation's cache is (Conversations), or by the strategy
+      Cooldowns.admit   passes over what cools; what has just come back is tried in line
+      find_target       where it goes, and how: to OpenAI in its own words (read_conversation)
       Upstream.open     sends one attempt; an UpstreamResponse or UpstreamUnreachable
       AnswerReader      reads an answer as far as it takes to know what it means
       classify          the Outcome: one row of RULES or OPENAI_RULES
-      TranslatedStream  OpenAI's answer in Anthropic's words, event by event
-      Cooldowns         which key cools, for which model, until when; who waits for it
       relay             the commit: after its first byte there is no failover any more
-      StreamCarrier     passes on the events of all streams
+      StreamCarrier     passes on the events of all streams; OpenAI's by a TranslatedStream
     final_failure       what the client gets when nothing is left
     Journal.finished    one log line, the counters, the recent requests
 
