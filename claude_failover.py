@@ -457,11 +457,8 @@ def make_private(target: str | int) -> int | None:
 
 
 def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
-    """Replaces the file by `data`, whole or not at all.
-
-    The temporary file is beside the real file: a symbolic link (into a dotfiles repository)
-    stays one, and the rename stays within one file system.
-    """
+    """Replaces the file by `data`, whole or not at all.  The temporary file is beside the real
+    one: a symbolic link stays one, and the rename stays within one file system."""
     path = os.path.realpath(path)
     temporary = f'{path}.{os.getpid()}.{threading.get_ident()}.tmp'
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -518,7 +515,7 @@ def remove_leftovers(path: str) -> None:
 MAX_NESTING = 50
 NAME = re.compile(r'[A-Za-z0-9._-]{1,64}')
 TOKEN = re.compile(r'[!-~]+')
-LONE_SURROGATE = re.compile('[\ud800-\udfff]')
+LONE_SURROGATE = re.compile('[\ud800-\udfff]')     # JSON's \u can write it, UTF-8 cannot
 ANTHROPIC, OPENAI = 'anthropic', 'openai'
 CLIENT_REF = 'client'
 #: Wire formats: Anthropic's, and OpenAI's two.
@@ -625,16 +622,14 @@ def check_model_map(value):
 
 def is_near(host):
     """Whether a host is this machine or on a private network, where plain http is usual."""
-    if host == 'localhost' or '.' not in host.strip('.') and ':' not in host:
-        return True
-    if host.endswith(('.local', '.internal', '.lan', '.localhost')):
+    if not set('.:').intersection(host.strip('.')) or host.endswith(
+            ('.local', '.internal', '.lan', '.localhost')):
         return True
     import ipaddress
     try:
-        address = ipaddress.ip_address(host)
+        return ipaddress.ip_address(host).is_private      # loopback and link-local too
     except ValueError:
         return False
-    return address.is_private or address.is_loopback or address.is_link_local
 
 
 def check_base_url(value: Any) -> str | None:
@@ -705,11 +700,10 @@ KEY_FIELD_CHECKS = {
     'type': one_of('api-key', 'oauth', 'api_key', 'oauth_token'), 'label': check_text,
     'baseUrl': check_base_url, 'modelMapping': check_model_map,
     'api': one_of(CHAT_COMPLETIONS, RESPONSES)}
-KNOWN_KEY_FIELDS = ('token', 'addedAt', *KEY_FIELD_CHECKS)
 KNOWN_FIELDS = {
     'profiles': ('port', *ORDER_FIELDS.values(), 'priorityOrder', 'openaiModelMapping',
                  'strategy'),
-    **dict.fromkeys(KEY_FIELDS.values(), KNOWN_KEY_FIELDS)}
+    **dict.fromkeys(KEY_FIELDS.values(), ('token', 'addedAt', *KEY_FIELD_CHECKS))}
 STRATEGIES = ('order', 'spread', 'drain')
 
 
@@ -741,7 +735,10 @@ def parse_config(document: Any) -> Config:
     profiles = {name: parse_profile(name, entry, keys) for name, entry in entries.items()}
     refuse_shared_ports(profiles)
     values = {attribute_name(s.name): setting_value(document, s) for s in SETTINGS}
-    refuse_half_characters(texts)
+    for path in (path for path, text in texts if LONE_SURROGATE.search(text)):
+        raise ConfigError(
+            f'{".".join(map(printable, path))} holds half a character (a lone surrogate): '
+            'write it anew.', field=path[2 if len(path) > 2 else 0])      # an entry's
     has_other_providers = any(key.provider == OPENAI or key.base_url for key in keys.values())
     return Config(document, profiles, keys, has_other_providers, **values)
 
@@ -761,16 +758,6 @@ def texts_in(document):
             entries = value.items() if isinstance(value, dict) else enumerate(value)
             for name, entry in entries:
                 places += [((*path, name), entry), ((*path, name), name)]
-
-
-def refuse_half_characters(texts):
-    """Raises ConfigError for a text that no file can hold in UTF-8: JSON's \\u can write one half
-    of a surrogate pair without the other."""
-    for path, text in texts:
-        if LONE_SURROGATE.search(text):
-            raise ConfigError(
-                f'{".".join(map(printable, path))} holds half a character (a lone surrogate): '
-                'write it anew.', field=path[2 if len(path) > 2 else 0])      # an entry's
 
 
 def object_field(document, field):
@@ -856,12 +843,9 @@ def parse_order(field, entry, keys):
 
 def refuse_missing(field: str, names: list, known, prefix: str = '') -> None:
     refuse_wrong(field, names, check_texts)
-    for name in names:
-        if prefix + name in known:
-            continue
+    for name in (name for name in names if prefix + name not in known):
         meant = ' or '.join(f'"{ref}"' for ref in known if ref.partition(':')[2] == name)
-        remedy = (f'write {meant}' if meant else
-                  'add that key, or take the name out of the order')
+        remedy = f'write {meant}' if meant else 'add that key, or take the name out of the order'
         raise ConfigError(f'{field} names {printable(name)!r}, which is no key: {remedy}.',
                           field=field.rpartition('.')[2])
 
@@ -894,8 +878,7 @@ def add_key(config: Config, provider: str, token: str, label: str, added_at: str
     token = new_token(config, provider, token, base_url)
     refuse_token_as_label(label)
     document = document_with_profiles(config)
-    entries = document.get(KEY_FIELDS[provider]) or {}
-    document[KEY_FIELDS[provider]] = entries
+    entries = document[KEY_FIELDS[provider]] = document.get(KEY_FIELDS[provider]) or {}
     if provider == OPENAI and not entries:
         document['openaiModelFallback'] = True
     id = free_id(label or 'key', entries)
@@ -910,8 +893,7 @@ def add_key(config: Config, provider: str, token: str, label: str, added_at: str
 
 
 def new_token(config, provider, token, base_url):
-    """The token without blanks.  Raises ConfigError when a key has it already, or when it is
-    another provider's."""
+    """The token without blanks.  Raises ConfigError for a known one or another provider's."""
     token = token.strip()
     if not token:
         raise ConfigError('The token is empty: nothing was changed.', field='token')
@@ -1022,8 +1004,7 @@ def add_profile(config: Config, name: str, port: int | None = None,
 
 
 def edit_profile(config: Config, name: str, changes: dict) -> Config:
-    """The Config in which a profile has another name, port, order or strategy.  Raises
-    UnknownProfile, ConfigError."""
+    """The Config with a profile's name, port, order or strategy changed.  Raises ConfigError."""
     refuse_unknown_profile(config, name)
     changes = dict(changes)
     new_name = changes.pop('name', None) or name
@@ -1139,18 +1120,13 @@ MAX_CHAIN = 5                 # models
 
 
 def map_model(mapping: dict, model: str) -> str | None:
-    """The name that `mapping` gives a model; None when no row matches.
-
-    The exact name wins, then the longest pattern ending in `*`; a `*` in the value stands
-    for what the pattern's `*` matched.
-    """
+    """The name that `mapping` gives a model, or None.  The exact name wins, then the longest
+    pattern ending in `*`; a `*` in the value stands for what the pattern's matched."""
     if model in mapping:
         return mapping[model]
     patterns = [name for name in mapping if name.endswith('*') and model.startswith(name[:-1])]
-    if not patterns:
-        return None
-    pattern = max(patterns, key=len)
-    return mapping[pattern].replace('*', model[len(pattern) - 1:])
+    pattern = max(patterns, key=len, default=None)
+    return pattern and mapping[pattern].replace('*', model[len(pattern) - 1:])
 
 
 def model_chain(mapping: dict, model: str | None) -> list:
@@ -1167,8 +1143,7 @@ OPENAI_NAME = re.compile(r'gpt-|chatgpt-|o\d')
 
 
 def map_to_openai(config, profile, key, model):
-    """The model that an OpenAI key is asked for: by its own mapping, else the profile's, else
-    the general one, else the name itself."""
+    """What an OpenAI key is asked for, by its own mapping, its profile's or the general one."""
     is_own_name = OPENAI_NAME.match(model)
     for mapping in (key.model_mapping, profile.model_mapping, config.openai_model_mapping):
         mapped = mapping.get(model) if is_own_name else map_model(mapping, model)
@@ -1202,13 +1177,9 @@ def made_id(path: str) -> str | None:
 
 def plan_attempts(config: Config, profile: Profile, models: list, client_key: Key | None) -> Plan:
     """The Plan: every Claude key of the profile for the first model, then for the next; OpenAI
-    keys at their place for the first model, and behind the last Claude key as last resort.
-    Without a Claude key they are what there is.
-
-    `models` is a chain, or [None] for a request that names no model.  `client_key` stands
-    for the client's own credential (None: it sent none), at its place in the order, or alone
-    where no key is configured.
-    """
+    keys at their place for the first model, and behind the last Claude key, if there is one, as
+    last resort.  `models` is a chain, or [None] for a request that names none.  `client_key`, the
+    client's own (or None), has its place in the order, or is alone where no key is configured."""
     known = {**config.keys, CLIENT_REF: client_key}
     keys = [known[ref] for ref in profile.order if known[ref]]
     keys = [key for key in keys if is_served(config, key)] or ([client_key] if client_key else [])
@@ -1271,21 +1242,19 @@ UNSIGNED = (b'"signature":""', b'"signature": ""', b'"signature":null', b'"signa
 
 
 class RequestBody:
-    """A request's bytes, parsed only when something needs it."""
+    """A request's bytes, parsed only when something needs it; `model` may be None."""
 
     def __init__(self, data: bytes | bytearray):
         self.data = data
         match = MODEL_FIRST.match(data)
-        #: The model that is asked for, or None.
         self.model = match.group(1).decode() if match else text_or_none(self.json.get('model'))
 
     @functools.cached_property
     def json(self) -> dict:
         """The JSON object; {} for a body of another kind, which the upstream will refuse."""
-        try:
+        with contextlib.suppress(ValueError):
             return loads_object(self.data)
-        except ValueError:
-            return {}
+        return {}
 
     @property
     def is_streamed(self) -> bool:
@@ -1370,8 +1339,8 @@ def without_thinking(body: dict, is_unwanted=lambda block: True) -> dict:
     for message in body['messages']:
         content = message.get('content') if isinstance(message, dict) else None
         if isinstance(content, list) and message.get('role') == 'assistant':
-            kept = [block for block in content
-                    if not (is_thinking(block) and is_unwanted(block))]
+            kept = [block for block in content if as_dict(block).get('type') not in
+                    ('thinking', 'redacted_thinking') or not is_unwanted(block)]
             if content and not kept:
                 continue
             message = {**message, 'content': kept}
@@ -1384,9 +1353,6 @@ def without_fast_mode(data: bytes, betas: list) -> tuple[bytes, list]:
     body = {name: value for name, value in loads_object(data).items() if name != 'speed'}
     return dump_body(body), [beta for beta in betas if not beta.startswith('fast-mode')]
 
-
-def is_thinking(block):
-    return isinstance(block, dict) and block.get('type') in ('thinking', 'redacted_thinking')
 
 
 def is_unsigned(block):
@@ -1503,15 +1469,12 @@ def build_request(request, key: Key, base_url: str, token: str, data: bytes | by
         credentials = [key_field(token, is_bearer)]
         if is_bearer and OAUTH_BETA not in betas:
             betas = [*betas, OAUTH_BETA]
-    lines = [f'{request.method} {base.path}{request.target} HTTP/1.1', f'host: {base.host_field}']
-    lines += [f'{name}: {value}' for name, value in credentials]
-    if betas:
-        lines.append('anthropic-beta: ' + ','.join(betas))
-    if request.has_body:
-        lines.append(f'content-length: {len(data)}')
-    lines.append('accept-encoding: identity')
-    head = '\r\n'.join(lines) + '\r\n' + request.forwarded_head + '\r\n'
-    return UpstreamRequest(base, request.method, head.encode('latin-1'), data)
+    fields = [('host', base.host_field), *credentials]
+    fields += [('anthropic-beta', ','.join(betas))] if betas else []
+    fields += [('content-length', len(data))] if request.has_body else []
+    head = request_head(f'{request.method} {base.path}{request.target} HTTP/1.1',
+                        [*fields, ('accept-encoding', 'identity')], request.forwarded_head)
+    return UpstreamRequest(base, request.method, head, data)
 
 
 def is_oauth(key, token):
@@ -1524,10 +1487,10 @@ def key_field(token, is_bearer):
     return ('authorization', f'Bearer {token}') if is_bearer else ('x-api-key', token)
 
 
-def request_head(first_line: str, fields) -> bytes:
-    """The bytes of a request's head."""
+def request_head(first_line: str, fields, more: str = '') -> bytes:
+    """The bytes of a request's head; `more` are whole lines."""
     lines = [first_line, *(f'{name}: {value}' for name, value in fields)]
-    return ('\r\n'.join(lines) + '\r\n\r\n').encode('latin-1')
+    return ('\r\n'.join(lines) + '\r\n' + more + '\r\n').encode('latin-1')
 
 
 def common_fields(target, token, is_bearer=True):
@@ -1584,11 +1547,9 @@ def build_key_test(target: Target, key: Key, token: str) -> UpstreamRequest:
 # What a refused request becomes: learnt from the upstream's complaint, not from a list of models.
 
 class Repair(NamedTuple):
-    """How to send a request without one thing that a model lacks.
-
-    `pattern` finds the complaint in a 400's message, and its groups the subject, which
-    `edit(body, subject)` (or, of a beta, the header) loses.
-    """
+    """How to send a request without one thing that a model lacks.  `pattern` finds the complaint
+    in a 400's message, and its groups the subject, which `edit(body, subject)` (or, of a beta,
+    the header) loses."""
     name: str
     pattern: str
     edit: Callable = lambda body, subject: body
@@ -1611,9 +1572,6 @@ def without_path(value: Any, path: list | tuple) -> Any:
     return {**value, name: without_path(value[name], rest)}
 
 
-def leave_out(*path):
-    return lambda body, subject: without_path(body, path)
-
 
 def leave_out_thinking(body, subject):
     """Without the `thinking` field, and the `context_management` edits that need it."""
@@ -1626,10 +1584,13 @@ def leave_out_thinking(body, subject):
     return without_path(body, ['context_management'])
 
 
-def smaller(number, text):
-    return min(number, int(text)) if is_whole(number) else int(text)
-
-
+def with_output_limit(body, subject):
+    """With at most so many output tokens ('8192'), less what the input takes ('8192 100')."""
+    limit, *taken = map(int, subject.split())
+    limit = max(1, limit - sum(taken))
+    names = ('max_completion_tokens', 'max_output_tokens', 'max_tokens')
+    return {**body, **{name: min(filter(is_whole, (limit, body[name])))
+                       for name in names if name in body}}
 class Needed(NamedTuple):
     """A repair that a complaint asks for."""
     name: str
@@ -1649,12 +1610,13 @@ MODEL_REPAIRS = (
                    r'|anthropic-beta\D{0,40}?([a-z][a-z0-9-]*-\d{4}-\d\d-\d\d)'),
     Repair('field', r'^([A-Za-z_][\w.-]*): extra inputs are not permitted',
            lambda body, subject: without_path(body, subject.split('.'))),
-    Repair('max_tokens', r'max_tokens: \d+ > (\d{1,9})',
-           lambda body, subject: {**body, 'max_tokens': smaller(body.get('max_tokens'), subject)}),
+    Repair('max_tokens', r'max_tokens: \d+ > (\d{1,9})', with_output_limit),
     Repair('effort', r'\beffort\b', lambda body, subject: without_path(without_path(
         body, ['output_config', 'effort']), ['messages', '0', 'output_config', 'effort'])),
-    Repair('output_config', r'output_config', leave_out('output_config')),
-    Repair('context_management', r'context_management', leave_out('context_management')),
+    Repair('output_config', r'output_config',
+           lambda body, subject: without_path(body, ['output_config'])),
+    Repair('context_management', r'context_management',
+           lambda body, subject: without_path(body, ['context_management'])),
     Repair('thinking', r'thinking', leave_out_thinking),
 )
 REPAIRS = CONVERSATION_REPAIRS + MODEL_REPAIRS
@@ -1683,21 +1645,13 @@ def without_parameter(body, subject):
     return without_path(body, re.findall(r'[\w-]+', subject))
 
 
-def with_output_limit(body, subject):
-    """With at most so many output tokens ('8192'), less what the input takes ('8192 100')."""
-    limit, *taken = map(int, subject.split())
-    limit = max(1, limit - sum(taken))
-    names = ('max_completion_tokens', 'max_output_tokens', 'max_tokens')
-    return {**body, **{name: min(body[name], limit) for name in names if name in body}}
-
 
 EFFORTS = ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
 
 
 def nearest_effort(effort: str, accepted) -> str | None:
-    """The highest accepted effort that is not above this one, else the lowest; None without
-    any but `none`."""
-    ranked = [name for name in EFFORTS if name in accepted and name != 'none']
+    """The highest accepted effort but `none` that is not above this one, else the lowest."""
+    ranked = [name for name in EFFORTS[1:] if name in accepted]
     below = [name for name in ranked if EFFORTS.index(name) <= EFFORTS.index(effort)]
     return (below[-1:] or ranked[:1] or [None])[0]
 
@@ -1930,11 +1884,8 @@ def retry_after_s(answer):
 
 
 def parse_retry_after(value, now):
-    """Seconds to wait from a Retry-After field; None when absent, unreadable or absurd.
-
-    Reads delay-seconds, also with a fraction, and HTTP-date (RFC 9110 section 10.2.3); a
-    past date gives 0.  A field that came twice counts once.
-    """
+    """Seconds to wait from a Retry-After field (RFC 9110 section 10.2.3), also with a fraction or
+    come twice; a past date gives 0.  None when absent, unreadable or absurd."""
     number = NUMBER.match((value or '').strip())
     if number:
         return sane_hint(float(number.group(1)))
@@ -1945,8 +1896,7 @@ def parse_retry_after(value, now):
 
 
 def parse_reset(value, now):
-    """Seconds until a rate-limit reset: unix seconds, or RFC 3339.  None when unreadable,
-    past or absurd."""
+    """Seconds until a reset in unix seconds or RFC 3339; None when unreadable, past or absurd."""
     value = (value or '').partition(',')[0].strip()
     number = NUMBER.match(value)
     try:
@@ -1969,12 +1919,9 @@ REMAINING = re.compile(r'(anthropic-ratelimit-.+)-remaining')
 
 
 def rejected_windows(headers):
-    """{window: its reset as a text} of the unified windows that are rejected.
-
-    Windows are found by the headers' shape, not from a list: '5h', '7d', '7d_opus' ...  The
-    summary stands for one ('', or the family that it claims) where no other is rejected.
-    'overage' is no window: it says whether extra usage is bought.
-    """
+    """{window: its reset as a text} of the unified windows that are rejected: '5h', '7d_opus',
+    found by the headers' shape.  The summary stands for one ('', or the family that it claims)
+    where no other is.  'overage' is no window: it says whether extra usage is bought."""
     summary_reset, windows = headers.get(UNIFIED + 'reset', ''), {}
     for name, value in headers.items():
         match = WINDOW_STATUS.fullmatch(name)
@@ -1986,10 +1933,6 @@ def rejected_windows(headers):
     claim = headers.get(UNIFIED + 'representative-claim', '')
     return {claim: windows['']} if '' in windows and FAMILY_CLAIM.fullmatch(claim) else windows
 
-
-def is_key_rejected(answer):
-    """Whether a window that covers every model is spent."""
-    return not KEY_WINDOWS.isdisjoint(rejected_windows(answer.headers))
 
 
 def seconds_to_window_reset(answer):
@@ -2148,16 +2091,6 @@ def extra_usage_ends_s(headers: dict, now: float) -> float:
     return max(filter(None, resets), default=300)
 
 
-def lacks_rate_limit_fields(answer):
-    return 'retry-after' not in answer.headers and not any(
-        name.startswith('anthropic-ratelimit-') for name in answer.headers)
-
-
-def find_fallback_repair(answer):
-    """What a fallback's 400 needs; those of the model that it asked for Claude Code mends itself,
-    by their wording."""
-    return find_repair(answer.message, MODEL_REPAIRS) if answer.is_fallback else None
-
 
 #: The policy, first match first.  A new status or wording is a row.
 ANSWERED = Rule('answered', range(200, 400), Step.RELAY)
@@ -2202,7 +2135,9 @@ RULES = (
          words='not allowed by its organization', **BY_A_PERSON),
     Rule('bad_thinking', (400,), Step.REPAIR,
          when=lambda answer: find_repair(answer.message, CONVERSATION_REPAIRS)),
-    Rule('unsupported_field', (400,), Step.REPAIR, when=find_fallback_repair),
+    # Claude Code mends its own requests for the model that it asked for, by the wording.
+    Rule('unsupported_field', (400,), Step.REPAIR, when=lambda answer: answer.is_fallback
+         and find_repair(answer.message, MODEL_REPAIRS)),
     AUTH_FAILED,
     BILLING,
     NO_MODEL._replace(statuses=(400, 403, 404), other_providers=True,
@@ -2214,8 +2149,8 @@ RULES = (
     Rule('other_limit', (429,), Step.NEXT_KEY, other_models=False,
          when=lambda answer: answer.path != MESSAGES_PATH),
     Rule('window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
-         when=is_key_rejected, hint=seconds_to_window_reset, asks_again=LATER,
-         words='5-hour or 7-day limit reached'),
+         when=lambda answer: not KEY_WINDOWS.isdisjoint(rejected_windows(answer.headers)),
+         hint=seconds_to_window_reset, asks_again=LATER, words='5-hour or 7-day limit reached'),
     Rule('family_window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.PAIR,
          cooldown_s=300, when=lambda answer: bool(rejected_windows(answer.headers)),
          hint=seconds_to_window_reset, asks_again=LATER,
@@ -2230,7 +2165,8 @@ RULES = (
     RATE_LIMITED._replace(hint=seconds_to_limit_reset,
                           when=lambda answer: seconds_to_limit_reset(answer) is not None),
     Rule('request_limited', (429,), Step.NEXT_KEY, tries=2, other_models=False,
-         when=lambda answer: lacks_rate_limit_fields(answer)
+         when=lambda answer: 'retry-after' not in answer.headers
+         and not rate_limit_fields(answer.headers)
          and answer.headers.get('x-should-retry', '').lower() == 'true'),
     RATE_LIMITED._replace(name='throttled', doubles_to_s=300),
     OVERLOADED,
@@ -2242,17 +2178,13 @@ DURATION = re.compile(r'(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:(
 
 
 def parse_duration(text):
-    """Seconds in '6m0s', '350ms', '1h2m3.5s' or a bare number of seconds; None when it is
-    none of these."""
+    """Seconds in '6m0s', '350ms', '1h2m3.5s' or a bare number of seconds; None in others."""
     text = (text or '').strip()
+    match = DURATION.fullmatch(text + 's' if re.fullmatch(r'[\d.]+', text) else text)
+    if not text or not match:
+        return None
+    parts = zip(match.groups(), (86_400_000, 3_600_000, 60_000, 1000, 1))
     try:
-        if re.fullmatch(r'[\d.]+', text):
-            return float(text)
-        match = DURATION.fullmatch(text)
-        if not text or not match:
-            return None
-        units_ms = (86_400_000, 3_600_000, 60_000, 1000, 1)
-        parts = zip(match.groups(), units_ms)
         return sum(float(part) * unit_ms for part, unit_ms in parts if part) / 1000
     except ValueError:                # '1.2.3'
         return None
@@ -2399,8 +2331,7 @@ def classify(answer: Answer, rules: tuple = RULES) -> Outcome:
 
 
 class ErrorText(NamedTuple):
-    """What an error body says, cut to what a person would read: the search for patterns holds up
-    other threads."""
+    """What an error body says, cut short: the search for patterns holds up other threads."""
     type: str                 # with the code behind it, where there is one
     message: str
     details: dict = {}        # the `error` object itself
@@ -2410,11 +2341,9 @@ NO_ERROR = ErrorText('', '')
 
 
 def read_error(body: bytes | bytearray) -> ErrorText:
-    """The ErrorText of an error body: of one in no known shape its beginning.
-
-    Reads Anthropic's and OpenAI's `error` object, a bare `message` (vLLM), an `error` that is
-    a text (Ollama), and `detail`, a text or a list (Codex, FastAPI).
-    """
+    """The ErrorText of an error body: Anthropic's and OpenAI's `error` object, a bare `message`
+    (vLLM), an `error` that is a text (Ollama), `detail`, a text or a list (Codex, FastAPI), else
+    its beginning."""
     try:
         document = loads_object(body)
     except ValueError:
