@@ -2407,8 +2407,7 @@ PING_EVENT = event_bytes({'type': 'ping'})
 
 
 def status_of_error(error: dict) -> int:
-    """The HTTP status that an `error` object inside a 200 stands for.  Servers of Anthropic's wire
-    put OpenAI's codes there too."""
+    """The HTTP status behind an `error` object in a 200, of OpenAI's codes too."""
     return STATUS_OF_ERROR.get(str(error.get('type'))) or error_status(error)
 
 
@@ -2438,10 +2437,8 @@ class EventStream:
 
     def __init__(self):
         self.has_begun = False    # message_start came
-        #: The type of the first event that is more than a greeting.
-        self.opened_by: str | None = None
-        #: The upstream's own `error` object, which ended it.
-        self.failure: dict | None = None
+        self.opened_by: str | None = None     # the type of the first event beyond a greeting
+        self.failure: dict | None = None      # the upstream's `error` object, which ended it
         self.stopped = False      # message_stop came
         self.stop_reason = None
         self.is_over = False      # what still comes would be no part of the message
@@ -2733,11 +2730,6 @@ def read_block(block, notes):
     return [Text(f'[{type} omitted]')]
 
 
-def read_text_block(block, notes):
-    text = block_text(block)
-    return [Text(text)] if text else []
-
-
 def source_url(source):
     """The https: or data: URL of an image or document; None of one that has neither."""
     if source.get('type') == 'base64':
@@ -2812,7 +2804,8 @@ def read_server_result(block, notes):
 
 
 BLOCKS = {
-    'text': read_text_block, 'image': read_image, 'document': read_document,
+    'text': lambda block, notes: [Text(text) for text in [block_text(block)] if text],
+    'image': read_image, 'document': read_document,
     'search_result': read_search_result, 'tool_use': read_call, 'tool_result': read_result,
     'thinking': read_thinking, 'redacted_thinking': read_thinking,
     'mcp_tool_result': lambda block, notes: read_result_content(block.get('content'), notes),
@@ -3062,16 +3055,15 @@ class RequestWriter:
     """What the writers of both wire formats know and share."""
 
     write: Callable[[], dict]         # the request's body
-    _TURNS: dict[str, Callable]       # role -> method that gives [message or item, ...]
 
     def __init__(self, conversation, target):
         self._conversation, self._target, self._body = conversation, target, conversation.body
         self._limits = find_limits(target.model)
 
     def _turns(self):
-        """[message or item, ...] of the whole conversation."""
+        """[message or item, ...] of the whole conversation, by _user_turn and the like."""
         return [item for turn in self._conversation.turns
-                for item in self._TURNS[turn.role](self, turn.parts)]
+                for item in getattr(self, f'_{turn.role}_turn')(turn.parts)]
 
     def _output_limit(self):
         """The wanted output tokens as far as the model gives them; None where none are named."""
@@ -3103,7 +3095,9 @@ class ChatWriter(RequestWriter):
 
     def write(self):
         body, target = self._body, self._target
-        out = {'model': target.model, 'messages': self._messages()}
+        system = self._conversation.system
+        messages = [{'role': 'system', 'content': system}] if system else []
+        out = {'model': target.model, 'messages': messages + self._turns()}
         limit = self._output_limit()
         if limit is not None:         # older servers ignore the new name, and write on and on
             is_new = target.is_openai or self._limits.pattern
@@ -3157,10 +3151,6 @@ class ChatWriter(RequestWriter):
             function['strict'] = True
         return {'type': 'function', 'function': function}
 
-    def _messages(self):
-        system = self._conversation.system
-        return ([{'role': 'system', 'content': system}] if system else []) + self._turns()
-
     def _system_turn(self, parts):
         return [{'role': 'system', 'content': joined_text(parts)}]
 
@@ -3181,7 +3171,7 @@ class ChatWriter(RequestWriter):
         message = {'role': 'assistant', 'content': text}
         return [{**message, 'tool_calls': calls} if calls else message]
 
-    def _result_turn(self, results):
+    def _results_turn(self, results):
         """Tool messages hold text alone: media follow in a user message."""
         messages, media = [], []
         for result in results:
@@ -3206,9 +3196,6 @@ class ChatWriter(RequestWriter):
             return {'type': 'file', 'file': {'filename': part.name, 'file_data': part.url}}
         self._conversation.notes.leave_out('document')
         return {'type': 'text', 'text': f'[document omitted: {part.name}]'}
-
-    _TURNS = {'system': _system_turn, 'user': _user_turn, 'assistant': _assistant_turn,
-              'results': _result_turn}
 
 
 TOOL_MODES = {'auto': 'auto', 'any': 'required', 'none': 'none'}
@@ -3312,7 +3299,7 @@ class ResponsesWriter(RequestWriter):
                               'encrypted_content': part.payload})
         return items
 
-    def _result_turn(self, results):
+    def _results_turn(self, results):
         items = []
         for result in results:
             has_media = any(isinstance(part, Media) for part in result.parts)
@@ -3321,9 +3308,6 @@ class ResponsesWriter(RequestWriter):
             items.append({'type': 'function_call_output', 'output': output,
                           'call_id': shortened(result.call.id, MAX_RESPONSES_ID_CHARS)})
         return items
-
-    _TURNS = {'system': _system_turn, 'user': _user_turn, 'assistant': _assistant_turn,
-              'results': _result_turn}
 
 
 def responses_message(role, parts):
@@ -3465,12 +3449,9 @@ STOP_REASONS = {'length': 'max_tokens', 'content_filter': 'refusal'}
 
 
 class MessageEvents(EventStream):
-    """Writes the events of one message: blocks strictly one after another, whatever the order
-    in which their parts come (docs: streaming messages).
-
-    Each part comes with a key, the upstream's own name for its block.  Only the first block of
-    the queue is open; the others wait for it to be whole.
-    """
+    """Writes the events of one message: blocks strictly one after another, whatever the order in
+    which their parts come, each with a key, the upstream's name for its block.  Only the first
+    of the queue is open; the others wait for it to be whole (docs: streaming messages)."""
 
     _status_of = staticmethod(error_status)
 
@@ -3945,16 +3926,10 @@ class ChatStream(TranslatedStream):
         self._write_arguments(key, text_or_none(arguments))
 
 
-#: What servers call a text of thinking.
-REASONING_FIELDS = ('reasoning_content', 'reasoning')
-
-
 def reasoning_text(delta):
-    """The thinking in a delta."""
-    for name in REASONING_FIELDS:
-        if isinstance(delta.get(name), str) and delta[name]:
-            return delta[name]
-    return content_text(as_list(delta.get('reasoning_details')))
+    """The thinking in a delta, whatever its server calls it."""
+    return (text_or_none(delta.get('reasoning_content')) or text_or_none(delta.get('reasoning'))
+            or content_text(as_list(delta.get('reasoning_details'))))
 
 
 class ResponsesStream(TranslatedStream):
