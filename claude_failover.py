@@ -277,8 +277,7 @@ def error_reason(error: BaseException) -> str:
     can quote a header value that was sent."""
     if isinstance(error, socket.gaierror):
         return 'name resolution failed'
-    verify_message = getattr(error, 'verify_message', None)      # ssl.SSLCertVerificationError
-    if verify_message:
+    if verify_message := getattr(error, 'verify_message', None):      # ssl's
         return f'certificate not accepted: {verify_message} (SSL_CERT_FILE names a CA file)'
     if isinstance(error, (TimeoutError, socket.timeout)):     # one class since Python 3.10
         return 'timed out'
@@ -300,8 +299,7 @@ def is_reference(token: str) -> bool:
 
 
 def mask_token(token: str) -> str:
-    """A token as it may be shown: its kind, and the last four characters of a long one.
-    References are not secret and are shown whole."""
+    """A token as shown: its kind, a long one's last four characters; references whole."""
     if is_reference(token):
         return printable(token)
     kind = re.match(r'sk-ant-[a-z]{1,5}|sk-proj|sk|eyJ', token)
@@ -407,6 +405,14 @@ def loads_object(data: str | bytes | bytearray) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f'not a JSON object but {type(value).__name__}')
     return value
+
+
+def object_or_none(data: str | bytes | bytearray) -> dict | None:
+    """The JSON object in `data`; None for anything else."""
+    try:
+        return loads_object(data)
+    except ValueError:
+        return None
 
 
 def is_whole(value: object) -> bool:
@@ -694,8 +700,7 @@ SETTINGS = (
 KEY_FIELDS = {ANTHROPIC: 'keys', OPENAI: 'openaiKeys'}
 ORDER_FIELDS = {ANTHROPIC: 'keyOrder', OPENAI: 'openaiKeyOrder'}
 
-#: A key's optional fields.  Its type is the Node program's word; only OAuth's two matter, the
-#: token shows the others.
+#: A key's optional fields.  Its type is the Node program's word: only OAuth's two matter.
 KEY_FIELD_CHECKS = {
     'type': one_of('api-key', 'oauth', 'api_key', 'oauth_token'), 'label': check_text,
     'baseUrl': check_base_url, 'modelMapping': check_model_map,
@@ -803,8 +808,7 @@ def parse_key(provider, field, id, entry):
 
 def refuse_wrong(field, value, check, shown=''):
     """Raises ConfigError for a wrong value; null is the Node program's "not set"."""
-    complaint = None if value is None else check(value)
-    if complaint:
+    if value is not None and (complaint := check(value)):
         raise ConfigError(f'{field} {complaint}{shown}.', field=field.rpartition('.')[2])
 
 
@@ -1252,9 +1256,7 @@ class RequestBody:
     @functools.cached_property
     def json(self) -> dict:
         """The JSON object; {} for a body of another kind, which the upstream will refuse."""
-        with contextlib.suppress(ValueError):
-            return loads_object(self.data)
-        return {}
+        return object_or_none(self.data) or {}
 
     @property
     def is_streamed(self) -> bool:
@@ -1274,8 +1276,7 @@ class RequestBody:
         """The same bytes with another model."""
         if model == self.model:
             return self.data
-        match = MODEL_FIRST.match(self.data)
-        if match:
+        if match := MODEL_FIRST.match(self.data):
             return bytes(self.data[:match.start(1)]) + model.encode() + self.data[match.end(1):]
         return dump_body({**self.json, 'model': model})
 
@@ -1284,7 +1285,6 @@ class RequestBody:
 CACHE_S, LONG_CACHE_S = 300, 3600
 SESSION_FIELD = 'x-claude-code-session-id'
 USER_ID = re.compile(rb'"user_id"\s*:\s*("(?:[^"\\]|\\.){1,1000}")')
-OPENINGS = (b'"system"', b'"messages"')
 #: How far the beginnings of a conversation are read.
 OPENING_BYTES, USER_ID_BYTES = 65_536, 4096
 
@@ -1294,7 +1294,7 @@ def conversation_digest(headers, data):
     its prompt cached; None for a request that belongs to none.  A megabyte is not parsed."""
     session = headers.get(SESSION_FIELD) or session_of_user(data)
     if not session and b'"cache_control"' in data:
-        session = ''.join(map(functools.partial(opening, data), OPENINGS))
+        session = opening(data, b'"system"') + opening(data, b'"messages"')
     return hashlib.sha256(session.encode('utf-8', 'replace')).hexdigest()[:16] if session else None
 
 
@@ -1305,9 +1305,8 @@ def session_of_user(data):
     if not match:
         return None
     user_id = json.loads(match.group(1), strict=False)
-    if user_id.startswith('{'):
-        with contextlib.suppress(ValueError):
-            return text_or_none(loads_object(user_id).get('session_id'))
+    if user_id.startswith('{') and (named := object_or_none(user_id)):
+        return text_or_none(named.get('session_id'))
     return user_id.rpartition('_session_')[2] if '_session_' in user_id else None
 
 
@@ -1365,10 +1364,7 @@ def drop_unsigned_thinking(data: bytes | bytearray) -> bytes | bytearray:
     answers; the same bytes where there is none."""
     if b'thinking"' not in data or not any(mark in data for mark in UNSIGNED):
         return data
-    try:
-        body = loads_object(data)
-    except ValueError:
-        return data
+    body = object_or_none(data) or {}
     stripped = without_thinking(body, is_unsigned)
     return data if stripped == body else dump_body(stripped)
 
@@ -1547,9 +1543,8 @@ def build_key_test(target: Target, key: Key, token: str) -> UpstreamRequest:
 # What a refused request becomes: learnt from the upstream's complaint, not from a list of models.
 
 class Repair(NamedTuple):
-    """How to send a request without one thing that a model lacks.  `pattern` finds the complaint
-    in a 400's message, and its groups the subject, which `edit(body, subject)` (or, of a beta,
-    the header) loses."""
+    """How to send a request without one thing that a model lacks: `pattern` finds the complaint
+    of a 400, its groups the subject, which `edit(body, subject)` or a beta's header loses."""
     name: str
     pattern: str
     edit: Callable = lambda body, subject: body
@@ -1639,8 +1634,7 @@ TOKEN_LIMITS = {'max_tokens': 'max_completion_tokens', 'max_completion_tokens': 
 def without_parameter(body, subject):
     """Without the parameter that OpenAI calls 'reasoning.effort' or 'tools[0].strict'; the limit
     of tokens, which has an old and a new name, gets the other."""
-    other_name = TOKEN_LIMITS.get(subject)
-    if other_name and subject in body:
+    if subject in body and (other_name := TOKEN_LIMITS.get(subject)):
         body = {**body, other_name: body[subject]}
     return without_path(body, re.findall(r'[\w-]+', subject))
 
@@ -1712,8 +1706,7 @@ OPENAI_REPAIRS = (
 def find_repair(message: str, repairs: tuple = REPAIRS) -> Needed | None:
     """What a 400's message needs by the first repair that fits, or None."""
     for repair in repairs:
-        match = re.search(repair.pattern, message[:MAX_MESSAGE_CHARS], re.IGNORECASE)
-        if match:
+        if match := re.search(repair.pattern, message[:MAX_MESSAGE_CHARS], re.IGNORECASE):
             return Needed(repair.name, ' '.join(group for group in match.groups() if group))
     return None
 
@@ -1885,9 +1878,8 @@ def retry_after_s(answer):
 
 def parse_retry_after(value, now):
     """Seconds to wait from a Retry-After field (RFC 9110 section 10.2.3), also with a fraction or
-    come twice; a past date gives 0.  None when absent, unreadable or absurd."""
-    number = NUMBER.match((value or '').strip())
-    if number:
+    twice in a head; a past date gives 0.  None when absent, unreadable or absurd."""
+    if number := NUMBER.match((value or '').strip()):
         return sane_hint(float(number.group(1)))
     try:
         return sane_hint(max(0.0, unix_seconds(email.utils.parsedate_to_datetime(value)) - now))
@@ -1946,8 +1938,7 @@ def seconds_to_window_reset(answer):
 
 def seconds_to_limit_reset(answer):
     """From retry-after, else from the latest reset of a limit whose remainder is 0."""
-    seconds = retry_after_s(answer)
-    if seconds is not None:
+    if (seconds := retry_after_s(answer)) is not None:
         return seconds
     spent = [match.group(1) for match in map(REMAINING.fullmatch, answer.headers)
              if match and answer.headers[match.group()].strip() == '0']
@@ -1976,8 +1967,7 @@ def read_limits(headers: dict, now: float) -> list:
     limits = []
     for field, value in headers.items():
         for pattern, read in LIMIT_FIELDS:
-            match = pattern.fullmatch(field)
-            if match:
+            if match := pattern.fullmatch(field):
                 with contextlib.suppress(ValueError, ZeroDivisionError):  # an unreadable number
                     limits.append(read(headers, match.group(1), float(value), now))
     return [limit for limit in limits if math.isfinite(limit.used)]
@@ -2065,11 +2055,6 @@ def says(pattern):
     return lambda answer: bool(found(answer.error_type) or found(answer.message))
 
 
-def names_model(answer):
-    return bool(answer.model) and (
-        answer.model in answer.message or re.match(r'models?\b', answer.message) is not None)
-
-
 #: How servers of all kinds say that they do not know a model.
 NO_SUCH_MODEL = (
     r'model_not_found|no such model|not a valid model|no endpoints? found|no available channels?|'
@@ -2145,7 +2130,8 @@ RULES = (
     Rule('forbidden', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.PAIR, cooldown_s=600,
          when=says('permission_error'), words='access is not allowed', **BY_A_PERSON),
     NETWORK_REFUSED,
-    NO_MODEL._replace(when=names_model),
+    NO_MODEL._replace(when=lambda answer: answer.model and (
+        answer.model in answer.message or re.match(r'models?\b', answer.message))),
     Rule('other_limit', (429,), Step.NEXT_KEY, other_models=False,
          when=lambda answer: answer.path != MESSAGES_PATH),
     Rule('window_spent', (429,), Step.NEXT_KEY, Final.LIMITED, scope=Scope.KEY, cooldown_s=300,
@@ -2298,8 +2284,7 @@ STATUS_OF_OPENAI_ERROR = {
 
 def error_status(details: dict) -> int:
     """The HTTP status that an OpenAI error inside a stream stands for."""
-    for name in (details.get('code'), details.get('type')):
-        name = str(name)
+    for name in map(str, (details.get('code'), details.get('type'))):
         if re.fullmatch('[45][0-9][0-9]', name):      # OpenRouter puts the status there
             return int(name)
         if name in STATUS_OF_OPENAI_ERROR:
@@ -2341,12 +2326,10 @@ NO_ERROR = ErrorText('', '')
 
 
 def read_error(body: bytes | bytearray) -> ErrorText:
-    """The ErrorText of an error body: Anthropic's and OpenAI's `error` object, a bare `message`
-    (vLLM), an `error` that is a text (Ollama), `detail`, a text or a list (Codex, FastAPI), else
-    its beginning."""
-    try:
-        document = loads_object(body)
-    except ValueError:
+    """The ErrorText of an error body: an `error` object, a bare `message` (vLLM), an `error` that
+    is a text (Ollama), `detail`, a text or a list (Codex, FastAPI), else its beginning."""
+    document = object_or_none(body)
+    if document is None:
         return ErrorText('', body_start(body).strip())
     error = document.get('error', document.get('detail', document))
     if isinstance(error, list):
@@ -2416,14 +2399,6 @@ def error_object(error):
     return error if isinstance(error, dict) else {'message': str(error)}
 
 
-def object_or_none(text):
-    """The JSON object that a text is; None for anything else."""
-    try:
-        return loads_object(text)
-    except ValueError:
-        return None
-
-
 class EventStream:
     """What a client of /v1/messages gets of an upstream's stream, and what was said in it."""
 
@@ -2466,11 +2441,10 @@ class MessageStream(EventStream):
             data = self._tail
         lf, crlf = data.rfind(b'\n\n', searched), data.rfind(b'\r\n\r\n', searched)
         end = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
-        if not end and len(data) > MAX_EVENT_BYTES:
-            end = len(data)
-        if not end:
+        if not end and len(data) <= MAX_EVENT_BYTES:
             self._tail = self._tail or bytearray(data)
             return b''
+        end = end or len(data)
         events, self._tail = bytes(data[:end]), bytearray(data[end:])
         if self._matters(events):
             for event in filter(self._matters, with_lf(events).split(b'\n\n')):
@@ -2595,7 +2569,6 @@ class Conversation(NamedTuple):
 
 OPENAI_SAFE = re.compile(r'[A-Za-z0-9_-]+')
 UNSAFE = re.compile(r'[^A-Za-z0-9_-]')
-MAX_NAME_CHARS = 64
 
 
 def sha256_of(text):
@@ -2603,8 +2576,7 @@ def sha256_of(text):
 
 
 def shortened(text, limit, digest_chars=16):
-    """`text` where OpenAI takes it, else its beginning and a hash of it: always the same, so
-    that a call and its result still meet."""
+    """`text` where OpenAI takes it, else its beginning and hash, so that equals stay equal."""
     if len(text) <= limit and OPENAI_SAFE.fullmatch(text):
         return text
     begun = UNSAFE.sub('_', text)[:limit - 1 - digest_chars]
@@ -2612,7 +2584,7 @@ def shortened(text, limit, digest_chars=16):
 
 
 def short_name(name):
-    return shortened(name, MAX_NAME_CHARS, 8)
+    return shortened(name, 64, 8)
 
 
 # -- reading -------------------------------------------------------------------
@@ -2739,8 +2711,7 @@ def source_url(source):
 
 def read_image(block, notes):
     source = as_dict(block.get('source'))
-    url = source_url(source)
-    if url is not None:
+    if (url := source_url(source)) is not None:
         return [Media('image', url)]
     notes.leave_out('image file')
     return [Text(f'[image omitted: {printable(source.get("file_id"))[:80]}]')]
@@ -2818,8 +2789,7 @@ BLOCKS = {
 
 #: Claude Code's stand-in for tools that are not loaded yet; its text forbids to call it.
 PLACEHOLDER_TOOL = 'DeferredToolPlaceholder'
-#: Tools that Anthropic's models know by type, and that clients carry out themselves, in the
-#: words that other models need.
+#: What Anthropic's models know by type and clients carry out, in words that others need.
 TYPED_TOOLS = {
     'bash_': ('Run a command in a bash shell that keeps its state between calls.', {
         'command': {'type': 'string', 'description': 'the command to run'},
@@ -2901,7 +2871,9 @@ def clean_root_schema(schema, notes):
     properties = as_dict(schema['properties'])
     for name in alternatives:
         for branch in map(as_dict, as_list(schema[name])):
-            branch = resolve_schema(branch, schema)
+            path = str(branch.get('$ref')).split('/')
+            if path[0] == '#' and len(path) == 3:     # into the root's own definitions
+                branch = as_dict(as_dict(schema.get(path[1])).get(path[2]))
             properties = {**as_dict(branch.get('properties')), **properties}
     required = [schema, *map(as_dict, as_list(schema.get('allOf')))]
     names = [name for part in required for name in as_list(part.get('required'))]
@@ -2910,17 +2882,8 @@ def clean_root_schema(schema, notes):
             'required': [name for name in properties if name in names]}
 
 
-def resolve_schema(schema, root):
-    """What a `$ref` into the root's own definitions points at."""
-    path = str(schema.get('$ref', '')).split('/')
-    if len(path) == 3 and path[0] == '#':
-        return as_dict(as_dict(root.get(path[1])).get(path[2]))
-    return schema
-
-
 def meets_strict_rules(schema):
-    """Whether every object of a schema forbids other properties and requires its own: then
-    OpenAI may enforce it."""
+    """Whether OpenAI may enforce a schema: every object requires its properties and no others."""
     if isinstance(schema, list):
         return all(map(meets_strict_rules, schema))
     if not isinstance(schema, dict):
@@ -2936,8 +2899,7 @@ def meets_strict_rules(schema):
 
 
 def read_tool_choice(conversation):
-    """(mode, tool name): of 'auto', 'any', 'none', 'tool', or None for no choice.  Raises
-    Untranslatable for a tool that there is not."""
+    """(mode or None, tool name or None).  Raises Untranslatable for a tool that there is not."""
     choice = as_dict(conversation.body.get('tool_choice'))
     type, name = choice.get('type'), choice.get('name')
     if type != 'tool':
@@ -3042,8 +3004,7 @@ def user_id_of(body):
 def cache_key(body: dict) -> str | None:
     """A name for this conversation, for OpenAI's prompt cache: the session in Claude Code's
     user_id, else a hash of the user_id; None without one."""
-    user_id = user_id_of(body)
-    if not user_id:
+    if not (user_id := user_id_of(body)):
         return None
     session = as_dict(object_or_none(user_id)).get('session_id')      # others' ids are no JSON
     if isinstance(session, str) and OPENAI_SAFE.fullmatch(session[:65]):
@@ -3087,7 +3048,6 @@ class RequestWriter:
 # -- Chat Completions ----------------------------------------------------------
 
 MAX_CHAT_ID_CHARS = 40
-SEE_MEDIA = '[see attached media]'
 
 
 class ChatWriter(RequestWriter):
@@ -3098,20 +3058,18 @@ class ChatWriter(RequestWriter):
         system = self._conversation.system
         messages = [{'role': 'system', 'content': system}] if system else []
         out = {'model': target.model, 'messages': messages + self._turns()}
-        limit = self._output_limit()
-        if limit is not None:         # older servers ignore the new name, and write on and on
+        if (limit := self._output_limit()) is not None:
+            # Older servers ignore the new name, and write on and on.
             is_new = target.is_openai or self._limits.pattern
             out['max_completion_tokens' if is_new else 'max_tokens'] = limit
         if body.get('stream') is True:
             out.update(stream=True, stream_options={'include_usage': True})
         out.update(self._tool_fields())
-        effort = self._effort_beside(has_tools='tools' in out)
-        if effort:
+        if effort := self._effort_beside(has_tools='tools' in out):
             out['reasoning_effort'] = effort
         out.update(self._sampling_fields(effort))
         out.update(stop_fields(body, self._limits))
-        schema = json_schema_format(body)
-        if schema:
+        if schema := json_schema_format(body):
             out['response_format'] = {'type': 'json_schema', 'json_schema': schema}
         user_id = user_id_of(body)
         if target.is_openai and user_id:
@@ -3179,7 +3137,7 @@ class ChatWriter(RequestWriter):
             texts = [part for part in result.parts if isinstance(part, Text)]
             own_media = [part for part in result.parts if isinstance(part, Media)]
             if own_media:
-                texts.append(Text(SEE_MEDIA))
+                texts.append(Text('[see attached media]'))
                 label = f'Media of the result of {result.call.name} ({result.call.id}):'
                 media += [Text(label), *own_media]
             messages.append({'role': 'tool', 'tool_call_id': id, 'content': joined_text(texts)})
@@ -3222,19 +3180,16 @@ class ResponsesWriter(RequestWriter):
         out = {'model': target.model, 'instructions': self._instructions(), 'input': self._turns(),
                'parallel_tool_calls': choice.get('disable_parallel_tool_use') is not True,
                'store': False, 'stream': True, **self._tool_fields()}
-        limit = self._output_limit()
-        if limit is not None and not target.is_codex:
+        if (limit := self._output_limit()) is not None and not target.is_codex:
             out['max_output_tokens'] = max(LEAST_OUTPUT_TOKENS, limit)
         if limits.efforts or target.is_codex:
             out['include'] = ['reasoning.encrypted_content']
         out.update(self._reasoning())
         if not target.is_codex and limits.sampling == 'always':
             out.update(self._sampling_fields(None))
-        schema = json_schema_format(body)
-        if schema:
+        if schema := json_schema_format(body):
             out['text'] = {'format': {'type': 'json_schema', **schema}}
-        key = cache_key(body)
-        if key and (target.is_codex or target.is_openai):
+        if (key := cache_key(body)) and (target.is_codex or target.is_openai):
             out['prompt_cache_key'] = key
         return out
 
@@ -3247,8 +3202,7 @@ class ResponsesWriter(RequestWriter):
 
     def _reasoning(self):
         """Here reasoning and tools go together.  Without `summary` no thinking is ever shown."""
-        effort = self._effort()
-        if not effort:
+        if not (effort := self._effort()):
             return {}
         summary = {'summary': 'auto'} if wants_thinking(self._body)[0] else {}
         return {'reasoning': {'effort': effort, **summary}}
@@ -3276,14 +3230,14 @@ class ResponsesWriter(RequestWriter):
 
     def _system_turn(self, parts):
         """Codex takes no system message among the input."""
-        return [] if self._target.is_codex else [responses_message('developer', parts)]
+        return [] if self._target.is_codex else self._user_turn(parts, 'developer')
 
-    def _user_turn(self, parts):
-        return [responses_message('user', parts)]
+    def _user_turn(self, parts, role='user'):
+        content = list(map(responses_part, parts))
+        return [{'type': 'message', 'role': role, 'content': content}]
 
     def _assistant_turn(self, parts):
-        """Text, calls and reasoning in their order.  More servers take a text alone than a list
-        of parts."""
+        """Text, calls and reasoning in order.  More servers take a text than a list of parts."""
         items = []
         for part in parts:
             if isinstance(part, Text):
@@ -3310,16 +3264,11 @@ class ResponsesWriter(RequestWriter):
         return items
 
 
-def responses_message(role, parts):
-    return {'type': 'message', 'role': role, 'content': list(map(responses_part, parts))}
-
-
 def responses_web_search(tool):
     search: dict = {'type': 'web_search'}
     if as_list(tool.get('allowed_domains')):
         search['filters'] = {'allowed_domains': tool['allowed_domains']}
-    location = as_dict(tool.get('user_location'))
-    if location:
+    if location := as_dict(tool.get('user_location')):
         search['user_location'] = {'type': 'approximate', **location}
     return search
 
@@ -3387,8 +3336,7 @@ class SseParser:
         self._held = b''              # a CR that may be half of a CR LF
 
     def feed(self, data: bytes) -> list[str]:
-        """[data of an event, ...]; comments and events without data are skipped.  Raises
-        UpstreamCut when an event has no end."""
+        """[data of an event, ...] of those that have any.  Raises UpstreamCut for one too long."""
         data, self._held = self._held + data, b''
         if data.endswith(b'\r'):
             data, self._held = data[:-1], b'\r'
@@ -3427,10 +3375,6 @@ class Block:
         self.is_done = False          # nothing more comes
 
     @property
-    def value(self):
-        return ''.join(self.received)
-
-    @property
     def can_open(self):
         if self.kind == 'tool_use':
             return bool(self.name and self.id)
@@ -3441,7 +3385,7 @@ class Block:
         if self.kind != 'tool_use' or self.is_done:
             return True
         last = self.received[-1] if self.received else ''
-        return last.rstrip().endswith('}') and object_or_none(self.value) is not None
+        return last.rstrip().endswith('}') and object_or_none(''.join(self.received)) is not None
 
 
 #: OpenAI's finish reasons that are not its way to say that all is well.
@@ -3490,8 +3434,7 @@ class MessageEvents(EventStream):
 
     def _release_held_text(self):
         """What looked like the beginning of a stop sequence, and was none."""
-        held = self._stops.rest() if self._stops else ''
-        if held:
+        if self._stops and (held := self._stops.rest()):
             self._append('text', 'text', held)
 
     def _write_refusal(self, delta):
@@ -3534,13 +3477,12 @@ class MessageEvents(EventStream):
     def _complete_arguments(self, key, whole):
         """All of a call's arguments; what came of them so far is not repeated."""
         block = self._find(key)
-        so_far = block.value if block else ''
+        so_far = ''.join(block.received) if block else ''
         if whole and whole.startswith(so_far):
             self._write_arguments(key, whole[len(so_far):])
 
     def _end_call(self, key):
-        block = self._find(key)
-        if block:
+        if block := self._find(key):
             block.is_done = True
             self._advance()
 
@@ -3578,8 +3520,7 @@ class MessageEvents(EventStream):
         usage['output_tokens'] = usage['output_tokens'] or math.ceil(self._sent_chars / 4)
 
     def _fail(self, error):
-        """Ends with an error event: nothing may follow it, least of all a stop that would make
-        half an answer look whole."""
+        """Ends with an error event; a stop after it would make half an answer look whole."""
         if self.is_over:
             return
         message = str(error.get('message') or 'the upstream failed')[:MAX_MESSAGE_CHARS]
@@ -3604,8 +3545,7 @@ class MessageEvents(EventStream):
         self._advance()
 
     def _advance(self):
-        """Sends what the first block has, and goes on to the next as far as that is whole;
-        nothing once the message is over."""
+        """Sends what the first block has, and goes on to the next as far as that is whole."""
         while self._queue and not self.is_over:
             head = self._queue[0]
             if not head.is_open:
@@ -3679,8 +3619,7 @@ NO_USAGE = {'input_tokens': 0, 'cache_creation_input_tokens': 0, 'cache_read_inp
 
 
 class StopWatch:
-    """Looks for stop sequences where the model has no parameter for them: text ends before
-    the first one."""
+    """Ends the text before the first stop sequence where the model has no parameter for them."""
 
     def __init__(self, stops):
         self._stops, self._held = stops, ''
@@ -3689,8 +3628,7 @@ class StopWatch:
     def feed(self, delta):
         """The text that may go out: what could be the beginning of a sequence is held."""
         text = self._held + delta
-        places = [(text.find(stop), stop) for stop in self._stops if stop in text]
-        if places:
+        if places := [(text.find(stop), stop) for stop in self._stops if stop in text]:
             place, self.hit = min(places)
             self._held = ''
             return text[:place]
@@ -3883,8 +3821,7 @@ class ChatStream(TranslatedStream):
 
     def _read_chunk(self, chunk, part):
         """Reads a chunk or completion; `part` is what a choice calls what it brings."""
-        error = chunk.get('error')
-        if error and isinstance(error, (dict, str)):
+        if (error := chunk.get('error')) and isinstance(error, (dict, str)):
             return self._fail(error_object(error))
         self._note_usage(chunk.get('usage'))
         for choice in map(as_dict, as_list(chunk.get('choices'))):
@@ -3892,7 +3829,6 @@ class ChatStream(TranslatedStream):
                 if self._reason is None:      # afterwards only usage counts
                     self._read_delta(as_dict(choice.get(part)))
                 self._reason = self._reason or text_or_none(choice.get('finish_reason'))
-        return None
 
     def _read_stop(self, is_cut):
         """The stream's end: complete where a finish reason came, even without [DONE]; with [DONE]
@@ -3943,8 +3879,7 @@ class ResponsesStream(TranslatedStream):
 
     def _read_event(self, data):
         event = object_or_none(data) or {}    # none: a server's '[DONE]', or not one of theirs
-        read = RESPONSES_EVENTS.get(str(event.get('type')))
-        if read:
+        if read := RESPONSES_EVENTS.get(str(event.get('type'))):
             read(self, event)
 
     def _read_answer(self, response):
