@@ -8541,7 +8541,8 @@ SYSTEMD_UNIT = f'{PROGRAM}.service'
 #: What the proxy needs of the environment in which it was set up.
 CARRIED_VARIABLES = ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy', 'NO_PROXY',
                      'no_proxy', 'SSL_CERT_FILE', 'SSL_CERT_DIR')
-#: Control characters but the tab, and the bytes of a path that are not UTF-8.
+#: What is not UTF-8, and control characters but the tab: after a line end, systemd would read
+#: another setting.
 NOT_FOR_FILES = re.compile('[\0-\x08\n-\x1f\x7f\ud800-\udfff]')
 #: How long the manager waits before it restarts a proxy that failed.
 RESTART_S = 10
@@ -8609,13 +8610,6 @@ def start_command(python: str, config_path: str) -> list:
     return [python, *BOOT, os.path.abspath(__file__), '--config', config_path, 'start']
 
 
-def refuse_control_characters(command, environment):
-    """Raises FailoverError: after a line end, systemd would read another setting."""
-    # Of a variable only the name is shown: a proxy's address may hold a password.
-    for shown, word in (*zip(command, command), *environment.items()):
-        if NOT_FOR_FILES.search(word):
-            raise FailoverError(f'{printable(shown)!r} holds a line end or another character that '
-                                'no file for starting at login can hold: use one without it.')
 
 
 def find_autostart(config_path: str, environ=os.environ, platform: str = sys.platform,
@@ -8627,7 +8621,11 @@ def find_autostart(config_path: str, environ=os.environ, platform: str = sys.pla
                                 shutil.which)
     command = start_command(python, config_path)
     environment = {name: environ[name] for name in CARRIED_VARIABLES if environ.get(name)}
-    refuse_control_characters(command, environment)
+    # Of a variable only the name is shown: a proxy's address may hold a password.
+    for shown, word in (*zip(command, command), *environment.items()):
+        if NOT_FOR_FILES.search(word):
+            raise FailoverError(f'{printable(shown)!r} holds a line end or another character that '
+                                'no file for starting at login can hold: use one without it.')
     if platform == 'darwin':
         return launchd_autostart(home, command, environment, output_path(config_path))
     if platform.startswith('linux'):
@@ -8640,24 +8638,21 @@ def find_autostart(config_path: str, environ=os.environ, platform: str = sys.pla
 
 def launchd_autostart(home, command, environment, output):
     path = os.path.join(home, 'Library', 'LaunchAgents', f'{LAUNCHD_LABEL}.plist')
-    environment = {**environment, STARTED_BY: 'launchd'}
     domain = f'gui/{os.getuid()}'
     service = f'{domain}/{LAUNCHD_LABEL}'
     return Autostart(
-        'launchd', path, launchd_plist(command, environment, output),
+        'launchd', path, launchd_plist(command, {**environment, STARTED_BY: 'launchd'}, output),
         (('launchctl', 'print', domain),), (),    # it reads the folder at each login
         (('launchctl', 'bootstrap', domain, path),), (('launchctl', 'bootout', service),),
         (('launchctl', 'kickstart', '-k', service),))
 
 
 def systemd_autostart(folder, command, environment):
-    path = os.path.join(folder, 'systemd', 'user', SYSTEMD_UNIT)
-    environment = {**environment, STARTED_BY: 'systemd'}
-
     def to(verb):
         return (('systemctl', '--user', verb, SYSTEMD_UNIT),)
     return Autostart(
-        'systemd', path, systemd_unit(command, environment),
+        'systemd', os.path.join(folder, 'systemd', 'user', SYSTEMD_UNIT),
+        systemd_unit(command, {**environment, STARTED_BY: 'systemd'}),
         (('systemctl', '--user', 'daemon-reload'), *to('enable')),
         to('disable'), to('start'), to('stop'), to('restart'),
         'It starts when you log in; to have it run without that: loginctl enable-linger')
@@ -8667,10 +8662,9 @@ def windows_autostart(home, command):
     """A logon task that runs a one-line script; not yet tried on Windows."""
     import subprocess
     path = os.path.join(home, '.config', PROGRAM, 'autostart.cmd')
-    line = f'@{subprocess.list2cmdline(command)}\r\n'
     run = (('schtasks', '/Run', '/TN', PROGRAM),)
     return Autostart(
-        'Windows', path, line.encode(),
+        'Windows', path, f'@{subprocess.list2cmdline(command)}\r\n'.encode(),
         (('schtasks', '/Create', '/F', '/SC', 'ONLOGON', '/TN', PROGRAM, '/TR', path),),
         (('schtasks', '/Delete', '/F', '/TN', PROGRAM),), run, (), run)
 
@@ -8781,36 +8775,27 @@ def set_member(text, start, name, value):
         if member.name == name:
             return text[:member.value_start] + json.dumps(value) + text[member.end:]
     entry = f'{json.dumps(name)}: {json.dumps(value)}'
-    if not members:
-        before, after = empty_object_gaps(text, start)
-        return text[:start + 1] + before + entry + after + text[text.index('}', start):]
-    last = members[-1]
-    begins_line = text[:last.start].rstrip(' \t').endswith('\n')
-    gap = f',{newline_of(text)}{line_indent(text, last.start)}' if begins_line else ', '
-    return text[:last.end] + gap + entry + text[last.end:]
-
-
-def empty_object_gaps(text, start):
-    """White space around the first member of an object: line ends, but in a one-line text."""
+    if members:
+        last = members[-1]
+        begins_line = text[:last.start].rstrip(' \t').endswith('\n')
+        gap = f',{newline_of(text)}{line_indent(text, last.start)}' if begins_line else ', '
+        return text[:last.end] + gap + entry + text[last.end:]
     is_outermost = not text[:start].strip(SETTINGS_EDGE)
-    if not is_outermost and '\n' not in text.strip():
-        return '', ''
-    outer = line_indent(text, start)
-    return newline_of(text) + (outer * 2 or '  '), newline_of(text) + outer
+    if is_outermost or '\n' in text.strip():      # what stands in one line stays there
+        newline, outer = newline_of(text), line_indent(text, start)
+        entry = newline + (outer * 2 or '  ') + entry + newline + outer
+    return text[:start + 1] + entry + text[text.index('}', start):]
 
 
 def drop_member(text, start, name):
     """The text in which the object at `start` lacks this member."""
     members = json_members(text, start)
-    index = next(i for i, member in enumerate(members) if member.name == name)
-    member = members[index]
+    index = [member.name for member in members].index(name)
     if index + 1 < len(members):
-        first, last = member.start, members[index + 1].start
-    elif index:
-        first, last = members[index - 1].end, member.end
-    else:
-        first, last = start + 1, text.index('}', member.end)
-    return text[:first] + text[last:]
+        return text[:members[index].start] + text[members[index + 1].start:]
+    if index:
+        return text[:members[index - 1].end] + text[members[index].end:]
+    return text[:start + 1] + text[text.index('}', members[index].end):]
 
 
 def newline_of(text):
@@ -8826,8 +8811,7 @@ def line_indent(text, position):
 # -- Claude Code's settings ----------------------------------------------------
 
 def read_settings(text):
-    """The settings in a text.  Raises ToolError where Claude Code could not read them either:
-    it accepts no comments."""
+    """The settings in a text.  Raises ToolError where Claude Code could not read them either."""
     try:
         return loads_object(text.lstrip('\ufeff')) if text.strip(SETTINGS_EDGE) else {}
     except ValueError as error:
@@ -8857,14 +8841,13 @@ def settings_with(text, variables):
 def settings_without(text, ours, previous):
     """Settings in which each variable with a value of `ours` has its `previous` one, or none."""
     for name, value in settings_environment(text).items():
-        if name not in previous or value not in ours:
-            continue
-        if previous[name] is not None:
-            text = set_member(text, env_start(text), name, previous[name])
-            continue
-        text = drop_member(text, env_start(text), name)
-        if not settings_environment(text):
-            text = drop_member(text, text.index('{'), 'env')
+        if name in previous and value in ours:
+            if previous[name] is not None:
+                text = set_member(text, env_start(text), name, previous[name])
+            else:
+                text = drop_member(text, env_start(text), name)
+                if not settings_environment(text):
+                    text = drop_member(text, text.index('{'), 'env')
     return text
 
 
@@ -8879,7 +8862,7 @@ def env_start(text):
 def with_block(line_format, text, variables):
     """A shell's start-up file with setup's block: in its old place, or at the end."""
     newline = newline_of(text)
-    lines = [line_format.format(name, value) for name, value in variables.items()]
+    lines = itertools.starmap(line_format.format, variables.items())
     block = newline.join([BLOCK_START, *lines, BLOCK_END]) + newline
     if BLOCK.search(text):
         return BLOCK.sub(lambda match: block, text, count=1)
@@ -8966,20 +8949,20 @@ class ToolSetup:
         return list(map(self.state, TOOLS))
 
     def state(self, tool):
-        path = tool.place(self)
+        path, url, problem = tool.place(self), None, None
         try:
-            url, problem = tool.read(read_text(path) or '').get(BASE_URL_VARIABLE), None
+            url = tool.read(read_text(path) or '').get(BASE_URL_VARIABLE)
         except (OSError, ToolError) as error:
-            url, problem = None, describe_tool_error(error)
+            problem = describe_tool_error(error)
         return ToolState(tool, path, self.is_found(tool), url, problem)
 
     def is_found(self, tool: UserTool) -> bool:
         """Whether a tool is used on this machine."""
-        if tool.id != 'claude-code':
-            shell = os.path.basename(self.environ.get('SHELL', ''))
-            return os.path.lexists(tool.place(self)) or shell == tool.id
-        import shutil
-        return os.path.isdir(self.claude_folder) or bool(shutil.which('claude'))
+        if tool.id == 'claude-code':
+            import shutil
+            return os.path.isdir(self.claude_folder) or bool(shutil.which('claude'))
+        is_login_shell = os.path.basename(self.environ.get('SHELL', '')) == tool.id
+        return is_login_shell or os.path.lexists(tool.place(self))
 
     def has_cursor(self) -> bool:
         import shutil
@@ -8997,15 +8980,13 @@ class ToolSetup:
             wanted = {BASE_URL_VARIABLE: url}
             if tool.id == 'claude-code' and (access_token or not self._has_login(base)):
                 wanted[TOKEN_VARIABLE] = access_token or ANY_TOKEN
-            current = tool.read(text)
-            is_set = all(current.get(name) == value for name, value in wanted.items())
-            if not is_set:
+            after, old_mode = before, None
+            if not wanted.items() <= tool.read(text).items():
                 refuse_read_only(path)
-            old_mode = None
+                after = tool.write(base, wanted)
             if access_token and TOKEN_VARIABLE in wanted and before is not None and not is_dry:
                 old_mode = make_private(path)
-            after = before if is_set else tool.write(base, wanted)
-            if not is_set and not is_dry:
+            if after != before and not is_dry:
                 was_there = record['existed'] if record else before is not None
                 records[path] = make_record(tool, base, after, was_there, wanted)
                 self._save(records)   # first: undo can do with a record of what did not happen
@@ -9021,14 +9002,13 @@ class ToolSetup:
         settings = read_settings(settings_text)
         env = settings_environment(settings_text)
         names = ('ANTHROPIC_API_KEY', TOKEN_VARIABLE, 'CLAUDE_CODE_OAUTH_TOKEN')
-        if settings.get('apiKeyHelper') or any(env.get(n) or self.environ.get(n) for n in names):
-            return True
-        if os.path.exists(os.path.join(self.claude_folder, '.credentials.json')):
+        if (settings.get('apiKeyHelper') or any(env.get(n) or self.environ.get(n) for n in names)
+                or os.path.exists(os.path.join(self.claude_folder, '.credentials.json'))):
             return True
         folder = self.environ.get('CLAUDE_CONFIG_DIR') or self.home
         try:                          # a Mac keeps the login itself in its keychain
-            state = loads_object(read_text(os.path.join(folder, '.claude.json')) or '{}')
-        except (OSError, ValueError):
+            state = object_or_none(read_text(os.path.join(folder, '.claude.json')) or '') or {}
+        except OSError:
             return False
         return bool(state.get('oauthAccount') or state.get('primaryApiKey'))
 
@@ -9044,12 +9024,12 @@ class ToolSetup:
                 is_empty = after.strip() in ('', '{}')
                 after = None if is_empty and record and not record['existed'] else after
             if after != before:
-                refuse_read_only(path)
                 done = ('is removed: setup made it' if after is None else
                         'does not use the proxy now')
-            if not is_dry:
-                if after != before:
+                refuse_read_only(path)
+                if not is_dry:
                     write_text(path, after)
+            if not is_dry:
                 self._save(records)
         return Change(tool, path, before, after, done)
 
@@ -9058,11 +9038,8 @@ class ToolSetup:
         """{path: record, ...}, for one process at a time.  Raises ToolError with tool and path."""
         try:
             with contextlib.nullcontext() if is_dry else folder_locked(self.record_path):
-                try:
-                    records = loads_object(read_text(self.record_path) or '{}')
-                except ValueError:    # then undo takes out what looks like ours
-                    records = {}
-                yield records
+                # Where it cannot be read, undo takes out what looks like ours.
+                yield object_or_none(read_text(self.record_path) or '') or {}
         except (OSError, ToolError) as error:
             raise ToolError(f'{tool.name}: {tilde(tool.place(self))} '
                             f'{describe_tool_error(error)}.') from error
