@@ -9174,9 +9174,8 @@ class Call(NamedTuple):
         body = self.raw_json()
         for name, value in body.items():
             if name not in checks:
-                known = ', '.join(checks) or 'none'
                 raise BadRequest(f'There is no field {printable(name)[:60]!r} here; there are: '
-                                 f'{known}.', field=name)
+                                 f'{", ".join(checks) or "none"}.', field=name)
             complaint = None if value is None else checks[name](value)
             if complaint:
                 raise BadRequest(f'{name} {complaint}.', field=name)
@@ -9192,6 +9191,7 @@ class Call(NamedTuple):
 OWN_FIELDS = [('cache-control', 'no-store'), ('x-content-type-options', 'nosniff'),
               ('x-frame-options', 'DENY'), ('content-security-policy', "default-src 'none'")]
 PLAIN_TEXT = ('content-type', 'text/plain; charset=utf-8')
+TO_DASHBOARD = [('location', '/dashboard'), *OWN_FIELDS]
 DASHBOARD_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'dashboard.html')
 
 
@@ -9206,14 +9206,12 @@ def wanted_field(fields, name):
 
 def show_start_page(call: Call):
     if 'text/html' in call.head.headers.get('accept', ''):    # a person
-        return redirect(call, '/dashboard')
+        return call.response.send(303, TO_DASHBOARD)
     text = (f'{PROGRAM} {VERSION} is running, profile {call.profile_name}.\n'
             'Point ANTHROPIC_BASE_URL here; see /dashboard or /health for its state.\n')
     return call.response.send(200, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
 
 
-def redirect(call: Call, path, *fields):
-    call.response.send(303, [('location', path), *OWN_FIELDS, *fields])
 
 
 def show_dashboard(call: Call):
@@ -9221,8 +9219,8 @@ def show_dashboard(call: Call):
     code = call.query.get('code')
     if code is not None:
         is_known = call.app.login_codes.use(code)
-        cookies = session_cookies(call.config.access_token) if is_known else ()
-        return redirect(call, '/dashboard', *cookies)
+        cookies = session_cookies(call.config.access_token) if is_known else []
+        return call.response.send(303, TO_DASHBOARD + cookies)
     try:
         with open(DASHBOARD_PATH, 'rb') as file:
             page = file.read()
@@ -9250,7 +9248,6 @@ def page_policy(page):
 # -- the access token, for a browser -----------------------------------------------
 
 SESSION_COOKIE = PROGRAM
-SESSION_S = 30 * 86400
 LOGIN_CODE_S = 60
 
 
@@ -9262,7 +9259,7 @@ def session_value(access_token):
 def session_cookies(access_token):
     """The header field that lets a browser in, in a list; empty without an access token."""
     return [('set-cookie', f'{SESSION_COOKIE}={session_value(access_token)}; Path=/; HttpOnly; '
-                           f'SameSite=Strict; Max-Age={SESSION_S}')] if access_token else []
+                           f'SameSite=Strict; Max-Age={30 * 86400}')] if access_token else []
 
 
 def has_session(headers: dict, access_token: str) -> bool:
@@ -9701,28 +9698,27 @@ def api_setup_status(call: Call):
 
 
 def autostart_view(call: Call):
-    view = {'name': 'Start at login', 'manager': None, 'path': None, 'installed': False,
-            'loaded': False, 'note': None}
     try:
-        autostart = find_autostart(call.app.store.path)
+        autostart, note = find_autostart(call.app.store.path), None
     except FailoverError as error:
-        return {**view, 'note': str(error)}
-    return {**view, 'manager': autostart.manager, 'path': autostart.path,
-            'installed': os.path.exists(autostart.path),
-            'loaded': os.environ.get(STARTED_BY) == autostart.manager}
+        autostart, note = None, str(error)
+    manager, path = autostart[:2] if autostart else (None, None)
+    return {'name': 'Start at login', 'manager': manager, 'path': path, 'note': note,
+            'installed': bool(path) and os.path.exists(path),
+            'loaded': bool(manager) and os.environ.get(STARTED_BY) == manager}
 
 
 def api_setup(call: Call, target: str):
     """Body: {"undo": true} restores the tool's file; {"profile": NAME} uses its port."""
     fields = call.json(undo=check_switch, profile=check_text)
-    if target in LOGIN_ACTIONS:
-        return call.send_json(LOGIN_ACTIONS[target](call))
+    if target in LOGIN_TARGETS:
+        return call.send_json(set_autostart(call, target == 'autostart'))
     setup = ToolSetup(call.app.store.path)
     tools = [tool for tool in TOOLS if tool.id == target]
     if target == 'auto':
         tools = [state.tool for state in setup.states() if state.is_found and not state.problem]
     elif not tools:
-        known = ', '.join((*TOOL_IDS, 'auto', *LOGIN_ACTIONS))
+        known = ', '.join((*TOOL_IDS, 'auto', *LOGIN_TARGETS))
         raise BadRequest(f'There is no target {printable(target)[:60]!r}. There are: {known}.',
                          404, 'not_found_error')
     edit = edit_from_page(call, setup, fields)
@@ -9748,24 +9744,22 @@ def edit_from_page(call: Call, setup, fields):
                              access_token=config.access_token)
 
 
-def api_start_at_login(call: Call):
-    autostart = find_autostart(call.app.store.path)
-    has_changed, problem = start_at_login(autostart)
-    message = f'{autostart.manager} starts it from the next login on.'
-    if problem:
-        message = (f'Wrote {tilde(autostart.path)}, but {autostart.manager} cannot be reached '
-                   f'here ({problem}).')
-    return {'success': True, 'changed': int(has_changed), 'message': message}
-
-
-def api_start_at_no_login(call: Call):
-    was_there = start_at_no_login(find_autostart(call.app.store.path))
-    return {'success': True, 'changed': int(was_there),
-            'message': 'It does not start at login any more; this one keeps running.'}
-
-
 #: These leave the running proxy as it is: it is what answers.
-LOGIN_ACTIONS = {'autostart': api_start_at_login, 'remove-autostart': api_start_at_no_login}
+LOGIN_TARGETS = ('autostart', 'remove-autostart')
+
+
+def set_autostart(call: Call, is_wanted: bool):
+    autostart = find_autostart(call.app.store.path)
+    if is_wanted:
+        has_changed, problem = start_at_login(autostart)
+        message = f'{autostart.manager} starts it from the next login on.'
+        if problem:
+            message = (f'Wrote {tilde(autostart.path)}, but {autostart.manager} cannot be reached '
+                       f'here ({problem}).')
+    else:
+        has_changed = start_at_no_login(autostart)
+        message = 'It does not start at login any more; this one keeps running.'
+    return {'success': True, 'changed': int(has_changed), 'message': message}
 
 
 # ==============================================================================
@@ -9774,29 +9768,23 @@ LOGIN_ACTIONS = {'autostart': api_start_at_login, 'remove-autostart': api_start_
 # Loopback is no boundary: any web page can send requests here.  So every request passes the
 # guard first, whatever its path.
 
-LISTEN_HOST_6 = '::1'
-LOCAL_NAMES = ('localhost', '127.0.0.1', '[::1]')
 #: Joined by a comma, two Hosts are neither a name nor a port.
-HOST_AND_PORT = re.compile(r'([^:,]+|\[[^\],]+\]):[0-9]{1,5}')
+HOST_AND_PORT = re.compile(r'\A([^:,]+|\[[^\],]+\]):[0-9]{1,5}\Z')
 
 
 @functools.lru_cache(maxsize=64)
 def own_hosts(port):
     """The values of Host by which a listener is reached."""
-    return frozenset(name + end for name in LOCAL_NAMES for end in ('', f':{port}'))
-
-
-def is_allowed_host(host, allowed_hosts):
-    """Whether a Host is one of these; a name alone allows every port."""
-    match = HOST_AND_PORT.fullmatch(host)
-    return host in allowed_hosts or match is not None and match.group(1) in allowed_hosts
+    names = ('localhost', LISTEN_HOST, '[::1]')
+    return frozenset(name + end for name in names for end in ('', f':{port}'))
 
 
 def guard(head, port, config):
     """Raises Forbidden for a request that another site's page, or a rebound name, sent."""
     headers = head.headers
     host = headers.get('host', '')
-    if host.lower() not in own_hosts(port) and not is_allowed_host(host, config.allowed_hosts):
+    name = HOST_AND_PORT.sub(r'\1', host)         # one allowed without a port allows each
+    if host.lower() not in own_hosts(port) and {host, name}.isdisjoint(config.allowed_hosts):
         raise Forbidden(f'The Host {printable(host)[:80]!r} is not this proxy: use '
                         f'{local_url(port)}, or add it to "allowedHosts".')
     origin = headers.get('origin')
@@ -9903,12 +9891,10 @@ def refuse_stranger(owner, config):
 
 def check_access(route, headers, access_token):
     """Raises BadRequest where the access token is asked for and not presented."""
-    if route.is_open or not access_token:
-        return
-    if route.takes_session and has_session(headers, access_token):
-        return
-    if not any(presents(headers.get(name, ''), access_token)
-               for name in ('x-api-key', 'authorization')):
+    if not (route.is_open or not access_token
+            or route.takes_session and has_session(headers, access_token)
+            or any(presents(headers.get(name, ''), access_token)
+                   for name in ('x-api-key', 'authorization'))):
         raise BadRequest('The access token is missing or wrong: send it as x-api-key or Bearer '
                          '(the field "accessToken" of the configuration).', 401,
                          'authentication_error')
@@ -10130,7 +10116,7 @@ class Listener(LocalServer):
         self._sockets = [self.socket]
         try:
             self._sockets.append(socket.create_server(
-                (LISTEN_HOST_6, self.server_port), family=socket.AF_INET6,
+                ('::1', self.server_port), family=socket.AF_INET6,
                 backlog=self.request_queue_size))
         except OSError as error:      # no IPv6, or the port is another's there: IPv4 is enough
             app.log.debug('no_ipv6', port=self.server_port, reason=error_reason(error))
@@ -11076,29 +11062,19 @@ def pretend_answer(asked, count):
     if not asked.path.startswith(MESSAGES_PATH):
         return json_reply({'data': list(map(model_info, DEMO_MODELS)), 'has_more': False,
                            'first_id': OPUS, 'last_id': HAIKU}, fields)
-    events = pretend_events(asked, count)
+    message = pretend_message(asked, count)
     if asked.body.get('stream'):
-        return stream_reply(map(event_bytes, events), fields)
-    return json_reply(message_from_events(events), fields)
+        return stream_reply(map(event_bytes, events_from_message(message)), fields)
+    return json_reply(message, fields)
 
 
-def pretend_events(asked, count):
-    """[event, ...] of a message."""
-    text = f'This is {asked.body.get("model")}, by way of the key {asked.key}. What is next?'
-    usage = {'input_tokens': estimate_tokens(asked.body), 'output_tokens': 1}
-    message = {'id': f'msg_demo_{count:06d}', 'type': 'message', 'role': 'assistant',
-               'content': [], 'model': asked.body.get('model'), 'stop_reason': None,
-               'stop_sequence': None, 'usage': usage}
-    words = re.findall(r'\S+\s*', text)
-    return [
-        {'type': 'message_start', 'message': message},
-        {'type': 'content_block_start', 'index': 0, 'content_block': {'type': 'text', 'text': ''}},
-        *({'type': 'content_block_delta', 'index': 0,
-           'delta': {'type': 'text_delta', 'text': word}} for word in words),
-        {'type': 'content_block_stop', 'index': 0},
-        {'type': 'message_delta', 'delta': {'stop_reason': 'end_turn', 'stop_sequence': None},
-         'usage': {'output_tokens': len(words)}},
-        {'type': 'message_stop'}]
+def pretend_message(asked, count):
+    model = asked.body.get('model')
+    text = f'This is {model}, by way of the key {asked.key}. What is next?'
+    usage = {'input_tokens': estimate_tokens(asked.body), 'output_tokens': len(text.split())}
+    return {'id': f'msg_demo_{count:06d}', 'type': 'message', 'role': 'assistant',
+            'content': [{'type': 'text', 'text': text}], 'model': model,
+            'stop_reason': 'end_turn', 'stop_sequence': None, 'usage': usage}
 
 
 def pretend_openai(asked, fields):
@@ -11108,21 +11084,17 @@ def pretend_openai(asked, fields):
         return json_reply({'object': 'list', 'data': models}, fields)
     model = asked.body.get('model')
     text = f'This is {model}, in the words of Claude. What is next?'
-    words = re.findall(r'\S+\s*', text)
-    usage = {'prompt_tokens': estimate_tokens(asked.body), 'completion_tokens': len(words),
-             'total_tokens': estimate_tokens(asked.body) + len(words)}
-    common = {'id': 'chatcmpl-demo', 'created': 0, 'model': model}
+    asked_tokens, tokens = estimate_tokens(asked.body), len(text.split())
+    answer = {'id': 'chatcmpl-demo', 'object': 'chat.completion', 'created': 0, 'model': model,
+              'usage': {'prompt_tokens': asked_tokens, 'completion_tokens': tokens,
+                        'total_tokens': asked_tokens + tokens}}
+    choice = {'index': 0, 'finish_reason': 'stop', 'logprobs': None}
+    said = {'role': 'assistant', 'content': text, 'refusal': None}
     if not asked.body.get('stream'):
-        choice = {'index': 0, 'finish_reason': 'stop', 'logprobs': None,
-                  'message': {'role': 'assistant', 'content': text, 'refusal': None}}
-        return json_reply({**common, 'object': 'chat.completion', 'choices': [choice],
-                           'usage': usage}, fields)
-    common['object'] = 'chat.completion.chunk'
-    deltas = [({'role': 'assistant', 'content': ''}, None),
-              *(({'content': word}, None) for word in words), ({}, 'stop')]
-    chunks = [{**common, 'choices': [{'index': 0, 'delta': delta, 'finish_reason': finish}]}
-              for delta, finish in deltas] + [{**common, 'choices': [], 'usage': usage}]
-    return stream_reply([*(b'data: %b\n\n' % dump_body(chunk) for chunk in chunks),
+        return json_reply({**answer, 'choices': [{**choice, 'message': said}]}, fields)
+    last = {**answer, 'object': 'chat.completion.chunk', 'choices': []}
+    first = {**last, 'usage': None, 'choices': [{**choice, 'delta': said}]}
+    return stream_reply([*(b'data: %b\n\n' % dump_body(chunk) for chunk in (first, last)),
                          b'data: [DONE]\n\n'], fields)
 
 
@@ -11154,8 +11126,8 @@ def pretend_limit(retry_after, message='Too many requests.'):
 
 def pretend_broken(asked, count):
     """A stream that begins with status 200, and breaks before its first word."""
-    error = {'type': 'error', 'error': {'type': 'overloaded_error', 'message': 'Overloaded'}}
-    return stream_reply(map(event_bytes, (pretend_events(asked, count)[0], error)))
+    begun = events_from_message(pretend_message(asked, count))[0]
+    return stream_reply([event_bytes(begun), error_event('overloaded_error', 'Overloaded')])
 
 
 #: What a pretend upstream can do.
@@ -11198,7 +11170,10 @@ EVERYDAY = (
     *(Scene('', model, dict.fromkeys(keys, ('limited for a while',)))
       for model in (OPUS, SONNET) for keys in (('personal',), ('personal', 'work'))),
 )
-QUESTION = [{'role': 'user', 'content': 'What is this?'}]
+
+
+#: The words of an answer, streamed or not.
+TEXT_MEMBER = re.compile(rb'"text": ?("(?:[^"\\]|\\.)*")')
 
 
 class LoopbackOnly(Upstream):
@@ -11216,8 +11191,8 @@ def demo_document(url, port):
         return {id: {'token': f'sk-{kind}-{id}-{"0" * 40}', 'label': id} for id in ids}
     return {
         'anthropicBaseUrl': url, 'openaiBaseUrl': f'{url}/openai/v1', 'queueWaitMs': 5000,
-        'fallbackPatienceMs': 0,
-        'profiles': {'default': {'port': port}}, 'openaiModelFallback': True,
+        'fallbackPatienceMs': 0, 'profiles': {'default': {'port': port}},
+        'openaiModelFallback': True,
         'keys': keys('ant-api03', 'personal', 'work'), 'openaiKeys': keys('proj', 'openai')}
 
 
@@ -11260,8 +11235,8 @@ class Demo:
 
     def _ask(self, scene):
         """A client's request over HTTP; (seconds to the answer's first byte, its text)."""
-        body = dump_body({'model': scene.model, 'max_tokens': 100, 'messages': QUESTION,
-                          'stream': scene.is_streamed})
+        body = dump_body({'model': scene.model, 'max_tokens': 100, 'stream': scene.is_streamed,
+                          'messages': [{'role': 'user', 'content': 'What is this?'}]})
         started = time.monotonic()
         connection = http.client.HTTPConnection(LISTEN_HOST, self.port, timeout=60)
         with contextlib.closing(connection):
@@ -11269,16 +11244,8 @@ class Demo:
             response = connection.getresponse()
             data = response.read(1)
             first_byte_s = time.monotonic() - started
-            return first_byte_s, answer_text(data + response.read(), scene.is_streamed)
-
-
-def answer_text(data, is_streamed):
-    """The words of an answer of the Messages API."""
-    if is_streamed:
-        lines = (line for line in data.splitlines() if line.startswith(b'data: '))
-        events = [loads_object(line[6:]) for line in lines]
-        return ''.join(as_dict(event.get('delta')).get('text', '') for event in events)
-    return ''.join(block.get('text', '') for block in loads_object(data).get('content', []))
+            texts = TEXT_MEMBER.findall(data + response.read())
+            return first_byte_s, ''.join(map(json.loads, texts))
 
 
 # ==============================================================================
@@ -11288,8 +11255,6 @@ def answer_text(data, is_streamed):
 # input.
 
 PAINTS = {'bold': 1, 'dim': 2, 'good': 32, 'warn': 33, 'bad': 31}
-#: How long a start in the background may take until its ports answer.
-START_S = 30
 
 
 def paint(kind, text, environ=os.environ):
@@ -11524,7 +11489,7 @@ def start_in_background(options):
 def await_health(options, process):
     """/health of a process that starts; None when it ends, or does not answer in time."""
     config, _ = read_config(options.config)       # a broken one is the process's to report
-    for _ in polling(START_S):
+    for _ in polling(30):
         health = fetch_health(options.config, config)
         if health and health['pid'] == process.pid:
             return health
@@ -11547,15 +11512,12 @@ def end_process(options, is_now):
     if running is None:
         return None
     refuse_elsewhere(running)
-    pid, started = running.pid, time.monotonic()
-    is_asked, is_explained = False, is_now
-    for _ in polling(DRAIN_S + 5):
-        if is_now or not is_asked:    # the second signal ends it at once
+    pid = running.pid
+    for turn, _ in enumerate(polling(DRAIN_S + 5)):
+        if is_now or not turn:        # the second signal ends it at once
             with contextlib.suppress(ProcessLookupError):     # it ended just now
                 os.kill(pid, signal.SIGTERM)
-            is_asked = True
-        if not is_explained and time.monotonic() > started + 1:
-            is_explained = True
+        if turn == 25 and not is_now:             # after a second
             complain(f'waiting up to {DRAIN_S} s for running answers; `stop --now` cuts them.')
         running = pid_file.holder()
         if not running or running.pid != pid:
@@ -11568,23 +11530,15 @@ def cmd_restart(options):
     if running and running.is_here and running.pid == 1:
         raise FailoverError('It is the first process of this container, which ends with it: '
                             'restart the container.')
-    manager = running_manager(options)
-    end_process(options, options.now)
-    if manager is None:
-        return start_in_background(options)
-    problem = run_commands(manager.restart)
-    if problem:
-        raise FailoverError(f'{manager.manager} did not start it again: {problem}')
-    say(f'{manager.manager} has started it again.')
-
-
-def running_manager(options):
-    """The Autostart by whose manager the running proxy was started, or None."""
     started_by = who_started(options)
-    if started_by in (None, 'hand'):
-        return None
-    autostart = find_autostart(options.config)
-    return autostart if started_by == autostart.manager else None
+    autostart = None if started_by in (None, 'hand') else find_autostart(options.config)
+    end_process(options, options.now)
+    if autostart is None or autostart.manager != started_by:
+        return start_in_background(options)
+    problem = run_commands(autostart.restart)
+    if problem:
+        raise FailoverError(f'{started_by} did not start it again: {problem}')
+    say(f'{started_by} has started it again.')
 
 
 def who_started(options):
@@ -11608,7 +11562,7 @@ def set_up_tools(options):
     url, setup = profile_url(options, config), ToolSetup(options.config)
     found = [tool for tool in TOOLS if setup.is_found(tool)]
     edit = functools.partial(setup.configure, url=url, access_token=config.access_token)
-    failed = edit_tools(options, chosen_tools(options, found), config, edit)
+    failed = edit_tools(options, found, config, edit)
     say(f'Other tools (Aider, the SDKs): set {BASE_URL_VARIABLE}={url}, with any API key.')
     if setup.has_cursor():
         say(CURSOR_NOTE)
@@ -11625,11 +11579,14 @@ def undo_tools(options):
     config, _ = read_config(options.config)       # a broken one must not keep undo from working
     setup, health = ToolSetup(options.config), fetch_health(options.config, config)
     edit = functools.partial(setup.undo, ours=own_values(config, open_ports(health)))
-    return edit_tools(options, chosen_tools(options, TOOLS), config, edit)
+    return edit_tools(options, TOOLS, config, edit)
 
 
-def edit_tools(options, tools, config, edit):
-    """Edits the files of some tools, and says what became of each; 1 when one was left alone."""
+def edit_tools(options, found, config, edit):
+    """Edits the files of the tools that --only names, else of those `found`, less those that
+    --skip names, and says what became of each; 1 when one was left alone."""
+    wanted = [tool for tool in TOOLS if tool.id in options.only] or found
+    tools = [tool for tool in wanted if tool.id not in options.skip]
     rows, failed = [], 0
     for tool in tools:
         try:
@@ -11649,10 +11606,6 @@ def edit_tools(options, tools, config, edit):
     return failed
 
 
-def chosen_tools(options, found):
-    """The tools that --only names, or those `found`, without those that --skip names."""
-    tools = [tool for tool in TOOLS if tool.id in options.only] if options.only else found
-    return [tool for tool in tools if tool.id not in options.skip]
 
 
 def say_diff(change, config):
@@ -11738,11 +11691,17 @@ def say_started(app):
     config = app.store.current
     say(f'{paint("bold", PROGRAM)} {VERSION}; Ctrl-C stops it')
     say_ports(app.health())
-    say(f'Keys       {describe_keys(config)}')
+    count = collections.Counter(key.provider for key in config.keys.values())
+    openai = f', {count[OPENAI]} OpenAI' if count[OPENAI] else ''
+    is_off = openai and not config.openai_model_fallback
+    say(f'Keys       {count[ANTHROPIC]} Anthropic{openai}'
+        + (' (openaiModelFallback is off)' if is_off else ''))
     missing = '' if os.path.exists(DASHBOARD_PATH) else f' (needs dashboard.html beside {RUN[8:]})'
     say(f'Dashboard  {local_url(next(iter(app.ports().values())))}/dashboard{missing}')
     say(f'Log        {app.log.path}')
-    for warning in start_warnings(app):
+    unknown = (f'the configuration has a field {printable(name)}, which is not known here.'
+               for name in unknown_fields(config))
+    for warning in (*app.store.take_notices(), *unknown, *key_warnings(config)):
         complain(warning)
     if not any(is_served(config, key) for key in config.keys.values()):
         say(paint('warn', 'There is no key yet: requests go out with '
@@ -11750,12 +11709,6 @@ def say_started(app):
         say(f'Add one with: {RUN} add-key')
 
 
-def start_warnings(app):
-    """What a person should look at, though it stops nothing."""
-    yield from app.store.take_notices()
-    for name in unknown_fields(app.store.current):
-        yield f'the configuration has a field {printable(name)}, which is not known here.'
-    yield from key_warnings(app.store.current)
 
 
 def key_warnings(config):
@@ -11765,19 +11718,17 @@ def key_warnings(config):
             yield f'key {key.ref} cannot be used: {problem}.'
 
 
-def describe_keys(config):
-    count = collections.Counter(key.provider for key in config.keys.values())
-    text = f'{count[ANTHROPIC]} Anthropic'
-    if count[OPENAI]:
-        is_off = not config.openai_model_fallback
-        text += f', {count[OPENAI]} OpenAI' + (' (openaiModelFallback is off)' if is_off else '')
-    return text
 
 
 def save(options, edit) -> Any:
     """Applies an edit to the configuration file, and says what else was done to it; what the edit
-    gave.  Raises FailoverError."""
-    refuse_to_begin_anew(options.config)
+    gave.  Raises ConfigError where the file is gone that a running proxy has in force: a new one
+    would hold the edit alone, and take the place of all else there."""
+    running = None if os.path.exists(options.config) else find_running(options.config)
+    if running and running.is_configured:
+        raise ConfigError(f'{options.config} is gone, but the running proxy (pid {running.pid}) '
+                          'has it in force: any change in its dashboard writes it anew. To begin '
+                          f'with an empty one, stop the proxy first: {RUN} stop')
     store = ConfigStore(options.config)
     outcome = store.update(edit)
     for notice in store.take_notices():
@@ -11785,14 +11736,6 @@ def save(options, edit) -> Any:
     return outcome
 
 
-def refuse_to_begin_anew(config_path):
-    """Raises ConfigError where the file is gone that a running proxy has in force: a new one would
-    hold the edit alone, and take the place of all else there."""
-    running = None if os.path.exists(config_path) else find_running(config_path)
-    if running and running.is_configured:
-        raise ConfigError(f'{config_path} is gone, but the running proxy (pid {running.pid}) has '
-                          'it in force: any change in its dashboard writes it anew. To begin with '
-                          f'an empty one, stop the proxy first: {RUN} stop')
 
 
 def cmd_add_key(options):
@@ -12098,13 +12041,10 @@ def cmd_logs(options):
     path = log_path(options.config)
     lines = follow_lines(path)
     so_far = itertools.takewhile(lambda line: line is not None, lines)
-    last = list(collections.deque(so_far, maxlen=max(0, options.lines)))
-    for line in last:
-        say_log_line(line, options.json)
+    last = collections.deque(so_far, maxlen=max(0, options.lines))
     if not last:
         complain(f'there is no log line yet in {path}')
-    while options.follow:
-        line = next(lines)
+    for line in itertools.chain(last, lines if options.follow else ()):
         if line is None:
             time.sleep(0.25)
         else:
@@ -12144,10 +12084,7 @@ def is_same_file(file, path):
 def say_log_line(line, as_json):
     """A log line as JSON, or as: time, level, event, then its fields."""
     text = line.decode('utf-8', 'replace')
-    try:
-        record = loads_object(text)
-    except ValueError:
-        record = None
+    record = object_or_none(text)
     if as_json or record is None:
         return say(printable(text))
     level, event = printable(record.get('level', '')), printable(record.get('event', ''))
