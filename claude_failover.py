@@ -8610,8 +8610,6 @@ def start_command(python: str, config_path: str) -> list:
     return [python, *BOOT, os.path.abspath(__file__), '--config', config_path, 'start']
 
 
-
-
 def find_autostart(config_path: str, environ=os.environ, platform: str = sys.platform,
                    home: str | None = None) -> Autostart:
     """This system's Autostart for a configuration.  Raises FailoverError where there is none."""
@@ -8830,10 +8828,9 @@ def settings_with(text, variables):
     """Settings whose `env` holds these variables; nothing else in the text changes."""
     settings_environment(text)
     text = text if text.strip(SETTINGS_EDGE) else '{}\n'
-    start = text.index('{')
     for name, value in variables.items():
         if 'env' not in read_settings(text):
-            text = set_member(text, start, 'env', {})
+            text = set_member(text, text.index('{'), 'env', {})
         text = set_member(text, env_start(text), name, value)
     return text
 
@@ -9013,8 +9010,7 @@ class ToolSetup:
         return bool(state.get('oauthAccount') or state.get('primaryApiKey'))
 
     def undo(self, tool: UserTool, ours: set, is_dry: bool = False) -> Change:
-        """Restores a tool's file; where it was edited since, removes what has a value of `ours`.
-        Raises ToolError."""
+        """Restores a tool's file; one edited since loses values of `ours`.  Raises ToolError."""
         path, done = tool.place(self), 'has nothing to undo'
         with self._records(tool, is_dry) as records:
             before, record = read_text(path), records.pop(path, None)
@@ -9056,11 +9052,10 @@ def make_record(tool, before, after, was_there, variables):
     """What undo needs: the edit as [position, text before, text after], the new text's hash."""
     start = len(os.path.commonprefix([before, after]))
     end = len(os.path.commonprefix([before[start:][::-1], after[start:][::-1]]))
-    old = tool.read(before)
     return {'tool': tool.id, 'existed': was_there, 'digest': text_digest(after),
             'edit': [start, before[start:len(before) - end], after[start:len(after) - end]],
             'values': list(variables.values()),
-            'previous': {name: old.get(name) for name in variables}}
+            'previous': {name: tool.read(before).get(name) for name in variables}}
 
 
 def original_text(tool, text, record, ours):
@@ -9106,8 +9101,7 @@ def describe_tool_error(error):
 
 
 def own_values(config: Config | None, ports: dict) -> set:
-    """What setup may have set variables to: our addresses (`ports` are the open ones, {profile:
-    port}) and the access token."""
+    """What setup may have set variables to: our addresses (`ports`: the open ones), our token."""
     profiles = config.profiles.values() if config else ()
     numbers = {*(profile.port for profile in profiles), *ports.values()}
     own = {local_url(port) for port in numbers if port}
@@ -9169,8 +9163,7 @@ class Call(NamedTuple):
             raise BadRequest(f'The body must be a JSON object: {error}.') from error
 
     def json(self, **checks):
-        """{name: value} of the body without its nulls.  Raises BadRequest for a field that is not
-        in `checks`, or that its check complains of."""
+        """{name: value} of the body without nulls.  Raises BadRequest for what `checks` refuse."""
         body = self.raw_json()
         for name, value in body.items():
             if name not in checks:
@@ -9212,8 +9205,6 @@ def show_start_page(call: Call):
     return call.response.send(200, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
 
 
-
-
 def show_dashboard(call: Call):
     """dashboard.html from beside this file, read anew each time."""
     code = call.query.get('code')
@@ -9228,9 +9219,8 @@ def show_dashboard(call: Call):
         text = (f'The dashboard is a separate file: put dashboard.html beside this program, as\n'
                 f'{DASHBOARD_PATH}\nWithout it, /health and `{RUN} status` show the same.\n')
         return call.response.send(404, [PLAIN_TEXT, *OWN_FIELDS], text.encode())
-    fields = [field for field in OWN_FIELDS if field[0] != 'content-security-policy']
-    fields += [('content-type', 'text/html; charset=utf-8'), ('referrer-policy', 'no-referrer'),
-               ('content-security-policy', page_policy(page))]
+    fields = [('content-type', 'text/html; charset=utf-8'), ('referrer-policy', 'no-referrer'),
+              ('content-security-policy', page_policy(page)), *OWN_FIELDS[:-1]]
     return call.response.send(200, fields, page)
 
 
@@ -9354,8 +9344,7 @@ def api_events(call: Call):
         response.write(reporter.news())
         while not (app.stopping or subscription.is_over):
             news = subscription.next(STATUS_S)
-            data = sse_event(*news) if news else b''
-            response.write(data + reporter.news())
+            response.write((sse_event(*news) if news else b'') + reporter.news())
         response.finish()
 
 
@@ -9598,10 +9587,6 @@ def profile_view(profile):
             'priorityOrder': list(profile.order), 'strategy': profile.strategy}
 
 
-def api_list_profiles(call: Call):
-    call.send_json({'profiles': list(map(profile_view, call.config.profiles.values()))})
-
-
 def api_add_profile(call: Call):
     fields = call.json(**PROFILE_CHECKS)
     name, port = wanted_field(fields, 'name').strip(), fields.pop('port', None)
@@ -9721,10 +9706,9 @@ def api_setup(call: Call, target: str):
         known = ', '.join((*TOOL_IDS, 'auto', *LOGIN_TARGETS))
         raise BadRequest(f'There is no target {printable(target)[:60]!r}. There are: {known}.',
                          404, 'not_found_error')
-    edit = edit_from_page(call, setup, fields)
     actions = [{'target': change.tool.id, 'changed': int(change.is_change),
                 'message': f'{change.tool.name}: {tilde(change.path)} {change.text}.'}
-               for change in map(edit, tools)]
+               for change in map(edit_from_page(call, setup, fields), tools)]
     message = '\n'.join(action['message'] for action in actions)
     answer = {'changed': sum(action['changed'] for action in actions), 'actions': actions,
               'message': message or 'No tool was found here that is not set up.'}
@@ -9834,8 +9818,7 @@ def address_bytes(address):
 
 
 def ask_for_owner(far, near):
-    """(user id, inode) of the socket at `far`, by netlink; inode 0 when nobody holds it; None
-    when it is not found."""
+    """(user id, inode) of the socket at `far`, inode 0 when nobody holds it; None for none."""
     request = struct.pack('=IHHIIBBxxI', 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0,
                           address_family(far), socket.IPPROTO_TCP, 0xffffffff)
     request += struct.pack('!HH16s16s', far[1], near[1], address_bytes(far), address_bytes(near))
@@ -9907,8 +9890,7 @@ def media_types(value):
 
 
 def check_content_type(head):
-    """Raises BadRequest for a body that is not JSON (or, for files, multipart) by its type: forms
-    of a web page never are."""
+    """Raises BadRequest for a body that is not typed as JSON or file: a web page's form is not."""
     if not (head.is_chunked or head.length):
         return
     content_types = media_types(head.headers.get('content-type', ''))
@@ -9954,7 +9936,8 @@ ROUTES = (
     route('PUT', '/api/(openai-)?keys/([^/]+)', api_edit_key),
     route('DELETE', '/api/(openai-)?keys/([^/]+)', api_remove_key),
     route('POST', '/api/(openai-)?keys/([^/]+)/test', api_test_key),
-    route('HEAD GET', '/api/profiles', api_list_profiles),
+    route('HEAD GET', '/api/profiles', lambda call: call.send_json(
+        {'profiles': config_view(call.config)['profiles']})),
     route('POST', '/api/profiles', api_add_profile),
     route('PUT', '/api/profiles/priority', api_order_profile),
     route('PUT', '/api/profiles/([^/]+)', api_edit_profile),
@@ -10055,8 +10038,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.app.log.debug('refused', status=error.status, message=str(error))
         fields = [JSON_TYPE, ('request-id', new_request_id()), *OWN_FIELDS, *error.fields]
         try:
-            body = error_json(error.type, str(error), **error.details)
-            response.send(error.status, fields, body)
+            response.send(error.status, fields,
+                          error_json(error.type, str(error), **error.details))
         except ClientGone:
             return
         if not response.keep_alive:
@@ -10712,12 +10695,10 @@ def fetch_health(config_path: str, config: Config | None) -> dict | None:
 
 
 def access_fields(running: Running | None, config: Config | None, port: int) -> dict:
-    """The access token as a header field, for a port of the running proxy alone: at any other,
-    another user's program may listen."""
+    """The access token as a field, for a port of the running proxy alone: others are anyone's."""
     is_known = running and running.is_here and port in running.ports
-    if config and config.access_token and is_known:
-        return {'x-api-key': config.access_token}
-    return {}
+    token = config.access_token if config and is_known else None
+    return {'x-api-key': token} if token else {}
 
 
 def fetch_json(port: int, path: str, headers: dict, method: str = 'GET') -> dict | None:
@@ -10749,14 +10730,10 @@ class Finding(NamedTuple):
     remedy: str = ''          # what to do; '' where all is well
 
 
-#: A clock that is off by more than this makes certificates and reset times wrong.
-CLOCK_TOLERANCE_S = 300
-#: Failures that the report lists, and how many lines of the log are searched for them.
-LAST_FAILURES, LINES_SEARCHED = 5, 1000
-
-
 def diagnose(config_path: str) -> Iterator[Finding]:
     """Yields Findings, the quick ones first.  Only test_key sends tokens, and nothing costs."""
+    import platform
+    import ssl
     store, problem = ConfigStore(config_path), None
     try:
         store.load()
@@ -10764,7 +10741,9 @@ def diagnose(config_path: str) -> Iterator[Finding]:
         problem = error
     config = store.current            # the defaults, where the file is wrong
     health = fetch_health(config_path, config)
-    yield examine_program()
+    yield Finding('program', f'{PROGRAM} {VERSION} at {tilde(os.path.abspath(__file__))}, Python '
+                             f'{platform.python_version()}, {ssl.OPENSSL_VERSION}, '
+                             f'{platform.platform()}')
     yield from examine_configuration(store, problem)
     yield from examine_proxy(config_path, config, health)
     yield from examine_keys(config, health)
@@ -10773,14 +10752,6 @@ def diagnose(config_path: str) -> Iterator[Finding]:
     yield from examine_autostart(config_path)
     yield from examine_upstreams(config)
     yield from examine_log(log_path(config_path))
-
-
-def examine_program():
-    import platform
-    import ssl
-    return Finding('program', f'{PROGRAM} {VERSION} at {tilde(os.path.abspath(__file__))}, Python '
-                              f'{platform.python_version()}, {ssl.OPENSSL_VERSION}, '
-                              f'{platform.platform()}')
 
 
 def examine_configuration(store, problem):
@@ -10928,7 +10899,7 @@ def examine_server(url, upstream, exchange):
     ms = round((time.monotonic() - started) * 1000)
     off_s = clock_offset_s(response.headers.get('date'), time.time())
     text = f'{url}: reached, {response.status} in {ms} ms'
-    if abs(off_s) > CLOCK_TOLERANCE_S:
+    if abs(off_s) > 300:              # certificates and reset times would be misread
         return Finding('clock', f"{text}; this machine's clock is {format_duration(abs(off_s))} "
                                 f'{"ahead" if off_s > 0 else "behind"}', 'set the clock')
     return Finding('server', text)
@@ -10950,8 +10921,7 @@ def key_finding(key, tested):
 
 
 def examine_log(path):
-    """The last warnings and errors."""
-    failures = last_records(path, LINES_SEARCHED, 'warn')[-LAST_FAILURES:]
+    failures = last_records(path, 1000, 'warn')[-5:]
     yield Finding('log', f'{tilde(path)}: {len(failures)} of the last warnings and errors follow'
                   if failures else f'{tilde(path)}: no warnings')
     for record in failures:
@@ -10978,12 +10948,11 @@ class Reply(NamedTuple):
     status: int
     fields: list
     body: bytes = b''
-    pieces: tuple | None = None
+    pieces: tuple = ()
 
 
 class PretendUpstream(LocalServer):
-    """Anthropic's API, and OpenAI's below /openai, at a port of this machine.  `play(asked)` names
-    the row of PLAYS that answers a request."""
+    """Anthropic's API, and OpenAI's below /openai; `play(asked)` names the row of PLAYS."""
 
     def __init__(self, play=lambda asked: 'answer', pause_s: float = 0):
         self.play, self.pause_s = play, pause_s
@@ -11018,26 +10987,20 @@ class PretendHandler(http.server.BaseHTTPRequestHandler):
         key = re.search(r'sk-(?:ant-\w+|proj)-(\w+)-', token)
         asked = Asked(key.group(1) if key else 'client', self.command, self.path,
                       loads_object(data) if data else {})
-        self._send(self.server.reply(asked))
-
-    do_GET = do_HEAD = do_DELETE = do_POST
-
-    def _send(self, reply):
+        reply = self.server.reply(asked)
+        framing = (('transfer-encoding', 'chunked') if reply.pieces else
+                   ('content-length', str(len(reply.body))))
         self.send_response_only(reply.status)
-        for name, value in reply.fields:
+        for name, value in (*reply.fields, framing):
             self.send_header(name, value)
-        if reply.pieces is None:
-            self.send_header('content-length', str(len(reply.body)))
-        else:
-            self.send_header('transfer-encoding', 'chunked')
         self.end_headers()
         if self.command != 'HEAD':
             self.wfile.write(reply.body)
-        for piece in reply.pieces or ():
+        for piece in (*reply.pieces, b'') if reply.pieces else ():
             self.wfile.write(b'%x\r\n%b\r\n' % (len(piece), piece))
             time.sleep(self.server.pause_s)
-        if reply.pieces is not None:
-            self.wfile.write(b'0\r\n\r\n')
+
+    do_GET = do_HEAD = do_DELETE = do_POST
 
     def log_message(self, format, *arguments):
         """Not to the terminal, where the demo is."""
@@ -11210,21 +11173,16 @@ class Demo:
         self.port = self.app.ports()['default']
         self._thread = threading.Thread(target=self.app.run, name='demo', daemon=True)
         self._thread.start()
-        self._is_over = threading.Event()
+        self.is_over = threading.Event()
 
     def close(self):
-        self._is_over.set()
+        self.is_over.set()
         self.app.stop()
         self._thread.join(DRAIN_S)
         self.upstream.close()
 
-    def pause(self, seconds: float) -> bool:
-        """Waits; whether the demo is over by now."""
-        return self._is_over.wait(seconds)
-
     def play(self, scene: Scene):
-        """Sends the scene's requests; yields (the journal's record, seconds to the first byte, the
-        answer's text) of each."""
+        """Sends the scene's requests; yields (the journal's record, ttfb in s, text) of each."""
         self._plays = {key: iter(plays) for key, plays in scene.plays.items()}
         for _ in range(scene.requests):
             with self.app.bus.subscription() as news:
@@ -11358,9 +11316,9 @@ def play_demo(demo, options):
         say()
         say_wrapped(f'{number}. {scene.title}')
         say_played(demo, scene)
-        demo.pause(0 if options.fast else 1.2)
+        demo.is_over.wait(0 if options.fast else 1.2)
     say_saved(demo.app.health()['metrics'], demo.app.metrics.history())
-    while options.keep and not demo.pause(random.uniform(0.5, 2.5)):
+    while options.keep and not demo.is_over.wait(random.uniform(0.5, 2.5)):
         say_played(demo, random.choice(EVERYDAY))
 
 
@@ -11504,8 +11462,7 @@ def cmd_stop(options):
 
 
 def end_process(options, is_now):
-    """Has the running proxy finish, or with `is_now` end at once, and waits for that; its pid, or
-    None where none runs."""
+    """Ends the running proxy, `is_now` at once, and waits for that; its pid, None for none."""
     import signal
     pid_file = PidFile(options.config)
     running = pid_file.holder()
@@ -11554,7 +11511,12 @@ def cmd_setup(options):
     if options.autostart or options.remove_autostart:
         run = run_by_manager if options.autostart else run_by_no_manager
         return run(options, find_autostart(options.config))
-    return undo_tools(options) if options.undo else set_up_tools(options)
+    if not options.undo:
+        return set_up_tools(options)
+    config, _ = read_config(options.config)       # a broken one must not keep undo from working
+    setup, health = ToolSetup(options.config), fetch_health(options.config, config)
+    edit = functools.partial(setup.undo, ours=own_values(config, open_ports(health)))
+    return edit_tools(options, TOOLS, config, edit)
 
 
 def set_up_tools(options):
@@ -11573,13 +11535,6 @@ def set_up_tools(options):
         if not fetch_health(options.config, config):
             say(f'Start the proxy with: {RUN} start -d')
     return failed
-
-
-def undo_tools(options):
-    config, _ = read_config(options.config)       # a broken one must not keep undo from working
-    setup, health = ToolSetup(options.config), fetch_health(options.config, config)
-    edit = functools.partial(setup.undo, ours=own_values(config, open_ports(health)))
-    return edit_tools(options, TOOLS, config, edit)
 
 
 def edit_tools(options, found, config, edit):
@@ -11604,8 +11559,6 @@ def edit_tools(options, found, config, edit):
     if not tools:
         say('No tool with a file of its own was found here; --only names one all the same.')
     return failed
-
-
 
 
 def say_diff(change, config):
@@ -11709,15 +11662,11 @@ def say_started(app):
         say(f'Add one with: {RUN} add-key')
 
 
-
-
 def key_warnings(config):
     for key in config.keys.values():
         problem = token_problem(key)
         if problem:
             yield f'key {key.ref} cannot be used: {problem}.'
-
-
 
 
 def save(options, edit) -> Any:
@@ -11734,8 +11683,6 @@ def save(options, edit) -> Any:
     for notice in store.take_notices():
         complain_once(notice)
     return outcome
-
-
 
 
 def cmd_add_key(options):
@@ -11824,8 +11771,7 @@ def cmd_list_keys(options):
 
 
 def running_health(options):
-    """/health of the running proxy, also when the file that it runs with is broken by now.
-    Raises FailoverError when there is none."""
+    """/health of the running proxy, though its file may be broken.  Raises FailoverError."""
     config, problem = read_config(options.config)
     health = fetch_health(options.config, config)
     if health is None:
@@ -12056,22 +12002,20 @@ def follow_lines(path):
     After a rotation goes on in the new file, once the old one's last line is read."""
     with contextlib.suppress(OSError), open(path + '.1', 'rb') as file:
         yield from file.read().splitlines()
-    file, rest = None, b''
     while True:
-        if file is None:
-            with contextlib.suppress(OSError):    # none is there yet
-                file, rest = open(path, 'rb'), b''
-        if file is None:
+        try:
+            file = open(path, 'rb')
+        except OSError:               # none is there yet
             yield None
             continue
-        has_rotated = not is_same_file(file, path)      # asked before the last read, not after
-        *lines, rest = (rest + file.read()).split(b'\n')
-        yield from lines
-        if has_rotated:
-            file.close()
-            file = None
-        else:
-            yield None
+        with file:
+            is_last, rest = False, b''
+            while not is_last:
+                is_last = not is_same_file(file, path)  # asked before the last read, not after
+                *lines, rest = (rest + file.read()).split(b'\n')
+                yield from lines
+                if not is_last:
+                    yield None
 
 
 def is_same_file(file, path):
@@ -12218,8 +12162,7 @@ def main(argv=None):
 
 
 def hide_values_of_crashes():
-    """Has uncaught errors show kind and place alone: messages quote values, and http.client's
-    those of header fields with tokens."""
+    """Has uncaught errors show kind and place alone: messages may quote fields with tokens."""
     def report(error):
         if not isinstance(error, (SystemExit, type(None))):
             with contextlib.suppress(OSError):    # nobody reads it any more
