@@ -4732,17 +4732,10 @@ class EventBus:
                 self.subscriptions = tuple(s for s in self.subscriptions if s is not subscription)
 
 
-def holds_only(folder, stem):
-    """Whether a folder, no link to one, holds only files whose names begin so."""
-    return not os.path.islink(folder) and all(name.startswith(stem) for name in os.listdir(folder))
-
-
 class JsonLog:
-    """One JSON object a line, rotated to PATH.1 at `max_bytes`.
-
-    After `start` a thread of its own encodes and writes, a batch at a time: a write for each
-    request, under one lock, would make all requests wait in line (a third of their throughput).
-    """
+    """One JSON object a line, rotated to PATH.1 at `max_bytes`.  After `start` a thread of its
+    own writes, a batch at a time: a write for each request, under one lock, would make all
+    requests wait in line (a third of their throughput)."""
 
     def __init__(self, path: str, level='info', max_bytes=5_242_880, now=time.time,
                  bus: EventBus | None = None):
@@ -4750,9 +4743,8 @@ class JsonLog:
         self._lock = threading.Lock()             # held for appending and rotating
         self._records = collections.deque(maxlen=MAX_LOG_LINES)       # that wait
         self._has_records = threading.Event()
-        self._is_started = False
         self._file = None
-        self.failed = False       # the last lines could not be written
+        self._is_started = self.failed = False    # failed: the last lines could not be written
         self.configure(level, max_bytes)
 
     def configure(self, level: str, max_bytes: int) -> None:
@@ -4822,12 +4814,13 @@ class JsonLog:
             os.replace(self.path, self.path + '.1')
 
     def _make_private_locked(self):
-        """Takes older logs from other users' reach, and their folder where it is ours."""
+        """Takes older logs from other users' reach, and their folder where it holds only them."""
         folder, name = os.path.split(self.path)
         stem = os.path.splitext(name)[0]
         for path in (self.path, f'{self.path}.1', folder):
             with contextlib.suppress(OSError):    # it is not there, or another owner's
-                if path == folder and not holds_only(folder, stem):
+                if path == folder and (os.path.islink(path) or not all(
+                        other.startswith(stem) for other in os.listdir(path))):
                     continue
                 mode = make_private(path)
                 if mode:
@@ -4885,7 +4878,9 @@ class Minute:
 
     def add(self, record):
         self.counts[record['outcome']] += 1
-        self.counts['rescued'] += is_rescued(record)
+        # Answered only because another key or model, or a wait, helped.
+        self.counts['rescued'] += record['outcome'] == 'answered' and bool(
+            len(record['attempts']) > 1 or record.get('fallback') or record.get('queued_ms'))
         if 'ttfb_ms' in record and len(self.ttfbs_ms) < MAX_TTFBS:
             self.ttfbs_ms.append(record['ttfb_ms'])
 
@@ -4893,16 +4888,8 @@ class Minute:
         """{'answered': 5, ..., 'ttfb_p50_ms': 900, 'ttfb_p95_ms': 2000}."""
         counts = {name: self.counts[name] for name in (*OUTCOMES, 'rescued')}
         ordered = sorted(self.ttfbs_ms)
-        if not ordered:
-            return counts
-        return {**counts, 'ttfb_p50_ms': ordered[len(ordered) // 2],
-                'ttfb_p95_ms': ordered[int(len(ordered) * 0.95)]}
-
-
-def is_rescued(record):
-    """Whether a request was answered only because another key or model, or a wait, helped."""
-    return record['outcome'] == 'answered' and bool(
-        len(record['attempts']) > 1 or record.get('fallback') or record.get('queued_ms'))
+        return {**counts, **{f'ttfb_p{part}_ms': ordered[len(ordered) * part // 100]
+                             for part in (50, 95) if ordered}}
 
 
 #: The windows of a plan; at this use no new conversation begins in one, where another key can.
@@ -5191,7 +5178,9 @@ class ConfigStore:
         except OSError as error:
             raise ConfigError(f'{self.path} cannot be read ({error.strerror}).') from error
         try:
-            document = json.loads(data.decode('utf-8-sig'))
+            return parse_config(json.loads(data.decode('utf-8-sig')))
+        except ConfigError as error:
+            raise ConfigError(f'{self.path}: {error}') from error
         except json.JSONDecodeError as error:
             raise ConfigError(f'{self.path} is not valid JSON: line {error.lineno}, column '
                               f'{error.colno}: {error.msg}. Correct it there.') from error
@@ -5199,24 +5188,19 @@ class ConfigStore:
             raise ConfigError(f'{self.path} is nested too deeply. Correct it.') from error
         except ValueError as error:
             raise ConfigError(f'{self.path} is not valid JSON in UTF-8. Correct it.') from error
-        try:
-            return parse_config(document)
-        except ConfigError as error:
-            raise ConfigError(f'{self.path}: {error}') from error
 
     def _make_private(self, path, target):
         """Takes what is at a path, and open as `target`, from other users' reach, and says so."""
         try:
             mode = make_private(target)
+            if mode:
+                self._notices.append(f'{path} was readable by others (mode {mode:o}); it is '
+                                     f'{mode & 0o700:o} now.')
         except FileNotFoundError:     # the folder: there is no configuration yet
-            return
+            pass
         except OSError:               # another owner's, or a read-only mount
             self._notices.append(f'{path} is readable by others, and that cannot be changed from '
                                  f'here: chmod go= {path}')
-            return
-        if mode:
-            self._notices.append(f'{path} was readable by others (mode {mode:o}); it is '
-                                 f'{mode & 0o700:o} now.')
 
 
 def output_path(config_path: str) -> str:
@@ -5474,8 +5458,7 @@ class Exchange:
         self.gone = False             # the client left
         self.timed_out = False        # the upstream was given up
         self._clock = clock
-        self._wake = None
-        self._upstream_socket = None
+        self._wake = self._upstream_socket = None
         self._lock = threading.Lock()
 
     @property
@@ -5512,18 +5495,12 @@ class Exchange:
 
     def client_left(self):
         self.gone = True
-        self._end_upstream()
+        self.end_upstream()
         self.wake.set()
 
-    def expire(self):
-        self.timed_out = True
-        self._end_upstream()
-
-    def _end_upstream(self):
-        with self._lock:
-            if self._upstream_socket is None:
-                return
-            with contextlib.suppress(OSError):    # it may end by itself in this moment
+    def end_upstream(self):
+        with self._lock, contextlib.suppress(OSError):        # it may end by itself in this moment
+            if self._upstream_socket:
                 # Not SSLSocket.shutdown: it would drop the TLS state under a running read.
                 socket.socket.shutdown(self._upstream_socket, socket.SHUT_RDWR)
 
@@ -5574,7 +5551,8 @@ class Watcher:
         for exchange in exchanges:
             deadline = exchange.deadline
             if deadline is not None and now > deadline and not exchange.timed_out:
-                exchange.expire()
+                exchange.timed_out = True
+                exchange.end_upstream()
 
 
 # ==============================================================================
@@ -5605,13 +5583,9 @@ ENTRY, LINE = (operator.itemgetter(Field._fields.index(name)) for name in ('entr
 CONNECTION_OPTIONS = frozenset({'close', 'keep-alive'})
 
 
-def connection_options(headers: dict[str, str]) -> frozenset[str]:
-    """The names in a Connection field, lower case."""
-    return name_list(headers.get('connection', ''))
-
-
 @functools.lru_cache(maxsize=64)
 def name_list(value: str) -> frozenset[str]:
+    """The names in a Connection field, lower case, or in another like it."""
     return frozenset(name.strip().lower() for name in value.split(',')) - {''}
 
 
@@ -5621,10 +5595,8 @@ def split_head(data: bytes, read) -> tuple[str, list[Field], bool]:
     first, *lines = data.decode('latin-1').split('\r\n')
     if len(data) > MAX_KNOWN_HEAD_BYTES:
         read = read.__wrapped__       # what is kept must not grow large
-    fields = list(map(read, lines))
-    if None in fields:
-        return first, [field for field in fields if field], False
-    return first, fields, True
+    fields = list(filter(None, map(read, lines)))
+    return first, fields, len(fields) == len(lines)
 
 
 def read_field(line: str, goes_on: Callable) -> Field | None:
@@ -5651,7 +5623,7 @@ def join_fields(fields: list[Field]) -> dict[str, str]:
 
 def forwarded_lines(fields: list[Field], headers: dict[str, str]) -> str:
     """The lines of those fields that go on, as text."""
-    named_by_connection = connection_options(headers)
+    named_by_connection = name_list(headers.get('connection', ''))
     if named_by_connection <= CONNECTION_OPTIONS:     # nearly always
         return ''.join(map(LINE, fields))
     return ''.join([field.line for field in fields if field.entry[0] not in named_by_connection])
@@ -5768,16 +5740,12 @@ class RequestHead(NamedTuple):
 
     @property
     def keeps_alive(self):
-        options = connection_options(self.headers)
+        options = name_list(self.headers.get('connection', ''))
         return 'close' not in options and (self.minor_version == 1 or 'keep-alive' in options)
 
 
-def goes_upstream(name):
-    return name not in OWN_REQUEST_FIELDS and not name.startswith('x-proxy-')
-
-
-read_request_field = functools.lru_cache(maxsize=512)(
-    functools.partial(read_field, goes_on=goes_upstream))
+read_request_field = functools.lru_cache(maxsize=512)(functools.partial(
+    read_field, goes_on=lambda name: name not in OWN_REQUEST_FIELDS and name[:8] != 'x-proxy-'))
 
 
 def parse_head(data):
@@ -5950,8 +5918,7 @@ class ClientConnection:
     def reset(self) -> None:
         """Closes so that the client sees an error, not an end."""
         with contextlib.suppress(OSError):
-            linger = struct.pack('ii', 1, 0)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.sock.close()
 
     def drain(self) -> None:
@@ -5973,10 +5940,8 @@ REASONS = {**{status.value: status.phrase for status in http.HTTPStatus}, 529: '
 
 
 class ClientResponse:
-    """Writes one answer: whole with `send`, or `start`, `write` ..., `finish`.
-
-    The commit is the first byte that leaves: `started` says whether it did.
-    """
+    """Writes one answer: whole with `send`, or `start`, `write` ..., `finish`.  The commit is the
+    first byte that leaves: `started` says whether it did."""
 
     def __init__(self, connection, head, now=time.time):      # head None: it could not be read
         self._connection, self._now = connection, now
@@ -6078,7 +6043,10 @@ class ClientRequest:
         self.profile_name = profile_name
         betas = head.headers.get('anthropic-beta', '').split(',')
         self.betas = [beta.strip() for beta in betas if beta.strip()]
-        self.credentials = read_credentials(head.headers, access_token)
+        #: [(field, value), ...] of the client's own credential, not of the access token.
+        fields = [(name, head.headers.get(name)) for name in ('x-api-key', 'authorization')]
+        self.credentials = [(name, value) for name, value in fields
+                            if value and not (access_token and presents(value, access_token))]
         self.session_field = head.headers.get(SESSION_FIELD)
         self.client = client_family(head.headers.get('user-agent', ''))
         #: The field lines that every attempt sends, as text.
@@ -6124,22 +6092,13 @@ class ClientRequest:
 
     @functools.cached_property
     def client_key(self) -> Key | None:
-        """The client's own credential as a Key; None when it sent none.
-
-        It cools under a name that reveals nothing of it: a hash with a salt of this process.
-        """
+        """The client's own credential as a Key, None when it sent none.  It cools under a name
+        that reveals nothing of it: a hash with a salt of this process."""
         if not self.credentials:
             return None
         secret = '\n'.join(value for _, value in self.credentials)
         digest = hashlib.blake2b(secret.encode(), key=CLIENT_SALT, digest_size=12).hexdigest()
         return Key(f'client:{digest}', CLIENT_REF, ANTHROPIC, '', CLIENT_REF)
-
-
-def read_credentials(headers, access_token=None):
-    """[(field, value), ...] of the client's own credential, not of the access token."""
-    fields = [(name, headers.get(name, '')) for name in ('x-api-key', 'authorization')]
-    return [(name, value) for name, value in fields
-            if value and not (access_token and presents(value, access_token))]
 
 
 def presents(value: str, access_token: str) -> bool:
@@ -6196,30 +6155,23 @@ class UpstreamResponse:
         self._buffer = b''            # received, not yet used
         self._left = 0                # bytes to come of a body whose length is known
         self._take: Callable          # how the body is cut out of what is received
-        self.ended = False
-        self.keep_alive = False
-        self.got_bytes = False
-        self._is_head_read = False
+        self.ended = self.keep_alive = self.got_bytes = self._is_head_read = False
         self.when_closed: Callable    # takes the socket when it can be used again
 
     def read_head(self, method):
         """Reads up to the body, interim answers too, within the time that the exchange has.
         Raises UpstreamCut, ClientGone, UpstreamTimeout."""
-        heads = 0
-        while True:
-            end = self._buffer.find(b'\r\n\r\n')
-            if end < 0:
+        for _ in range(MAX_INTERIM + 1):
+            while (end := self._buffer.find(b'\r\n\r\n')) < 0:
                 if len(self._buffer) > MAX_HEAD_BYTES:
                     raise UpstreamCut('the head is too long')
                 self._receive()
-                continue
-            heads += 1
             data, self._buffer = self._buffer[:end], self._buffer[end + 4:]
             self._parse_head(data)
-            if self.status >= 200:
+            if self.status >= 200 or self.status == 101:
                 break                 # 100, 102 and 103 only announce the answer
-            if self.status == 101 or heads > MAX_INTERIM:
-                raise UpstreamCut('it switched protocols, or only announces an answer')
+        if self.status < 200:
+            raise UpstreamCut('it switched protocols, or only announces an answer')
         self._choose_framing(method)
         self._is_head_read = True
         self._exchange.extend(self.idle_s)
@@ -6253,7 +6205,7 @@ class UpstreamResponse:
 
     def _choose_framing(self, method):
         """RFC 9112 section 6.3."""
-        options = connection_options(self.headers)
+        options = name_list(self.headers.get('connection', ''))
         self.keep_alive = 'close' not in options and (not self._is_old or 'keep-alive' in options)
         length = self.headers.get('content-length')
         coding = self.headers.get('transfer-encoding')
@@ -6293,10 +6245,7 @@ class UpstreamResponse:
     def read_all(self, limit: int) -> bytes:
         """The rest of the body, at most about `limit` bytes of it."""
         body = bytearray()
-        while len(body) < limit:
-            piece = self.read()
-            if not piece:
-                break
+        while len(body) < limit and (piece := self.read()):
             body += piece
         return bytes(body)
 
@@ -6343,25 +6292,20 @@ class UpstreamResponse:
             left = max(0, deadline - time.monotonic())
             if not self.has_received() and not readable([self._sock], left):
                 return False
-            if not self._is_tls or self._receive_if_any():
+            if not self._is_tls:
+                return True
+            try:
+                with self.not_waiting():
+                    self._receive()
+            except NothingYet:        # it held only a ticket, or half a record
+                continue
+            except UpstreamCut:       # the next read meets it too
                 return True
         return True
 
     def has_received(self) -> bool:
         """Whether TLS holds bytes already: for these no socket becomes readable."""
         return self._is_tls and self._sock.pending() > 0
-
-    def _receive_if_any(self):
-        """Takes what TLS has: a readable socket may hold only a ticket, or half a record.
-        Whether there is something to read now, be it an end."""
-        with self.not_waiting():
-            try:
-                self._receive()
-            except NothingYet:
-                return False
-            except UpstreamCut:       # the next read meets it too
-                return True
-        return True
 
     @contextlib.contextmanager
     def not_waiting(self) -> Iterator[socket.socket]:
@@ -6396,11 +6340,8 @@ class Upstream:
              wait: Callable | None = None) -> UpstreamResponse:
         """The UpstreamResponse to an UpstreamRequest, its head read; `close` ends it.
         `wait(response)`, when given, returns when something has come, and the body may be silent
-        as long as its head.
-
-        A reused connection that dies before any byte of the answer is replaced silently.
-        Raises UpstreamUnreachable, UpstreamTimeout, ClientGone.
-        """
+        as long as its head.  A reused connection that dies before any byte of the answer is
+        replaced silently.  Raises UpstreamUnreachable, UpstreamTimeout, ClientGone."""
         may_reuse = True
         while True:
             exchange.check()
@@ -6610,11 +6551,8 @@ def seconds_until(deadline):
 
 
 def send_request(sock, wanted, response):
-    """One send for head and body where that saves a packet; whether all was sent.
-
-    An upstream may answer a large body before it has read it (a 429, a 413): then the rest is
-    not sent, and the connection not used again.
-    """
+    """One send for head and body where that saves a packet; whether all was sent: an upstream may
+    answer a large body before it has read it (a 429, a 413)."""
     if len(wanted.body) <= JOIN_BYTES:
         sock.sendall(wanted.head + wanted.body)
         return True
@@ -6659,10 +6597,8 @@ class Proxy(NamedTuple):
 
 
 def outbound_proxy(base):
-    """The Proxy from the environment for an https upstream, or None.  Raises UpstreamUnreachable.
-
-    NO_PROXY is honoured; this machine is never reached by way of a proxy.
-    """
+    """The Proxy from the environment for an https upstream on another machine; None where there
+    is none, or NO_PROXY names the upstream.  Raises UpstreamUnreachable."""
     names = ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY')
     if base.scheme != 'https' or not any(map(os.environ.get, names)) or is_loopback(base.host):
         return None
@@ -6854,11 +6790,9 @@ class Inflated(Uncoded):
 
 
 def inflated(read, coding):
-    """Yields the body that `read` gives, inflated, in pieces; b'' each time before it reads.
-
-    The body's own beginning says what it is: servers mistake gzip, zlib and raw deflate for one
-    another, or name one and send none.  Raises UpstreamCut.
-    """
+    """Yields the body that `read` gives, inflated, in pieces; b'' each time before it reads.  Its
+    own beginning says what it is: servers mistake gzip, zlib and raw deflate for one another, or
+    name one and send none.  Raises UpstreamCut."""
     data = b''
     for member in itertools.count():              # gzip may have several
         while len(data) < 2:
