@@ -5109,23 +5109,22 @@ class ConfigStore:
                 self.problem = f'{self.path} is gone: the configuration before stays in force.'
                 return True
             try:
-                self.current, self.problem = self._read_present(), None
-            except FileNotFoundError: # an editor is just replacing it: look again
-                self._signature = None
-                return False
+                config = self._read()
+                if config is self.current:        # an editor is just replacing it: look again
+                    self._signature = None
+                    return False
+                self.current, self.problem = config, None
             except ConfigError as error:
                 self.problem = str(error)
             return True
 
     def update(self, edit: Callable):
         """Applies `edit` to the file as it is on disk now, saves the outcome and returns it: an
-        edit gives a Config for a Config, or (Config, what else came of it, ...).
-
-        The folder is locked against other processes of ours; an editor knows no lock, so the
-        file is looked at once more before it is replaced, and the edit done again when it
-        changed.  A file that is gone is written anew, with all that is in force.  Raises
+        edit gives a Config for a Config, or (Config, what else came of it, ...).  Raises
         ConfigError, when the file is wrong too: a broken file is never overwritten.
-        """
+
+        The folder is locked against other processes of ours; an editor knows no lock, so the file
+        is looked at once more before it is replaced, and the edit done again when it changed."""
         with self._lock, folder_locked(self.path):
             while True:
                 signature = self._look()
@@ -5159,12 +5158,7 @@ class ConfigStore:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _read(self):
-        try:
-            return self._read_present()
-        except FileNotFoundError:     # what was read before; the defaults, where nothing was
-            return self.current
-
-    def _read_present(self):
+        """The file's Config; `current` where there is no file: the defaults, if none was read."""
         folder = os.path.dirname(self.path)
         is_usual = folder == os.path.dirname(os.path.expanduser(DEFAULT_CONFIG_PATH))
         if is_usual and not os.path.islink(folder):   # no other that --config or a link names
@@ -5174,7 +5168,7 @@ class ConfigStore:
                 self._make_private(self.path, file.fileno())
                 data = file.read()
         except FileNotFoundError:
-            raise
+            return self.current
         except OSError as error:
             raise ConfigError(f'{self.path} cannot be read ({error.strerror}).') from error
         try:
@@ -5534,13 +5528,11 @@ class Watcher:
         while True:
             self._busy.wait()
             time.sleep(WATCH_S)
+            self._busy.clear()        # before the look: what comes after it sets it again
             exchanges = list(self._exchanges.values())
             if exchanges:
-                self.sweep(exchanges)
-                continue
-            self._busy.clear()
-            if self._exchanges:       # one came between the look and the clearing
                 self._busy.set()
+                self.sweep(exchanges)
 
     def sweep(self, exchanges):
         """Ends those of these exchanges whose client left or whose time is up."""
@@ -5630,10 +5622,7 @@ def forwarded_lines(fields: list[Field], headers: dict[str, str]) -> str:
 
 
 class BadChunks(Exception):
-    """A chunked body is malformed, or over a limit; `is_too_large` where that is its size's."""
-    def __init__(self, reason, is_too_large=False):
-        super().__init__(reason)
-        self.is_too_large = is_too_large
+    """A chunked body is malformed, or over a limit."""
 
 
 class ChunkReader:
@@ -5644,7 +5633,7 @@ class ChunkReader:
         self.rest = b''               # fed, not yet used; at the end what stands behind the body
         self._left = 0                # bytes to come of the current chunk
         self._is_at_chunk_end = self._in_trailers = False
-        self._bytes_allowed, self._max_chunks = max_bytes, max_chunks
+        self.bytes_allowed, self._max_chunks = max_bytes, max_chunks      # below 0: too large
         self._chunks = self._trailers = 0     # so far, the empty ones at their end too
 
     def feed(self, data: bytes) -> bytes:
@@ -5688,9 +5677,9 @@ class ChunkReader:
             raise BadChunks('the size of a chunk must be a hexadecimal number')
         self._left = int(match[1], 16)
         self._in_trailers = not self._left
-        self._bytes_allowed -= self._left
-        if self._bytes_allowed < 0:
-            raise BadChunks('the body is too large', is_too_large=True)
+        self.bytes_allowed -= self._left
+        if self.bytes_allowed < 0:
+            raise BadChunks('the body is too large')
         self._chunks += 1
         if self._left and self._chunks >= self._max_chunks:
             raise BadChunks(f'the body has more than {self._max_chunks} chunks')
@@ -5814,10 +5803,8 @@ class ClientConnection:
         if not self._wait_for_request():
             return None
         deadline, searched = self._clock() + CLIENT_HEAD_S, 0
-        while True:                   # only what is new is searched: it may come byte by byte
-            end = self._buffer.find(b'\r\n\r\n', max(0, searched - 3))
-            if end >= 0:
-                break
+        # Only what is new is searched: it may come byte by byte.
+        while (end := self._buffer.find(b'\r\n\r\n', max(0, searched - 3))) < 0:
             if len(self._buffer) > MAX_HEAD_BYTES:
                 raise BadRequest(f'The request head is over {MAX_HEAD_BYTES} bytes.', 431)
             if BARE_LF.search(self._buffer, searched):
@@ -5893,10 +5880,9 @@ class ClientConnection:
             while not chunks.ended:
                 body += chunks.feed(self._receive(deadline, self.sock.recv, RECEIVE_BYTES))
         except BadChunks as error:
-            if error.is_too_large:
+            if chunks.bytes_allowed < 0:
                 raise too_large() from error
-            reason = str(error)
-            raise BadRequest(f'{reason[0].upper()}{reason[1:]}.') from error
+            raise BadRequest(f'{str(error).capitalize()}.') from error
         self._buffer += chunks.rest
         return bytes(body)
 
@@ -5948,11 +5934,9 @@ class ClientResponse:
         self._has_body = head is None or head.method != 'HEAD'
         self._minor_version = head.minor_version if head else 0
         self.keep_alive = head.keeps_alive if head else False
-        self.started = False
+        self.started = self._chunked = False
         self.status = None
-        self._pending = b''           # a head that leaves together with the first piece, or
-        #                               what a client has not taken
-        self._chunked = False
+        self._pending = b''           # a head until the first piece, or what a client did not take
         self._is_unframed = False     # only the connection's end shows the client the body's
 
     def send(self, status: int, fields: list, body=b'') -> None:
@@ -6038,6 +6022,10 @@ class ClientRequest:
         path = head.target.partition('?')[0]
         self.method, self.path, self.target = head.method, path, head.target
         self.is_message = path == MESSAGES_PATH and head.method == 'POST'
+        self.is_read = head.method in ('GET', 'HEAD')
+        #: Whether the answer may hold the id of something that was made: a batch, a file.
+        self.may_make = head.method == 'POST' and path not in (
+            MESSAGES_PATH, COUNT_TOKENS_PATH, '/v1/complete')
         self.body = RequestBody(body)
         self.has_body = bool(body) or head.is_chunked or 'content-length' in head.headers
         self.profile_name = profile_name
@@ -6051,16 +6039,6 @@ class ClientRequest:
         self.client = client_family(head.headers.get('user-agent', ''))
         #: The field lines that every attempt sends, as text.
         self.forwarded_head = forwarded_lines(head.fields, head.headers)
-
-    @property
-    def is_read(self):
-        return self.method in ('GET', 'HEAD')
-
-    @property
-    def may_make(self):
-        """Whether the answer may hold the id of something that was made: a batch, a file."""
-        return self.method == 'POST' and not (
-            self.is_message or self.path in (COUNT_TOKENS_PATH, '/v1/complete'))
 
     @functools.cached_property
     def conversation_digest(self) -> str | None:
@@ -6126,8 +6104,7 @@ CONNECT_AGAIN_S = 4
 #: How long an address may be silent until the next is tried beside it (RFC 8305 section 5).
 NEXT_ADDRESS_S = 0.25
 #: Silence after which, and so often, TCP asks whether the other side is there; as the SDKs do.
-TCP_ALIVE_S = 60
-TCP_ALIVE_PROBES = 5
+TCP_ALIVE_S, TCP_ALIVE_PROBES = 60, 5
 #: Idle connections that are kept to one server.
 POOL_SIZE = 64
 #: Bodies below this travel in one packet train with their head: one system call less.
@@ -6172,6 +6149,8 @@ class UpstreamResponse:
                 break                 # 100, 102 and 103 only announce the answer
         if self.status < 200:
             raise UpstreamCut('it switched protocols, or only announces an answer')
+        #: The field lines that the client gets, as text.
+        self.forwarded_head = forwarded_lines(self._fields, self.headers)
         self._choose_framing(method)
         self._is_head_read = True
         self._exchange.extend(self.idle_s)
@@ -6194,13 +6173,8 @@ class UpstreamResponse:
         self.headers = join_fields(self._fields)
 
     @property
-    def forwarded_head(self) -> str:
-        """The field lines that the client gets, as text."""
-        return forwarded_lines(self._fields, self.headers)
-
-    @property
     def fields(self) -> list[tuple[str, ...]]:
-        """[(name, value), ...] of these lines."""
+        """[(name, value), ...] of the lines that the client gets."""
         return [tuple(line.split(': ', 1)) for line in self.forwarded_head.split('\r\n')[:-1]]
 
     def _choose_framing(self, method):
@@ -6509,19 +6483,19 @@ def dial(addresses, deadline):
 def begin_connection(selector, address, errors):
     """Adds a socket that connects; whether there is one."""
     family, kind, protocol, _, place = address
+    sock = None
     try:
-        sock = socket.socket(family, kind, protocol)
-    except OSError as error:          # a family that this system lacks
+        sock = socket.socket(family, kind, protocol)      # of a family that this system may lack
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(place)
+    except OSError as error:
+        if sock:
+            sock.close()
         errors.append(error)
         return False
-    sock.setblocking(False)
-    code = sock.connect_ex(place)
-    if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR):
-        selector.register(sock, selectors.EVENT_WRITE, (sock, address))
-        return True
-    sock.close()
-    errors.append(connection_error(code))
-    return False
+    selector.register(sock, selectors.EVENT_WRITE, (sock, address))
+    return True
 
 
 def await_connection(selector, until, errors):
@@ -6533,13 +6507,9 @@ def await_connection(selector, until, errors):
         if not code:
             return key.data
         sock.close()
-        errors.append(connection_error(code))
+        words = getattr(socket, 'errorTab', {})   # Windows has its own
+        errors.append(OSError(code, words.get(code) or os.strerror(code)))
     return None
-
-
-def connection_error(code):
-    """The OSError of a number; Windows has its own words for those of sockets."""
-    return OSError(code, getattr(socket, 'errorTab', {}).get(code) or os.strerror(code))
 
 
 def seconds_until(deadline):
@@ -6580,8 +6550,7 @@ def send_request(sock, wanted, response):
 def wait_to_send(sock):
     """Waits until a socket takes bytes; False when it has some itself, or its end."""
     if not hasattr(select, 'poll'):               # Windows
-        received, _, _ = select.select([sock], [sock], [])
-        return not received
+        return not select.select([sock], [sock], [])[0]
     poll = select.poll()
     poll.register(sock.fileno(), select.POLLIN | select.POLLOUT)
     return all(not event & ~select.POLLOUT for _, event in poll.poll())
@@ -6724,8 +6693,7 @@ def is_loopback(host: str) -> bool:
 # ==============================================================================
 # Identity is asked for; what comes compressed all the same is undone as it is read.
 
-INFLATED_CODINGS = ('gzip', 'x-gzip', 'deflate')
-#: Those that need more than the standard library.  What else a field may say (identity, none,
+#: Codings that need more than the standard library.  What else a field may say (identity, none,
 #: utf-8) compresses nothing.
 OPAQUE_CODINGS = ('br', 'zstd', 'compress', 'x-compress', 'dcb', 'dcz')
 #: Codings of a body that lie in one another; more than one is odd already.
@@ -6740,7 +6708,7 @@ def decoded(upstream: UpstreamResponse) -> UpstreamResponse | Uncoded | None:
     if field is None:                             # nearly always
         return upstream
     names = [name.strip().lower() for name in field.split(',')]
-    codings = [name for name in names if name in INFLATED_CODINGS]
+    codings = [name for name in names if name in ('gzip', 'x-gzip', 'deflate')]
     if len(codings) > MAX_CODINGS or any(name in OPAQUE_CODINGS for name in names):
         return None
     answer = Uncoded(upstream)
@@ -6858,9 +6826,8 @@ class Carried:
                 if self._events.failure is not None:
                     self.rest = data
                     return False
-                is_taken = self._response.offer(data)
-                if self._upstream.ended or not is_taken:
-                    return False      # or the client does not keep up
+                if not self._response.offer(data) or self._upstream.ended:
+                    return False      # the client does not keep up, or nothing is left
                 if not self._upstream.has_received():
                     return True
         except NothingYet:
@@ -6881,9 +6848,8 @@ class StreamCarrier:
         threading.Thread(target=self._run, name='carrier', daemon=True).start()
 
     def carry(self, upstream: UpstreamResponse | Uncoded, events, response) -> bytes:
-        """Passes on a stream until its own thread has to go on with it (at once where it has to
-        be decoded); the bytes of its failure, where it is for that.  Raises what upstream.read
-        and response.write raise."""
+        """Passes on a stream until its own thread has to (at once where it must be decoded); the
+        bytes of its failure, where that is why.  Raises what upstream.read and response do."""
         if not isinstance(upstream, UpstreamResponse):
             return b''
         carried = Carried(upstream, events, response)
