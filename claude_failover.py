@@ -4702,10 +4702,9 @@ class Subscription:
 
     def next(self, seconds: float) -> tuple[str, str] | None:
         """The next piece of news, or None when none comes in that time."""
-        try:
+        with contextlib.suppress(queue.Empty):
             return self._news.get(timeout=seconds)
-        except queue.Empty:
-            return None
+        return None
 
 
 class EventBus:
@@ -5217,8 +5216,7 @@ TOKEN_FIELDS = (('claudeAiOauth', 'accessToken'), ('tokens', 'access_token'), ('
 
 
 class TokenUnavailable(Exception):
-    """A token's environment variable or file holds none, or its login expired; the text says
-    which and what to do."""
+    """A variable or file without a token, or a login that expired; says which and what to do."""
 
 
 def read_token(reference: str) -> str:
@@ -5448,7 +5446,7 @@ class Exchange:
 
     def __init__(self, client_socket: socket.socket, clock=time.monotonic):
         self.client_socket = client_socket
-        self.deadline: float | None = None        # on `clock`: the upstream is given up after it
+        self.deadline = math.inf      # on `clock`: the upstream is given up after it
         self.gone = False             # the client left
         self.timed_out = False        # the upstream was given up
         self._clock = clock
@@ -5475,7 +5473,7 @@ class Exchange:
 
     def detach(self) -> None:
         with self._lock:
-            self._upstream_socket = self.deadline = None
+            self._upstream_socket, self.deadline = None, math.inf
 
     def extend(self, seconds: float) -> None:
         self.deadline = self._clock() + seconds
@@ -5541,8 +5539,7 @@ class Watcher:
         for sock in departed(by_socket):
             by_socket[sock].client_left()
         for exchange in exchanges:
-            deadline = exchange.deadline
-            if deadline is not None and now > deadline and not exchange.timed_out:
+            if now > exchange.deadline and not exchange.timed_out:
                 exchange.timed_out = True
                 exchange.end_upstream()
 
@@ -5629,10 +5626,9 @@ class ChunkReader:
     """Takes a body out of its chunks (RFC 9112 section 7.1), in whatever pieces they come."""
 
     def __init__(self, max_bytes=sys.maxsize, max_chunks=sys.maxsize):
-        self.ended = False
         self.rest = b''               # fed, not yet used; at the end what stands behind the body
         self._left = 0                # bytes to come of the current chunk
-        self._is_at_chunk_end = self._in_trailers = False
+        self.ended = self._is_at_chunk_end = self._in_trailers = False
         self.bytes_allowed, self._max_chunks = max_bytes, max_chunks      # below 0: too large
         self._chunks = self._trailers = 0     # so far, the empty ones at their end too
 
@@ -5791,8 +5787,7 @@ class ClientConnection:
     """Reads requests from a client's socket."""
 
     def __init__(self, sock: socket.socket, clock=time.monotonic):
-        self.sock = sock
-        self._clock = clock
+        self.sock, self._clock = sock, clock
         self._buffer = bytearray()    # received, not yet used
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_kernel_timeouts(sock, CLIENT_READ_S, CLIENT_WRITE_S)
@@ -5829,8 +5824,7 @@ class ClientConnection:
             if self._clock() > deadline:
                 return False
             try:
-                data = self.sock.recv(RECEIVE_BYTES)
-                if not data:
+                if not (data := self.sock.recv(RECEIVE_BYTES)):
                     return False
                 self._buffer += data
             except BlockingIOError:
@@ -5863,9 +5857,8 @@ class ClientConnection:
             return received
         # In one place, not in pieces that are joined: with twice the memory the C library would
         # return and fetch it each time.  A length alone costs no more than a megabyte.
-        body = bytearray(min(head.length, PREPARED_BYTES))
-        body[:len(received)] = received
-        count = len(received)
+        body, count = bytearray(min(head.length, PREPARED_BYTES)), len(received)
+        body[:count] = received
         while count < head.length:
             if count == len(body):
                 body += bytes(min(count, head.length - count))
@@ -6125,9 +6118,9 @@ read_response_field = functools.lru_cache(maxsize=512)(
 class UpstreamResponse:
     """An upstream's answer: `status`, `headers`, and the body by `read`."""
 
-    def __init__(self, sock, exchange):
+    def __init__(self, sock, exchange, idle_s: float = STREAM_IDLE_S):
         self._sock, self._exchange = sock, exchange
-        self.idle_s: float = STREAM_IDLE_S    # so long it may be silent within its body
+        self.idle_s = idle_s          # so long it may be silent within its body
         self._is_tls = hasattr(sock, 'pending')
         self._buffer = b''            # received, not yet used
         self._left = 0                # bytes to come of a body whose length is known
@@ -6321,8 +6314,7 @@ class Upstream:
             exchange.check()
             idle = self._take_idle(wanted.base) if may_reuse else None
             sock = idle or self._connect(wanted.base)
-            response = UpstreamResponse(sock, exchange)
-            response.idle_s = first_byte_s if wait else STREAM_IDLE_S
+            response = UpstreamResponse(sock, exchange, first_byte_s if wait else STREAM_IDLE_S)
             try:
                 exchange.attach(sock, first_byte_s)
                 was_sent = send_request(sock, wanted, response)
@@ -6668,8 +6660,7 @@ def receive_exactly(sock, size, deadline):
     data = b''
     while len(data) < size:
         sock.settimeout(seconds_until(deadline))
-        piece = sock.recv(size - len(data))
-        if not piece:
+        if not (piece := sock.recv(size - len(data))):
             raise ProxyFailed('it closed the connection')
         data += piece
     return data
@@ -6796,8 +6787,7 @@ def inflated_member(inflater, data, read):
             yield piece
         elif not inflater.eof:
             yield b''
-            data = read()
-            if not data:
+            if not (data := read()):
                 raise UpstreamCut('its compressed body is not whole')
     return inflater.unused_data
 
