@@ -8496,7 +8496,6 @@ BOOT = ('-I', '-c', 'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name
 
 
 def start_command(python: str, config_path: str) -> list:
-    """The program and arguments that run the proxy for long."""
     return [python, *BOOT, os.path.abspath(__file__), '--config', config_path, 'start']
 
 
@@ -8630,7 +8629,6 @@ class ToolError(FailoverError):
 
 
 class Member(NamedTuple):
-    """Where one member of a JSON object stands in the text."""
     name: str
     start: int                # of its name
     value_start: int
@@ -8739,7 +8737,6 @@ def settings_without(text, ours, previous):
 
 
 def env_start(text):
-    """Where the object of `env` begins."""
     members = json_members(text, text.index('{'))
     return [member.value_start for member in members if member.name == 'env'][-1]
 
@@ -8759,7 +8756,6 @@ def with_block(line_format, text, variables):
 
 
 def block_environment(text):
-    """The variables that setup's block sets."""
     block = BLOCK.search(text)
     return dict(re.findall(r"^[a-z -]+ (\w+)[ =]'(.*)'\r?$", block.group(), re.MULTILINE)
                 if block else ())
@@ -8844,7 +8840,6 @@ class ToolSetup:
         return ToolState(tool, path, self.is_found(tool), url, problem)
 
     def is_found(self, tool: UserTool) -> bool:
-        """Whether a tool is used on this machine."""
         if tool.id == 'claude-code':
             import shutil
             return os.path.isdir(self.claude_folder) or bool(shutil.which('claude'))
@@ -8885,7 +8880,6 @@ class ToolSetup:
         return Change(tool, path, before, after, done)
 
     def _has_login(self, settings_text):
-        """Whether Claude Code has a credential of its own already."""
         settings = read_settings(settings_text)
         env = settings_environment(settings_text)
         names = ('ANTHROPIC_API_KEY', TOKEN_VARIABLE, 'CLAUDE_CODE_OAUTH_TOKEN')
@@ -9024,7 +9018,6 @@ class Parts:
 
 
 class Call(NamedTuple):
-    """One request to a route."""
     app: Parts
     head: RequestHead
     body: bytes
@@ -9079,7 +9072,6 @@ DASHBOARD_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'dash
 
 
 def wanted_field(fields, name):
-    """A field of a body that must be there."""
     if name not in fields:
         raise BadRequest(f'{name} is missing.', field=name)
     return fields[name]
@@ -9417,7 +9409,6 @@ def api_order_keys(call: Call, kind: str | None):
 
 
 class KeyTest(NamedTuple):
-    """What a server said to a key."""
     is_valid: bool
     status: int               # 0: no answer
     message: str
@@ -9533,7 +9524,6 @@ def setting_values(config: Config) -> dict:
 
 
 def config_view(config: Config) -> dict:
-    """What the dashboard knows of the configuration."""
     fields = [{'name': s.name, 'default': s.default, 'unit': s.unit, 'help': s.help}
               for s in SETTINGS]
     return {'settings': setting_values(config), 'fields': fields,
@@ -9650,7 +9640,7 @@ HOST_AND_PORT = re.compile(r'\A([^:,]+|\[[^\],]+\]):[0-9]{1,5}\Z')
 def own_hosts(port):
     """The values of Host by which a listener is reached."""
     names = ('localhost', LISTEN_HOST, '[::1]')
-    return frozenset(name + end for name in names for end in ('', f':{port}'))
+    return frozenset((*names, *(f'{name}:{port}' for name in names)))
 
 
 def guard(head, port, config):
@@ -9969,8 +9959,6 @@ class Workers:
 
 
 class LocalServer(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
     request_queue_size = 1024     # the default of 5 drops connections under load: 1 s and more
 
     def server_bind(self):
@@ -10593,14 +10581,12 @@ def access_fields(running: Running | None, config: Config | None, port: int) -> 
 
 def fetch_json(port: int, path: str, headers: dict, method: str = 'GET') -> dict | None:
     """The JSON object at a port of this machine; None when there is none."""
-    connection = http.client.HTTPConnection(LISTEN_HOST, port, timeout=3)
-    try:
-        connection.request(method, path, headers=headers)
-        return loads_object(connection.getresponse().read())
-    except (OSError, ValueError, http.client.HTTPException):
-        return None                   # nothing there, or another program
-    finally:
-        connection.close()
+    with contextlib.closing(http.client.HTTPConnection(LISTEN_HOST, port, timeout=3)) as client:
+        try:
+            client.request(method, path, headers=headers)
+            return loads_object(client.getresponse().read())
+        except (OSError, ValueError, http.client.HTTPException):
+            return None               # nothing there, or another program
 
 
 def open_ports(health: dict | None) -> dict:
@@ -10614,7 +10600,6 @@ def keys_by_ref(health: dict | None) -> dict:
 
 
 class Finding(NamedTuple):
-    """One line of the report."""
     topic: str
     text: str
     remedy: str = ''          # what to do; '' where all is well
@@ -10639,7 +10624,7 @@ def diagnose(config_path: str) -> Iterator[Finding]:
     yield from examine_keys(config, health)
     yield from examine_environment()
     yield from examine_tools(config_path, config, health)
-    yield from examine_autostart(config_path)
+    yield examine_autostart(config_path)
     yield from examine_upstreams(config)
     yield from examine_log(log_path(config_path))
 
@@ -10661,12 +10646,9 @@ def examine_configuration(store, problem):
 
 
 def examine_proxy(config_path, config, health):
-    """The running proxy and the ports."""
     if health is None:
         yield examine_silence(config_path)
-        for profile in config.profiles.values():
-            if profile.port:
-                yield examine_port(profile)
+        yield from (examine_port(p) for p in config.profiles.values() if p.port)
         return
     is_old = health['version'] != VERSION
     yield Finding('proxy', f'{health["version"]} runs, pid {health["pid"]}, for '
@@ -10682,7 +10664,6 @@ def examine_proxy(config_path, config, health):
 
 
 def examine_silence(config_path):
-    """Why no proxy answers."""
     try:
         running = PidFile(config_path).holder()
         refuse_elsewhere(running)
@@ -10695,7 +10676,6 @@ def examine_silence(config_path):
 
 
 def examine_port(profile):
-    """Whether a port could be opened, where no proxy runs."""
     place = f'{profile.port} of profile {profile.name}'
     with socket.socket() as sock:
         if sock.connect_ex((LISTEN_HOST, profile.port)):
@@ -10740,16 +10720,15 @@ def examine_autostart(config_path):
     try:
         autostart = find_autostart(config_path)
     except FailoverError as error:
-        yield Finding('autostart', str(error))
-        return
+        return Finding('autostart', str(error))
     content = read_file(autostart.path)
     if content is None:
-        yield Finding('autostart', 'it does not start at login')
-        return
-    is_same = start_commands(autostart, content) == start_commands(autostart, autostart.content)
-    yield Finding('autostart', f'{autostart.manager} starts it at login: {tilde(autostart.path)}'
-                  + ('' if is_same else ', but another program or configuration'),
-                  '' if is_same else f'{RUN} setup --autostart renews it')
+        return Finding('autostart', 'it does not start at login')
+    text = f'{autostart.manager} starts it at login: {tilde(autostart.path)}'
+    if start_commands(autostart, content) == start_commands(autostart, autostart.content):
+        return Finding('autostart', text)
+    return Finding('autostart', f'{text}, but another program or configuration',
+                   f'{RUN} setup --autostart renews it')
 
 
 def examine_upstreams(config):
@@ -10826,7 +10805,6 @@ def examine_log(path):
 # failover to who has no key yet.  Nothing leaves this machine.
 
 class Asked(NamedTuple):
-    """A request that a pretend upstream got."""
     key: str                  # the id in the demo's token, 'client' for any other
     method: str
     path: str
@@ -10931,7 +10909,6 @@ def pretend_message(asked, count):
 
 
 def pretend_openai(asked, fields):
-    """Chat Completions, streamed or not."""
     if not asked.path.endswith('/chat/completions'):
         models = [{'id': 'gpt-5.4', 'object': 'model', 'created': 0, 'owned_by': 'openai'}]
         return json_reply({'object': 'list', 'data': models}, fields)
@@ -11023,8 +11000,6 @@ EVERYDAY = (
     *(Scene('', model, dict.fromkeys(keys, ('limited for a while',)))
       for model in (OPUS, SONNET) for keys in (('personal',), ('personal', 'work'))),
 )
-
-
 #: The words of an answer, streamed or not.
 TEXT_MEMBER = re.compile(rb'"text": ?("(?:[^"\\]|\\.)*")')
 
@@ -11120,8 +11095,7 @@ def complain(text: object) -> None:
     print(f'{PROGRAM}: {printable(text)}', file=sys.stderr, flush=True)
 
 
-#: For notices: one command may read the file twice.
-complain_once = functools.cache(complain)
+complain_once = functools.cache(complain)     # one command may read the file twice
 
 
 def load_config(config_path):
