@@ -1211,11 +1211,6 @@ def order_attempts(attempts, rank):
     return [attempt for _, run in runs for attempt in sorted(run, key=rank)]
 
 
-def stay_with_model(attempts, model):
-    """The attempts with those of a model first: who fell back stays there for a while."""
-    return sorted(attempts, key=lambda attempt: attempt.model != model)
-
-
 #: Prompt tokens whose cache is worth a second of waiting.
 TOKENS_PER_SECOND = 20_000
 
@@ -6985,15 +6980,10 @@ class ClientSide:
             'model': (request.body.model or '')[:300] or None if request.has_body else None,
             'status': self.response.status, **self.record, 'attempts': self.attempts,
             'duration_ms': self.elapsed_ms}
-        if self.was_queued:
-            record['queued_ms'] = round(self.queued_s * 1000)
-        if request.conversation_digest:
-            record['conversation'] = request.conversation_digest[:8]
-        if self.sticky:
-            record['sticky'] = self.sticky
-        if self.moved_because:
-            record['moved_because'] = self.moved_because
-        return record
+        further = {'queued_ms': self.was_queued and round(self.queued_s * 1000),
+                   'conversation': (request.conversation_digest or '')[:8],
+                   'sticky': self.sticky, 'moved_because': self.moved_because}
+        return {**record, **{name: value for name, value in further.items() if value}}
 
     def keep_patient(self):
         """Sends a ping where one is due, to the client of a stream: it takes pings before the
@@ -7716,9 +7706,9 @@ class Failover:
 
     def note_token_problem(self, key, problem):
         """Logs why a key cannot be used: once, not with each request."""
-        told = re.sub(r'\d+', '', problem)        # "expired 5 min ago", then 6 min
-        if self._token_problems.get(key.ref) != told:
-            self._token_problems[key.ref] = told
+        lasting = re.sub(r'\d+', '', problem)     # "expired 5 min ago", then 6 min
+        if self._token_problems.get(key.ref) != lasting:
+            self._token_problems[key.ref] = lasting
             self.journal.log.error('token_unavailable', key=key.id, message=problem)
 
 
@@ -7731,7 +7721,6 @@ class Round:
         self.failures = []            # [Failure, ...]
         self.counts = {}              # (kind, rule name) -> answers
         self.given_up = {}            # kind -> the Outcome for which it was, or None
-        self.resets = {}              # base URL -> connections lost before an answer
         self.dead_ends = set()        # base URLs that another key would not reach either
         self.hopes = []               # [Attempt, ...] that are made though they cool
         self.is_stopped = False
@@ -7746,23 +7735,15 @@ class Round:
         """Counts an answer; whether it was one too many of its kind."""
         counted = kind, outcome.rule.name
         self.counts[counted] = self.counts.get(counted, 0) + 1
-        is_too_many = self.counts[counted] >= outcome.rule.tries
-        if is_too_many:
+        if self.counts[counted] >= outcome.rule.tries:
             self.given_up[kind] = outcome
-        return is_too_many
+        return kind in self.given_up
 
     def note_unreached(self, rule, base_url):
         """Another key of an unreachable host would fail alike; a reset gets one more try."""
-        if rule is RESET:
-            self.resets[base_url] = self.resets.get(base_url, 0) + 1
-        if rule is UNREACHABLE or self.resets.get(base_url, 0) > 1:
+        reached = self.counts[base_url, rule.name] = self.counts.get((base_url, rule.name), 0) + 1
+        if rule is UNREACHABLE or reached > 1:
             self.dead_ends.add(base_url)
-
-    def forget(self, kind):
-        """Lets a kind be tried anew."""
-        self.given_up.pop(kind, None)
-        self.counts = {counted: count for counted, count in self.counts.items()
-                       if counted[0] != kind}
 
     def note_failure(self, failure):
         """The last one of an attempt counts."""
@@ -7849,7 +7830,7 @@ class Serving:
             attempt.key.ref in paid, attempt.key.ref != own, rank_new(attempt.key.ref)))
         if warm and warm.model != asked and self._clock() - warm.since < FALLBACK_STAY_S and (
                 not failover.conversations.was_proved_since(asked, warm.since)):
-            return stay_with_model(attempts, warm.model)
+            attempts = sorted(attempts, key=lambda attempt: attempt.model != warm.model)
         return attempts
 
     def _next_attempts(self):
@@ -7863,7 +7844,7 @@ class Serving:
             if hopes:
                 return hopes
         if self._waits_out_overload():
-            return round.attempts
+            return self._preferred(round.attempts)
         if slots and (self._waits_for_home(slots) or self._wait_for(slots, self._queue_until())):
             return self._begin_round()
         failures = round.failures
@@ -7889,10 +7870,12 @@ class Serving:
 
     def _try_all(self, attempts):
         """Tries these in their order; whether the client was answered."""
-        index = 0
+        index, asked = 0, self._request.body.model
         while index < len(attempts) and not self._round.is_stopped:
             attempt, later = attempts[index], attempts[index + 1:]
-            if self._is_first_lower(attempts, index) and self._waits_for_model(attempts[:index]):
+            is_first_lower = index and attempts[index - 1].model == asked != attempt.model and (
+                attempt.key.provider == ANTHROPIC)
+            if is_first_lower and self._waits_for_model(attempts[:index]):
                 index = 0
                 continue
             if self._is_ruled_out(attempt):
@@ -7907,11 +7890,9 @@ class Serving:
     def _try_in_turn(self, attempt, later):
         """The attempt, unless it cools; whether the client was answered."""
         round = self._round
-        cooling = None
         if attempt in round.hopes:
             self._stop_waiting()
-        else:
-            cooling = self._admit(attempt)
+        cooling = None if attempt in round.hopes else self._admit(attempt)
         if cooling and (self._request.is_message or not cooling.outcome.rule.waits):
             round.note_failure(Failure(attempt, cooling.outcome, None, is_cooling=True))
             return False
@@ -7957,12 +7938,6 @@ class Serving:
         return {slot: self._cooldowns.remaining_s(c)[0] if c else 0.0
                 for slot, c in cooling.items()}
 
-    def _is_first_lower(self, attempts, index):
-        """Whether the asked model's attempts are behind, and a lower one's begin."""
-        asked, attempt = self._request.body.model, attempts[index]
-        return (attempt.key.provider == ANTHROPIC and attempt.model != asked and index > 0
-                and attempts[index - 1].model == asked)
-
     def _waits_for_model(self, attempts):
         """Pauses before a lower model is asked, where the asked one is only overloaded or limited
         for a moment; whether these attempts are to be made once more."""
@@ -7982,13 +7957,15 @@ class Serving:
         return True
 
     def _ask_overloaded(self, attempts):
-        """Has the next of some overloaded attempts made though it cools; the pause that precedes
-        it.  Not in line: no place is taken from others by asking."""
+        """Has the next of some overloaded attempts made though it cools, and not in line: by
+        asking nothing is taken from others."""
         if attempts:
-            at_home = [attempt for attempt in attempts if self._is_at_home(attempt)]
-            attempt = (at_home or attempts)[self._backoffs % len(at_home or attempts)]
-            self._round.hopes = [attempt]
-            self._round.forget((self._server(attempt.key), attempt.model))
+            attempts = list(filter(self._is_at_home, attempts)) or attempts
+            attempt = attempts[self._backoffs % len(attempts)]
+            kind, round = (self._server(attempt.key), attempt.model), self._round
+            round.hopes = [attempt]
+            round.given_up.pop(kind, None)        # it is tried anew
+            round.counts = {counted: n for counted, n in round.counts.items() if kind != counted[0]}
             self._backoffs += 1
 
     @property
