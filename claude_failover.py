@@ -7965,7 +7965,7 @@ class Serving:
             kind, round = (self._server(attempt.key), attempt.model), self._round
             round.hopes = [attempt]
             round.given_up.pop(kind, None)        # it is tried anew
-            round.counts = {counted: n for counted, n in round.counts.items() if kind != counted[0]}
+            round.counts = {c: count for c, count in round.counts.items() if c[0] != kind}
             self._backoffs += 1
 
     @property
