@@ -4118,16 +4118,10 @@ class Line:
             self.widen()
         return self.allowed - len(self.since)
 
-    def seconds_to_room(self, now):
-        return max(0.0, min(self.since.values(), default=now) + PROBE_S - now)
-
 
 class Cooldowns:
-    """Cooldowns and the queue.
-
-    A cooldown whose time is over stays on record until an answer proves its place: while it
-    does, requests try it in line, so that a returning key meets no stampede.
-    """
+    """Cooldowns and the queue.  A cooldown whose time is over stays on record until an answer
+    proves its place: while it does, requests try it in line, and no stampede meets the key."""
 
     def __init__(self, clock=time.monotonic, now=time.time):
         self._clock, self._now = clock, now
@@ -4142,10 +4136,8 @@ class Cooldowns:
         self.changes = 0      # counts what may have changed the report of the state
 
     def cool(self, key, slot, outcome, limit_s, digest=None):
-        """Cools what the outcome's rule says, at most `limit_s`; the seconds, 0 for none.
-
-        A cooldown never shortens a longer one.
-        """
+        """Cools what the outcome's rule says, at most `limit_s`; the seconds, 0 for none.  A
+        cooldown never shortens a longer one."""
         rule = outcome.rule
         if rule.scope is None:
             return 0
@@ -4153,7 +4145,9 @@ class Cooldowns:
         with self._lock:
             now = self._clock()
             self._lines.pop(place, None)
-            if not self._struck_out_locked(place, rule):
+            strikes = self._strikes.setdefault(place, {}) if rule.strikes > 1 else {}
+            strikes[rule.name] = strikes.get(rule.name, 0) + 1
+            if strikes[rule.name] < rule.strikes:
                 return 0
             # A second at least: a hint of 0 must not become a busy loop of the queue.
             seconds = min(max(1, self._length_locked(place, outcome, now)), limit_s)
@@ -4168,13 +4162,6 @@ class Cooldowns:
             self._prune_locked()
             self._wake_locked()
         return seconds
-
-    def _struck_out_locked(self, place, rule):
-        if rule.strikes == 1:
-            return True
-        strikes = self._strikes.setdefault(place, {})
-        strikes[rule.name] = strikes.get(rule.name, 0) + 1
-        return strikes[rule.name] >= rule.strikes
 
     def _length_locked(self, place, outcome, now):
         rule = outcome.rule
@@ -4391,7 +4378,8 @@ class Cooldowns:
                 if self._is_over(cooling, ticket):
                     is_behind = True
                     line = self._lines.get(cooling.place)
-                    seconds = line.seconds_to_room(now) if line else math.inf
+                    since = line.since.values() if line else ()
+                    seconds = max(0.0, min(since, default=math.inf) + PROBE_S - now)
                 elif cooling.place.server:
                     seconds = min(seconds, cooling.began + RETRY_S - now)
                 elif not cooling.outcome.rule.waits:
