@@ -2076,7 +2076,7 @@ def extra_usage_ends_s(headers: dict, now: float) -> float:
 ANSWERED = Rule('answered', range(200, 400), Step.RELAY)
 #: By a proxy, a company's gateway or a country's border, which know nothing of the key.
 NETWORK_REFUSED = Rule('network_refused', (403,), Step.NEXT_KEY, Final.BLOCKED, scope=Scope.SERVER,
-                       cooldown_s=15, strikes=3, asks_again=ANY_TIME,
+                       cooldown_s=15, strikes=3, asks_again=ANY_TIME, waits=False,
                        words='refused on the way there')
 #: What only a person can mend: no request waits for it, and it is asked again in passing.
 BY_A_PERSON = {'waits': False, 'asks_again': IN_PASSING, 'attention': True}
@@ -2325,13 +2325,23 @@ def read_error(body: bytes | bytearray) -> ErrorText:
     is a text (Ollama), `detail`, a text or a list (Codex, FastAPI), else its beginning."""
     document = object_or_none(body)
     if document is None:
-        return ErrorText('', body_start(body).strip())
+        return ErrorText('', page_text(body))
     error = document.get('error', document.get('detail', document))
     if isinstance(error, list):
         error = '; '.join(describe_complaint(as_dict(entry)) for entry in error)
     if isinstance(error, str):
         return ErrorText('', error[:MAX_MESSAGE_CHARS], {'message': error[:MAX_MESSAGE_CHARS]})
     return describe_error(as_dict(error), body)
+
+
+TAGS = re.compile(r'<(?:script|style).*?</(?:script|style)>|<[^>]*>', re.DOTALL | re.IGNORECASE)
+
+
+def page_text(body):
+    """What a body that is no JSON says: of a page its words, for Claude Code shows no markup."""
+    text = bytes(body[:MAX_MESSAGE_CHARS]).decode('utf-8', 'replace')
+    text = TAGS.sub(' ', text) if text.lstrip()[:1] == '<' else text
+    return printable(' '.join(text.split()))[:200]
 
 
 def body_start(body):
@@ -4380,10 +4390,10 @@ class Cooldowns:
                     line = self._lines.get(cooling.place)
                     since = line.since.values() if line else ()
                     seconds = max(0.0, min(since, default=math.inf) + PROBE_S - now)
-                elif cooling.place.server:
-                    seconds = min(seconds, cooling.began + RETRY_S - now)
                 elif not cooling.outcome.rule.waits:
                     seconds = math.inf
+                elif cooling.place.server:
+                    seconds = min(seconds, cooling.began + RETRY_S - now)
                 nearest = min(nearest, seconds)
         return nearest, is_behind
 
@@ -5326,10 +5336,11 @@ class State:
             keys = {ref: config.keys[ref] for ref, _ in unchanged}
             for part in self._parts:
                 part.restore(saved, keys)
+        except FileNotFoundError:
+            pass                      # the first start
         except (ArithmeticError, AttributeError, LookupError, OSError, TypeError,
                 ValueError) as error:
-            level = 'info' if isinstance(error, FileNotFoundError) else 'warn'
-            self._log.write(level, 'state_ignored',
+            self._log.write('warn', 'state_ignored',
                             message=f'{type(error).__name__}: {error}'[:300])
         self._saved = [part.changes for part in self._parts]
 
@@ -7567,8 +7578,9 @@ def failure_message(failures, final):
     for failure in failures:
         outcome, attempt = failure.outcome, failure.attempt
         said = f'{outcome.status or ""} {outcome.rule.name}'.strip()
-        if outcome.message:
-            said += f', "{printable(outcome.message[:200])}"'
+        if outcome.message:       # by that word Claude Code asks for its own login instead
+            message = re.sub('x-api-key', 'API key', outcome.message[:200], flags=re.IGNORECASE)
+            said += f', "{printable(message)}"'
         model = f' with {printable(attempt.model[:100])}' if attempt.model else ''
         groups.setdefault(said, []).append(f'{attempt.key.id}{model}{describe_return(failure)}')
     told = '; '.join(f'{", ".join(who)}: {said}' for said, who in groups.items())
@@ -7576,8 +7588,8 @@ def failure_message(failures, final):
 
 
 def describe_return(failure):
-    """' (back in 4 h, tried again in 60 min)'."""
-    if not failure.back_in_s:
+    """' (back in 4 h, tried again in 60 min)'; nothing of what is not over by itself."""
+    if not (failure.back_in_s and failure.outcome.rule.waits) or failure.outcome.rule.strikes > 1:
         return ''
     back, asked = map(format_duration, (failure.back_in_s, failure.asked_in_s))
     return f' (back in {back})' if back == asked else f' (back in {back}, tried again in {asked})'
@@ -7677,10 +7689,11 @@ class Failover:
         sorts first.  A key that is nearly spent keeps what is left for its own conversations."""
         metrics, conversations = self.journal.metrics, self.conversations
 
-        def load(ref):
+        usual_limit = max(map(metrics.token_limit, self.store.current.keys), default=0) or 1
+
+        def load(ref):            # a key that has not been asked yet is taken for one like others
             count, tokens = conversations.load(ref)
-            limit = metrics.token_limit(ref)
-            return (count + 1) / (limit or 1), tokens
+            return (count + 1) / (metrics.token_limit(ref) or usual_limit), tokens
         by_strategy = {'order': lambda ref: 0, 'spread': load, 'drain': metrics.window_end}
         return lambda ref: (metrics.is_nearly_spent(ref), by_strategy[strategy](ref))
 
@@ -7754,6 +7767,7 @@ class Serving:
         self._stays_until = math.inf  # and how long it may wait for that key
         self._patient_until: float | None = None      # how long it waits for the asked model
         self._backoffs = 0            # pauses for an overloaded model so far
+        self._is_plain = False        # without fast mode, which is limited apart
         self._ticket = None           # in the queue
         self._queue_deadline = math.inf
         self._repairs = {}            # what answers -> [Needed, ...]
@@ -7826,6 +7840,8 @@ class Serving:
         round = self._round
         if round.is_stopped:
             return None
+        if self._goes_plain():
+            return self._begin_round()
         slots = self._cooling_slots()
         if slots or not round.last_resort:
             hopes = self._last_hope()
@@ -7848,9 +7864,11 @@ class Serving:
         """[Attempt] that is made though it cools, for a person may have mended what bars it: one
         of those that were only skipped."""
         round = self._round
-        skipped = {self._slot(failure.attempt): failure.attempt for failure in round.failures
-                   if failure.reply is None and failure.attempt not in round.hopes
-                   and not self._is_ruled_out(failure.attempt)}
+        refused = {f.attempt.key.ref for f in round.failures
+                   if f.reply is not None and f.outcome.rule.scope is Scope.KEY}
+        skipped = {self._slot(f.attempt): f.attempt for f in round.failures
+                   if f.reply is None and f.attempt not in round.hopes
+                   and f.attempt.key.ref not in refused and not self._is_ruled_out(f.attempt)}
         slot = self._cooldowns.last_hope(list(skipped), in_line=self._config.queue_wait_ms > 0)
         hopes = [skipped[slot]] if slot else []
         round.hopes += hopes
@@ -7863,6 +7881,8 @@ class Serving:
             attempt, later = attempts[index], attempts[index + 1:]
             is_first_lower = index and attempts[index - 1].model == asked != attempt.model and (
                 attempt.key.provider == ANTHROPIC)
+            if is_first_lower and self._goes_plain():
+                return self._try_all(self._begin_round())
             if is_first_lower and self._waits_for_model(attempts[:index]):
                 index = 0
                 continue
@@ -7944,6 +7964,11 @@ class Serving:
         self._pause(pause_s)
         return True
 
+    def _goes_plain(self):
+        """Whether fast mode is given up now: the same model without it comes before all else."""
+        self._is_plain, was_plain = self._request.feature == 'fast', self._is_plain
+        return self._is_plain and not was_plain
+
     def _ask_overloaded(self, attempts):
         """Has the next of some overloaded attempts made though it cools, and not in line: by
         asking nothing is taken from others."""
@@ -8010,7 +8035,7 @@ class Serving:
         key, request = attempt.key, self._request
         if not request.is_message:
             return Slot(key.ref, server=self._server(key))
-        has_feature = attempt.key.provider == ANTHROPIC and not (
+        has_feature = key.provider == ANTHROPIC and not self._is_plain and not (
             attempt.model != request.body.model and request.feature == 'fast')
         return Slot(key.ref, attempt.model, request.feature if has_feature else None,
                     self._server(key))
@@ -8130,7 +8155,8 @@ class Serving:
         data = body.data
         if request.is_message:
             data = body.for_model(attempt.model)
-            if attempt.model != request.body.model and request.feature == 'fast':
+            is_other = attempt.model != request.body.model
+            if (self._is_plain or is_other) and request.feature == 'fast':
                 data, betas = without_fast_mode(data, betas)
             repairs = self._repairs_for(attempt.model)
             if repairs:
@@ -9723,8 +9749,8 @@ def check_access(route, headers, access_token):
             or route.takes_session and has_session(headers, access_token)
             or any(presents(headers.get(name, ''), access_token)
                    for name in ('x-api-key', 'authorization'))):
-        raise BadRequest('The access token is missing or wrong: send it as x-api-key or Bearer '
-                         '(the field "accessToken" of the configuration).', 401,
+        raise BadRequest('The access token is missing or wrong: send the configuration\'s '
+                         '"accessToken" as the API key or as a Bearer token.', 401,
                          'authentication_error')
 
 
