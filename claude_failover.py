@@ -8417,16 +8417,13 @@ class Serving:
 # How the system's own manager starts the proxy at login.  What its file holds is made from
 # values; only the end of the section writes or runs anything.
 
-LAUNCHD_LABEL = 'com.github.claude-failover'
-SYSTEMD_UNIT = f'{PROGRAM}.service'
+LAUNCHD_LABEL, SYSTEMD_UNIT = 'com.github.claude-failover', f'{PROGRAM}.service'
 #: What the proxy needs of the environment in which it was set up.
 CARRIED_VARIABLES = ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy', 'NO_PROXY',
                      'no_proxy', 'SSL_CERT_FILE', 'SSL_CERT_DIR')
-#: What is not UTF-8, and control characters but the tab: after a line end, systemd would read
-#: another setting.
+#: Control characters but the tab, and what is no UTF-8: a line end would begin a setting.
 NOT_FOR_FILES = re.compile('[\0-\x08\n-\x1f\x7f\ud800-\udfff]')
-#: How long the manager waits before it restarts a proxy that failed.
-RESTART_S = 10
+RESTART_S = 10                # until the manager restarts a proxy that failed
 
 
 class Autostart(NamedTuple):
@@ -8599,9 +8596,8 @@ def run_commands(commands: tuple) -> str | None:
 # ==============================================================================
 # Tool setup
 # ==============================================================================
-# How Claude Code and the shells come to use the proxy, and how that is undone.  What their
-# files become is made from texts, and all else in them stays as it is; only the end of the
-# section reads or writes anything.
+# How Claude Code and the shells come to use the proxy, and how that is undone.  All else in their
+# files stays as it is; only the end of the section reads or writes anything.
 
 BASE_URL_VARIABLE, TOKEN_VARIABLE = 'ANTHROPIC_BASE_URL', 'ANTHROPIC_AUTH_TOKEN'
 #: With a token of any kind Claude Code starts without a login and without a question.
@@ -8615,7 +8611,6 @@ CURSOR_NOTE = 'Cursor cannot use a proxy on this machine: its servers make the c
 
 
 class ToolError(FailoverError):
-    """Why a tool's file is left alone."""
     status, type = 409, 'invalid_request_error'
 
 
@@ -8685,7 +8680,7 @@ def line_indent(text, position):
     return line[:len(line) - len(line.lstrip(' \t'))]
 
 
-# -- Claude Code's settings ----------------------------------------------------
+# -- Claude Code's settings and the shells -------------------------------------
 
 def read_settings(text):
     """The settings in a text.  Raises ToolError where Claude Code could not read them either."""
@@ -8732,8 +8727,6 @@ def env_start(text):
     return [member.value_start for member in members if member.name == 'env'][-1]
 
 
-# -- shells ----------------------------------------------------------------------
-
 def with_block(line_format, text, variables):
     """A shell's start-up file with setup's block: in its old place, or at the end."""
     newline = newline_of(text)
@@ -8755,7 +8748,6 @@ def block_environment(text):
 # -- which tools there are -------------------------------------------------------
 
 class UserTool(NamedTuple):
-    """One tool: where its file is, and how that is read and edited."""
     id: str
     name: str
     place: Callable           # ToolSetup -> the file's path
@@ -8765,7 +8757,7 @@ class UserTool(NamedTuple):
     when: str                 # when a change takes effect
 
 
-def shell(name, place, line_format):
+def shell(name, place, line_format="export {}='{}'"):
     return UserTool(name, name, place, functools.partial(with_block, line_format),
                     lambda text, ours, previous: BLOCK.sub('', text), block_environment,
                     'in new terminals')
@@ -8775,12 +8767,10 @@ TOOLS = (
     UserTool('claude-code', 'Claude Code',
              lambda setup: os.path.join(setup.claude_folder, 'settings.json'),
              settings_with, settings_without, settings_environment, 'in new sessions'),
-    shell('zsh', lambda setup: os.path.join(setup.environ.get('ZDOTDIR') or setup.home, '.zshrc'),
-          "export {}='{}'"),
+    shell('zsh', lambda setup: os.path.join(setup.environ.get('ZDOTDIR') or setup.home, '.zshrc')),
     # On a Mac every terminal is a login shell.
     shell('bash', lambda setup: os.path.join(
-        setup.home, '.bash_profile' if setup.platform == 'darwin' else '.bashrc'),
-        "export {}='{}'"),
+        setup.home, '.bash_profile' if setup.platform == 'darwin' else '.bashrc')),
     shell('fish', lambda setup: os.path.join(
         setup.environ.get('XDG_CONFIG_HOME') or os.path.join(setup.home, '.config'), 'fish',
         'config.fish'), "set -gx {} '{}'"),
@@ -8977,8 +8967,7 @@ def describe_tool_error(error):
 
 def own_values(config: Config | None, ports: dict) -> set:
     """What setup may have set variables to: our addresses (`ports`: the open ones), our token."""
-    profiles = config.profiles.values() if config else ()
-    numbers = {*(profile.port for profile in profiles), *ports.values()}
+    numbers = {*(p.port for p in (config.profiles.values() if config else ())), *ports.values()}
     own = {local_url(port) for port in numbers if port}
     return {*own, config.access_token} if config and config.access_token else own
 
@@ -9054,7 +9043,6 @@ class Call(NamedTuple):
         return dict(urllib.parse.parse_qsl(self.head.target.partition('?')[2]))
 
 
-#: On every answer of our own.
 OWN_FIELDS = [('cache-control', 'no-store'), ('x-content-type-options', 'nosniff'),
               ('x-frame-options', 'DENY'), ('content-security-policy', "default-src 'none'")]
 PLAIN_TEXT = ('content-type', 'text/plain; charset=utf-8')
@@ -9067,8 +9055,6 @@ def wanted_field(fields, name):
         raise BadRequest(f'{name} is missing.', field=name)
     return fields[name]
 
-
-# -- pages -----------------------------------------------------------------------
 
 def show_start_page(call: Call):
     if 'text/html' in call.head.headers.get('accept', ''):    # a person
@@ -9110,7 +9096,6 @@ def page_policy(page):
 
 # -- the access token, for a browser -----------------------------------------------
 
-SESSION_COOKIE = PROGRAM
 LOGIN_CODE_S = 60
 
 
@@ -9121,15 +9106,14 @@ def session_value(access_token):
 
 def session_cookies(access_token):
     """The header field that lets a browser in, in a list; empty without an access token."""
-    return [('set-cookie', f'{SESSION_COOKIE}={session_value(access_token)}; Path=/; HttpOnly; '
+    return [('set-cookie', f'{PROGRAM}={session_value(access_token)}; Path=/; HttpOnly; '
                            f'SameSite=Strict; Max-Age={30 * 86400}')] if access_token else []
 
 
 def has_session(headers: dict, access_token: str) -> bool:
-    """Whether a request carries the cookie of a dashboard that was let in."""
     wanted = session_value(access_token).encode()
     pairs = (pair.strip().partition('=') for pair in headers.get('cookie', '').split(';'))
-    return any(name == SESSION_COOKIE and hmac.compare_digest(value.encode('latin-1'), wanted)
+    return any(name == PROGRAM and hmac.compare_digest(value.encode('latin-1'), wanted)
                for name, _, value in pairs)
 
 
@@ -9166,7 +9150,6 @@ def api_login(call: Call):
 
 # -- what there is to see ------------------------------------------------------------
 
-#: The Node program's names of our counters.
 NODE_METRICS = {'total': 'requests', 'success': 'answered', 'failures': 'failed',
                 'retries': 'rotations', 'modelFallbacks': 'fallbacks', 'byKey': 'by_key'}
 
@@ -9222,8 +9205,7 @@ def api_events(call: Call):
 
 
 #: How often a dashboard hears of the state at most, and of nothing at least.
-STATUS_S = 1
-KEEP_ALIVE_S = 15
+STATUS_S, KEEP_ALIVE_S = 1, 15
 
 
 class StatusReporter:
@@ -9279,7 +9261,7 @@ def api_logs(call: Call):
     call.send_json({'logs': last_records(call.app.log.path, int(count), level)})
 
 
-# -- cooldowns ---------------------------------------------------------------------
+# -- cooldowns and keys --------------------------------------------------------------
 
 def api_clear_cooldowns(call: Call):
     """Body: {} for all, {"key": ID} or {"key": ID, "model": NAME}."""
@@ -9290,9 +9272,7 @@ def api_clear_cooldowns(call: Call):
     call.send_done('cooldowns_cleared', {'cleared': cleared}, key=key, model=model, count=cleared)
 
 
-# -- keys --------------------------------------------------------------------------
-# Their addresses begin with nothing for Anthropic's, with 'openai-' for OpenAI's.
-
+#: Keys' addresses begin with nothing for Anthropic's, with 'openai-' for OpenAI's.
 PROVIDER_OF = {None: ANTHROPIC, 'openai-': OPENAI}
 
 
@@ -9425,8 +9405,7 @@ def test_key(config: Config, key: Key, upstream: Upstream, exchange: Exchange,
         return tested(False, 0, str(error))
     except (UpstreamUnreachable, UpstreamCut, UpstreamTimeout) as error:
         return tested(False, 0, str(error) or 'no answer in time')
-    message = message.replace(token, mask_token(token))
-    status = response.status
+    message, status = message.replace(token, mask_token(token)), response.status
     if status < 300:
         return tested(True, status, 'the key is accepted')
     if status in (404, 405):          # a compatible server without such a list
@@ -9445,7 +9424,7 @@ def api_test_key(call: Call, kind: str | None, id: str):
     call.send_json({'id': config.keys[ref].id, 'valid': tested.is_valid, **tested._asdict()})
 
 
-# -- profiles ----------------------------------------------------------------------
+# -- profiles and settings ---------------------------------------------------------
 
 ORDER_CHECKS = dict.fromkeys((*ORDER_FIELDS.values(), 'priorityOrder'), check_texts)
 PROFILE_CHECKS = {'name': check_text, 'port': whole_number(1, 'a port'), **ORDER_CHECKS,
@@ -9505,8 +9484,6 @@ def api_order_profile(call: Call):
     call.app.update(lambda config: order_profile(config, name, order))
     call.send_done('profile_ordered', profile=name)
 
-
-# -- settings ----------------------------------------------------------------------
 
 def setting_values(config: Config) -> dict:
     """{name: value} of every setting, the access token masked."""
@@ -9607,10 +9584,9 @@ def set_autostart(call: Call, is_wanted: bool):
     autostart = find_autostart(call.app.store.path)
     if is_wanted:
         has_changed, problem = start_at_login(autostart)
-        message = f'{autostart.manager} starts it from the next login on.'
-        if problem:
-            message = (f'Wrote {tilde(autostart.path)}, but {autostart.manager} cannot be reached '
-                       f'here ({problem}).')
+        message = (f'Wrote {tilde(autostart.path)}, but {autostart.manager} cannot be reached '
+                   f'here ({problem}).' if problem else
+                   f'{autostart.manager} starts it from the next login on.')
     else:
         has_changed = start_at_no_login(autostart)
         message = 'It does not start at login any more; this one keeps running.'
@@ -9620,8 +9596,7 @@ def set_autostart(call: Call, is_wanted: bool):
 # ==============================================================================
 # HTTP server
 # ==============================================================================
-# Loopback is no boundary: any web page can send requests here.  So every request passes the
-# guard first, whatever its path.
+# Loopback is no boundary: any web page can send requests.  So each passes the guard first.
 
 #: Joined by a comma, two Hosts are neither a name nor a port.
 HOST_AND_PORT = re.compile(r'\A([^:,]+|\[[^\],]+\]):[0-9]{1,5}\Z')
@@ -9629,7 +9604,6 @@ HOST_AND_PORT = re.compile(r'\A([^:,]+|\[[^\],]+\]):[0-9]{1,5}\Z')
 
 @functools.lru_cache(maxsize=64)
 def own_hosts(port):
-    """The values of Host by which a listener is reached."""
     names = ('localhost', LISTEN_HOST, '[::1]')
     return frozenset((*names, *(f'{name}:{port}' for name in names)))
 
@@ -9647,8 +9621,7 @@ def guard(head, port, config):
     if origin is not None and not is_allowed and origin != f'http://{host}':
         raise Forbidden('Requests from web pages of another origin are refused; '
                         '"allowedOrigins" adds one.')
-    site = headers.get('sec-fetch-site', 'none')
-    if not is_allowed and site not in ('same-origin', 'none'):
+    if not is_allowed and headers.get('sec-fetch-site', 'none') not in ('same-origin', 'none'):
         raise Forbidden('Requests from another site are refused.')
 
 
@@ -9664,8 +9637,7 @@ SOCKET_TABLES = {
 
 def peer_owner(sock):
     """The user id of the program at the other end of a local connection; None where the system
-    does not say.  Raises ClientGone when it has left: the system may call its socket root's, and
-    a request left behind would pass as root's."""
+    does not say.  Raises ClientGone when it has left: what it left may pass as root's."""
     if not sys.platform.startswith('linux'):
         return None
     try:
@@ -9736,8 +9708,7 @@ def find_in_table(text, far, near):
 
 
 def refuse_stranger(owner, config):
-    """Raises Forbidden for another user's program, which reaches loopback too.  Root may do
-    anything anyway; where an access token is asked for, that decides instead."""
+    """Raises Forbidden for another user's program, but root's; an access token decides instead."""
     if owner not in (None, 0) and owner != os.geteuid() and not config.access_token:
         raise Forbidden(f'This {PROGRAM} serves the user who started it. With an "accessToken" in '
                         'its configuration it also serves others who present that.')
@@ -9758,16 +9729,6 @@ def check_access(route, headers, access_token):
 def media_types(value):
     """{'application/json'}: of a Content-Type field, or of several that were joined."""
     return frozenset(part.partition(';')[0].strip().lower() for part in value.split(','))
-
-
-def check_content_type(head):
-    """Raises BadRequest for a body that is not typed as JSON or file: a web page's form is not."""
-    if not (head.is_chunked or head.length):
-        return
-    content_types = media_types(head.headers.get('content-type', ''))
-    is_file = content_types == {'multipart/form-data'} and head.target.startswith('/v1/')
-    if content_types != {'application/json'} and not is_file:
-        raise BadRequest('The body must be sent with content-type: application/json.', 415)
 
 
 def forward(call: Call):
@@ -9826,8 +9787,7 @@ OPTIONS_ROUTE = route('OPTIONS', '/.*', lambda call, allow: call.response.send(
 
 def find_route(head):
     """(Route, its arguments) of a request.  Raises BadRequest, 404 or 405."""
-    path = head.target.partition('?')[0]
-    methods = []
+    path, methods = head.target.partition('?')[0], []
     for candidate in ROUTES:
         match = candidate.pattern.fullmatch(path)
         if match and head.method in candidate.methods:
@@ -9858,8 +9818,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_one(self, connection):
         """Reads and answers one request; whether another may follow."""
-        response = ClientResponse(connection, None)
-        was_read = False
+        response, was_read = ClientResponse(connection, None), False
         try:
             # Before waiting, so that strangers hold no thread; and again when a request is there.
             refuse_stranger(self._owner, self.server.app.store.current)
@@ -9895,7 +9854,11 @@ class Handler(socketserver.BaseRequestHandler):
         guard(head, self.server.server_port, config)
         route, arguments = find_route(head)
         check_access(route, head.headers, config.access_token)
-        check_content_type(head)
+        types = media_types(head.headers.get('content-type', ''))     # JSON is no web page's form
+        is_file = types == {'multipart/form-data'} and head.target.startswith('/v1/')
+        has_body = head.is_chunked or head.length
+        if has_body and types != {'application/json'} and not is_file:
+            raise BadRequest('The body must be sent with content-type: application/json.', 415)
         if head.length > MAX_BODY_BYTES:
             raise too_large()
         if profile_name not in config.profiles:
@@ -9917,8 +9880,7 @@ class Handler(socketserver.BaseRequestHandler):
             connection.drain()
 
 
-#: Threads that wait for the next connection.
-IDLE_WORKERS = 32
+IDLE_WORKERS = 32             # threads that wait for the next connection
 
 
 class Workers:
@@ -10551,8 +10513,7 @@ def harden_process() -> None:
 # that both need.  Findings are texts; who prints them masks the tokens in them.
 
 def fetch_health(config_path: str, config: Config | None) -> dict | None:
-    """/health of the proxy that runs with this configuration file; None when none does.  Its
-    ports are those that its pid file names, and those of `config` (None: a broken one)."""
+    """/health of the proxy that runs with this file, at the ports of its pid file or `config`."""
     running = find_running(config_path)
     ports = [*(running.ports if running else ()),
              *(profile.port for profile in (config.profiles.values() if config else ()))]
@@ -10726,8 +10687,7 @@ def examine_upstreams(config):
     """Each server that keys are sent to, and what it says to them."""
     upstream, watcher = Upstream(), Watcher()
     watcher.start()
-    keys = [key for key in config.keys.values() if is_served(config, key)]
-    dead = set()
+    keys, dead = [key for key in config.keys.values() if is_served(config, key)], set()
     near, far = socket.socketpair()   # a client that does not leave
     with near, far:
         def asked(ask, *arguments):
@@ -10743,6 +10703,13 @@ def examine_upstreams(config):
             if server_of(config, key) not in dead and not token_problem(key):
                 yield key_finding(key, asked(test_key, config, key))
     upstream.close_idle()
+
+
+def key_finding(key, tested):
+    text = f'{key.ref} at {tested.url}: {tested.status or "no answer"}, {tested.message}'
+    command = 'add-openai-key' if key.provider == OPENAI else 'add-key'
+    return Finding('key', text, '' if tested.is_valid else
+                   f'correct or replace it: {RUN} remove-key {key.id}, {RUN} {command}')
 
 
 def examine_server(url, upstream, exchange):
@@ -10771,13 +10738,6 @@ def clock_offset_s(date, now):
         return now - email.utils.parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError, OverflowError):
         return 0
-
-
-def key_finding(key, tested):
-    text = f'{key.ref} at {tested.url}: {tested.status or "no answer"}, {tested.message}'
-    command = 'add-openai-key' if key.provider == OPENAI else 'add-key'
-    return Finding('key', text, '' if tested.is_valid else
-                   f'correct or replace it: {RUN} remove-key {key.id}, {RUN} {command}')
 
 
 def examine_log(path):
@@ -10934,15 +10894,12 @@ def pretend_limits(count):
     return fields
 
 
-def pretend_refusal(status, type, message, *fields):
+def pretend_refusal(status, message, *retry_after):
     def play(asked, count):
-        own = [JSON_TYPE, ('request-id', f'req_demo_{count:06d}'), *fields]
-        return Reply(status, own, error_json(type, message))
+        fields = [('retry-after', str(seconds)) for seconds in retry_after]
+        fields += [JSON_TYPE, ('request-id', f'req_demo_{count:06d}')]
+        return Reply(status, fields, error_json(error_type(status), message))
     return play
-
-
-def pretend_limit(retry_after, message='Too many requests.'):
-    return pretend_refusal(429, 'rate_limit_error', message, ('retry-after', retry_after))
 
 
 def pretend_broken(asked, count):
@@ -10951,15 +10908,13 @@ def pretend_broken(asked, count):
     return stream_reply([event_bytes(begun), error_event('overloaded_error', 'Overloaded')])
 
 
-#: What a pretend upstream can do.
 PLAYS = {
     'answer': pretend_answer, 'broken': pretend_broken,
-    'limited': pretend_limit('3000', 'You are out of tokens for this hour.'),
-    'limited briefly': pretend_limit('2'), 'limited for a while': pretend_limit('20'),
-    'overloaded': pretend_refusal(529, 'overloaded_error', 'Overloaded'),
-}
-DEMO_MODELS = ('claude-opus-5-5', 'claude-sonnet-5-5', 'claude-haiku-5-5')
-OPUS, SONNET, HAIKU = DEMO_MODELS
+    'limited': pretend_refusal(429, 'You are out of tokens for this hour.', 3000),
+    'limited briefly': pretend_refusal(429, 'Too many requests.', 2),
+    'limited for a while': pretend_refusal(429, 'Too many requests.', 20),
+    'overloaded': pretend_refusal(529, 'Overloaded')}
+OPUS, SONNET, HAIKU = DEMO_MODELS = 'claude-opus-5-5', 'claude-sonnet-5-5', 'claude-haiku-5-5'
 
 
 class Scene(NamedTuple):
@@ -11052,10 +11007,9 @@ class Demo:
         body = dump_body({'model': scene.model, 'max_tokens': 100, 'stream': scene.is_streamed,
                           'messages': [{'role': 'user', 'content': 'What is this?'}]})
         started = time.monotonic()
-        connection = http.client.HTTPConnection(LISTEN_HOST, self.port, timeout=60)
-        with contextlib.closing(connection):
-            connection.request('POST', MESSAGES_PATH, body, {'content-type': 'application/json'})
-            response = connection.getresponse()
+        with contextlib.closing(http.client.HTTPConnection(LISTEN_HOST, self.port, 60)) as client:
+            client.request('POST', MESSAGES_PATH, body, {'content-type': 'application/json'})
+            response = client.getresponse()
             data = response.read(1)
             first_byte_s = time.monotonic() - started
             texts = TEXT_MEMBER.findall(data + response.read())
@@ -11065,8 +11019,7 @@ class Demo:
 # ==============================================================================
 # Command line
 # ==============================================================================
-# Printing happens only here.  A command returns its exit status, None for 0: 1 failed, 2 wrong
-# input.
+# Printing happens only here.  A command returns its exit status: None or 0, 1 failed, 2 misused.
 
 PAINTS = {'bold': 1, 'dim': 2, 'good': 32, 'warn': 33, 'bad': 31}
 
@@ -11172,7 +11125,14 @@ def play_demo(demo, options):
         say_wrapped(f'{number}. {scene.title}')
         say_played(demo, scene)
         demo.is_over.wait(0 if options.fast else 1.2)
-    say_saved(demo.app.health()['metrics'], demo.app.metrics.history())
+    metrics = demo.app.health()['metrics']
+    rescued = sum(minute['rescued'] for minute in demo.app.metrics.history())
+    say()
+    say_wrapped(paint('bold', f'{metrics["answered"]} of {metrics["requests"]} requests were '
+                              f'answered; without the proxy {rescued} would have failed.'))
+    say_wrapped(f'{describe_rescues(metrics)}, {metrics["by_provider"].get(OPENAI, 0)} answered '
+                'by OpenAI.')
+    say(f'\nNow with your own keys:\n  {RUN} add-key\n  {RUN} start')
     while options.keep and not demo.is_over.wait(random.uniform(0.5, 2.5)):
         say_played(demo, random.choice(EVERYDAY))
 
@@ -11208,16 +11168,6 @@ def describe_attempts(record):
         on_model = f'{attempt["model"]} on ' if attempt['model'] != model else ''
         model = attempt['model']
         yield f'{on_model}{attempt["key"]} {attempt["status"] or attempt["result"]}'
-
-
-def say_saved(metrics, history):
-    rescued = sum(minute['rescued'] for minute in history)
-    say()
-    say_wrapped(paint('bold', f'{metrics["answered"]} of {metrics["requests"]} requests were '
-                              f'answered; without the proxy {rescued} would have failed.'))
-    say_wrapped(f'{describe_rescues(metrics)}, {metrics["by_provider"].get(OPENAI, 0)} answered '
-                'by OpenAI.')
-    say(f'\nNow with your own keys:\n  {RUN} add-key\n  {RUN} start')
 
 
 def describe_rescues(metrics):
@@ -11432,8 +11382,7 @@ def profile_url(options, config):
     name = options.profile or ('default' if 'default' in config.profiles else
                                next(iter(config.profiles)))
     refuse_unknown_profile(config, name)
-    port = config.profiles[name].port or open_ports(
-        fetch_health(options.config, config)).get(name)
+    port = config.profiles[name].port or open_ports(fetch_health(options.config, config)).get(name)
     if not port:
         raise UsageError(f'Profile {name} has port 0, so its port is known only while it runs: '
                          f'start the proxy, or give it a "port" in {options.config}.')
@@ -11525,9 +11474,8 @@ def key_warnings(config):
 
 
 def save(options, edit) -> Any:
-    """Applies an edit to the configuration file, and says what else was done to it; what the edit
-    gave.  Raises ConfigError where the file is gone that a running proxy has in force: a new one
-    would hold the edit alone, and take the place of all else there."""
+    """Applies an edit to the configuration file; what the edit gave.  Raises ConfigError where the
+    file is gone that a running proxy has in force: a new one would hold the edit alone."""
     running = None if os.path.exists(options.config) else find_running(options.config)
     if running and running.is_configured:
         raise ConfigError(f'{options.config} is gone, but the running proxy (pid {running.pid}) '
