@@ -4488,6 +4488,10 @@ class StateTest(ScratchTest):
         self.assertEqual([left for *_, left, _ in self.cooling()], [5, 15, 295])
         self.assertEqual(self.told(), [])
 
+    def test_a_first_start_tells_nothing(self):
+        self.assertEqual(self.told(), [])
+        self.assertFalse(os.path.exists(self.state.path))
+
     def test_repeats_go_on_doubling(self):
         for left in (300, 600):
             self.cool('auth_failed')
@@ -6927,6 +6931,11 @@ class ServingTest(unittest.TestCase):
         tried = ''.join(self.turn(f's{n}')[1] for n in range(6))
         self.assertEqual((tried.count('a'), tried.count('b')), (2, 4))
 
+    def test_a_key_whose_limits_are_not_known_takes_as_many_as_others(self):
+        self.strategy('spread', dict.fromkeys('ab', Play()))
+        self.metrics.note_limits('anthropic:b', {'anthropic-ratelimit-input-tokens-limit': '30000'})
+        self.assertEqual(''.join(self.turn(f's{n}')[1] for n in range(4)), 'abab')
+
     def test_what_would_be_lost_first_is_drained_first(self):
         def window(seconds, used='0.5'):
             return Play(200, {'anthropic-ratelimit-unified-5h-utilization': used,
@@ -7587,6 +7596,17 @@ class ServingTest(unittest.TestCase):
                 answered, _ = self.one({'a': play}, 'a')
             self.assertEqual(answered.status, status)
             self.assertIn(words, answered.error['message'])
+            self.assertNotIn('x-api-key', answered.error['message'])    # Claude Code would log in
+            self.assertEqual('back in' in answered.error['message'], play is LONG)
+
+    def test_what_is_refused_on_the_way_is_neither_waited_for_nor_asked_twice(self):
+        for play in (refusal(403, 'forbidden', 'Request not allowed'), Play(403, body=b'<html>no'), BAD_KEY):
+            self.setUp()
+            began = self.clock.now
+            _, seen = self.one({'a': play}, 'a', queueWaitMs=60_000, modelFallback={OPUS: SONNET})
+            tries = [len(seen), *(len(self.again()[1]) for _ in range(3))]
+            self.assertLessEqual(max(tries), 2 if play is not BAD_KEY else 1, tries)
+            self.assertLess(self.clock.now - began, 5)
 
     def test_a_final_429_carries_the_upstreams_limit_fields(self):
         play = refusal(429, 'rate_limit_error', 'x', anthropic_ratelimit_unified_5h_status='rejected',
