@@ -7610,6 +7610,12 @@ MAX_MAKERS = 10_000
 SHARED_LIMITS = ('rate_limited', 'throttled')
 
 
+def has_room(outcome):
+    """Whether its own figures say that it is another limit: a workspace's, or a burst's."""
+    limits = read_limits(dict(outcome.limit_fields), now=0)
+    return bool(limits) and max(limit.used for limit in limits) < 0.5
+
+
 class Failover:
     """What all requests share: the configuration in force, cooldowns, connections, the journal,
     and what earlier requests taught."""
@@ -8278,7 +8284,7 @@ class Serving:
         digest = secret_digest(self._token) if is_named else None
         limit_s = self._config.cooldown_ms / 1000
         seconds = self._cooldowns.cool(key, slot, outcome, limit_s, digest)
-        if rule.name in SHARED_LIMITS:
+        if rule.name in SHARED_LIMITS and not has_room(outcome):
             for other in self._failover.siblings(self._config, key):
                 self._cooldowns.cool(other, slot._replace(ref=other.ref), outcome, limit_s)
         if seconds:

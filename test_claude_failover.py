@@ -7778,8 +7778,16 @@ class ServingTest(unittest.TestCase):
         org = {'anthropic-organization-id': 'o1', 'anthropic-ratelimit-requests-remaining': '5'}
         for key in 'ab':
             self.metrics.note_limits(f'anthropic:{key}', org)
-        self.one({'a': RATE_LIMITED, 'b': Play(), 'c': Play()}, 'abc')
-        self.assertEqual([key for key, _ in self.upstream.seen], ['a', 'c'])
+        for remaining, tried in ((None, 'ac'), ('20', 'ac'), ('3999', 'ab')):
+            fields = {'anthropic_ratelimit_requests_limit': '4000',
+                      'anthropic_ratelimit_requests_remaining': remaining}
+            limited = refusal(429, 'rate_limit_error', 'x', retry_after='20',
+                              anthropic_organization_id='o1', **fields if remaining else {})
+            self.setUp()
+            for key in 'ab':
+                self.metrics.note_limits(f'anthropic:{key}', org)
+            self.one({'a': limited, 'b': Play(), 'c': Play()}, 'abc')
+            self.assertEqual(''.join(key for key, _ in self.upstream.seen), tried)
         self.setUp()
         for key in 'ab':
             self.metrics.note_limits(f'anthropic:{key}', org)
