@@ -1231,6 +1231,8 @@ def is_worth_waiting(left_s, tokens, most_s):
 MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*"([A-Za-z0-9._:@/\[\]-]{1,256})"')
 STREAM_NAME, STREAM_FIELD = b'"stream"', re.compile(rb'"stream"\s*:\s*true')
 EDGE_BYTES = 1024
+#: How far the beginnings of a conversation are read.
+OPENING_BYTES, USER_ID_BYTES = 65_536, 4096
 #: What the signature of thinking from OpenAI begins with: it holds nothing, or encrypted
 #: reasoning, which goes back to OpenAI and never to Anthropic.
 NO_PAYLOAD, PAYLOAD = 'cfo0:', 'cfo1:'
@@ -1238,6 +1240,12 @@ NO_PAYLOAD, PAYLOAD = 'cfo0:', 'cfo1:'
 #: JSON, or one of these.  Plain searches cost a tenth of a pattern's.
 UNSIGNED = (b'"signature":""', b'"signature": ""', b'"signature":null', b'"signature": null',
             b'"cfo0:', b'"cfo1:')
+
+
+def is_near_an_end(data, name):
+    """Whether a body holds a name near one end: to search a whole megabyte takes 0.4 ms."""
+    return data.find(name, 0, OPENING_BYTES) >= 0 or data.find(
+        name, max(0, len(data) - 2 * OPENING_BYTES)) >= 0
 
 
 class RequestBody:
@@ -1265,7 +1273,7 @@ class RequestBody:
         for start in data.find(STREAM_NAME, 0, EDGE_BYTES), data.rfind(STREAM_NAME, -EDGE_BYTES):
             if start >= 0 and STREAM_FIELD.match(data, start):
                 return True
-        return STREAM_NAME in data and self.is_streamed
+        return is_near_an_end(data, STREAM_NAME) and self.is_streamed
 
     def for_model(self, model: str) -> bytes | bytearray:
         """The same bytes with another model."""
@@ -1280,15 +1288,13 @@ class RequestBody:
 CACHE_S, LONG_CACHE_S = 300, 3600
 SESSION_FIELD = 'x-claude-code-session-id'
 USER_ID = re.compile(rb'"user_id"\s*:\s*("(?:[^"\\]|\\.){1,1000}")')
-#: How far the beginnings of a conversation are read.
-OPENING_BYTES, USER_ID_BYTES = 65_536, 4096
 
 
 def conversation_digest(headers, data):
     """What a conversation is known by: its client's session, else the beginnings of one that has
     its prompt cached; None for a request that belongs to none.  A megabyte is not parsed."""
     session = headers.get(SESSION_FIELD) or session_of_user(data)
-    if not session and b'"cache_control"' in data:
+    if not session and is_near_an_end(data, b'"cache_control"'):
         session = opening(data, b'"system"') + opening(data, b'"messages"')
     return hashlib.sha256(session.encode('utf-8', 'replace')).hexdigest()[:16] if session else None
 
@@ -1317,11 +1323,8 @@ def opening(data, name):
 
 
 def cache_lifetime_s(data):
-    """How long what this request caches lives after each use.  The marks stand near the edges: a
-    megabyte between them is not searched."""
-    is_long = data.find(b'"1h"', 0, OPENING_BYTES) >= 0 or data.find(
-        b'"1h"', max(0, len(data) - 2 * OPENING_BYTES)) >= 0
-    return LONG_CACHE_S if is_long else CACHE_S
+    """How long what this request caches lives after each use."""
+    return LONG_CACHE_S if is_near_an_end(data, b'"1h"') else CACHE_S
 
 
 def without_thinking(body: dict, is_unwanted=lambda block: True) -> dict:
@@ -2002,8 +2005,7 @@ LIMIT_FIELDS = tuple((re.compile(pattern), read) for pattern, read in (
 
 
 def family_fields(headers: dict, now: float) -> dict:
-    """The fields of windows of model families that are not over: answers of other models, which
-    come later, do not have them."""
+    """Fields of windows of model families that last: other models' later answers lack them."""
     matches = filter(None, map(FAMILY_FIELD.fullmatch, headers))
     return {match.group(): headers[match.group()] for match in matches
             if parse_reset(headers.get(f'{UNIFIED}{match.group(1)}-reset'), now)}
@@ -4616,8 +4618,7 @@ class Conversations:
         return self._proved.get(model, -math.inf) > since
 
     def load(self, ref):
-        """(conversations that are warm at a key, prompt tokens of the last LOAD_S that count
-        towards its limits)."""
+        """(conversations that are warm at a key, prompt tokens of the last LOAD_S)."""
         now = self._clock()
         with self._lock:
             count = len({digest for (digest, _), warm in self._warm.items()
@@ -4892,8 +4893,7 @@ DIGITS = re.compile(r'[0-9]{1,12}')
 
 
 class Metrics:
-    """Counters, the last hour by minutes, the last finished requests, and the rate limits that
-    each key's last answer named."""
+    """Counters, the last hour by minutes, the last requests, and each key's latest rate limits."""
 
     def __init__(self, now=time.time):
         self._now = now
@@ -4904,6 +4904,7 @@ class Metrics:
         self._minutes = collections.defaultdict(Minute)     # by unix minute, oldest first
         self._limits = {}             # key's ref -> (unix seconds, header fields)
         self._looked = {}             # key's ref -> unix seconds of the last look at them
+        self._windows_of = {}         # key's ref -> (header fields, the windows they name)
         self.changes = 0
 
     def finished(self, record):
@@ -4948,18 +4949,21 @@ class Metrics:
 
     def _windows(self, ref):
         """[(used, unix seconds of its end), ...] of a key's windows, as far as they are known."""
-        noted, limits = self.limits(ref)
-        ends = [(limit.used, (noted or 0) + limit.resets_s) for limit in limits
-                if limit.name in WINDOWS and limit.resets_s]
-        return [window for window in ends if window[1] > self._now()]
+        _, headers = self._limits.get(ref, (None, None))
+        read_from, windows = self._windows_of.get(ref, (None, ()))
+        if read_from is not headers:              # read once: every request asks
+            noted, limits = self.limits(ref)
+            windows = [(limit.used, (noted or 0) + limit.resets_s) for limit in limits
+                       if limit.name in WINDOWS and limit.resets_s]
+            self._windows_of[ref] = headers, windows
+        return [window for window in windows if window[1] > self._now()]
 
     def is_nearly_spent(self, ref: str) -> bool:
         """Whether what is left of a window is for the conversations that are there."""
         return any(used >= NEARLY_SPENT for used, _ in self._windows(ref))
 
     def window_end(self, ref: str) -> float:
-        """Unix seconds when the first window with quota left ends, which is lost then; infinity
-        where none is known."""
+        """When the first window with quota left ends, in unix seconds: that is lost then."""
         return min((end for used, end in self._windows(ref) if used < NEARLY_SPENT),
                    default=math.inf)
 
@@ -5552,8 +5556,7 @@ MAX_KNOWN_HEAD_BYTES = 4096
 
 
 class Field(NamedTuple):
-    """A header field, with all that each message needs of it: most came in the message before,
-    too, and are kept."""
+    """A header field, with all that each message needs of it: most came before, and are kept."""
     name: str                 # as sent
     value: str
     entry: tuple              # (lower-case name, value)
@@ -5958,8 +5961,7 @@ class ClientResponse:
             self._connection.send(data)
 
     def offer(self, data: bytes) -> bool:
-        """Writes what the client takes without waiting; whether that was all.  The rest goes
-        with the next write."""
+        """Writes what the client takes without waiting; whether that was all."""
         if data and self._has_body:
             data = self._pending + self._framed(data)
             self._pending = data[self._connection.send_some(data):]
@@ -6822,8 +6824,7 @@ class Carried:
 
 
 class StreamCarrier:
-    """The thread that carries streams: to wake a thread of its own for each event took twice the
-    processor time with 50 streams."""
+    """The thread that carries streams: one of its own for each took twice the processor time."""
 
     def __init__(self):
         self._selector = selectors.DefaultSelector()
@@ -7137,7 +7138,7 @@ class AnswerReader:
             return self._read_translated(translated, held, is_stream)
         if not is_stream:
             return self._read_document(held)
-        if request.wants_stream:
+        if request.wants_stream or request.is_streamed:
             return self._read_opening(MessageStream(), held)
         return self._fold(held)
 
@@ -7240,11 +7241,10 @@ class AnswerReader:
         return Whole(self._classify(), self._json_fields(), body, usage=events.usage)
 
     def _read_translated(self, translated, held, is_stream):
-        """An OpenAI answer: the opening of a stream, or all of it for a client that wants it
-        whole."""
+        """An OpenAI answer: the opening of a stream, or all of it for who wants it whole."""
         request_id = ('request-id', self._client.request_id)
         stream_fields = [*STREAM_FIELDS, request_id]
-        wants_stream = self._client.request.body.wants_stream
+        wants_stream = self._client.request.body.is_streamed
         if wants_stream and is_stream:
             return self._read_opening(translated, held, stream_fields)
         try:
@@ -7263,8 +7263,7 @@ class AnswerReader:
         return Whole(outcome, [JSON_TYPE, request_id], body, usage=translated.usage)
 
     def _read_events(self, translated, piece, is_stream):
-        """[event, ...] of a whole answer that begins with `piece`.  Raises ValueError for one
-        that cannot be read."""
+        """[event, ...] of a whole answer.  Raises ValueError for one that cannot be read."""
         events, body, size = [], [], 0
         try:
             while piece:
@@ -7694,14 +7693,15 @@ class Failover:
         """The function by which keys of one kind are ordered for a new conversation: ref -> what
         sorts first.  A key that is nearly spent keeps what is left for its own conversations."""
         metrics, conversations = self.journal.metrics, self.conversations
-
-        usual_limit = max(map(metrics.token_limit, self.store.current.keys), default=0) or 1
+        usual_limit = strategy == 'spread' and max(
+            map(metrics.token_limit, self.store.current.keys), default=0) or 1
 
         def load(ref):            # a key that has not been asked yet is taken for one like others
             count, tokens = conversations.load(ref)
             return (count + 1) / (metrics.token_limit(ref) or usual_limit), tokens
         by_strategy = {'order': lambda ref: 0, 'spread': load, 'drain': metrics.window_end}
-        return lambda ref: (metrics.is_nearly_spent(ref), by_strategy[strategy](ref))
+        return functools.lru_cache(maxsize=None)(
+            lambda ref: (metrics.is_nearly_spent(ref), by_strategy[strategy](ref)))
 
     def siblings(self, config, key):
         """Other API keys of a key's organization: they share their limits a minute."""
@@ -7829,13 +7829,17 @@ class Serving:
         digest, asked = self._request.conversation_digest, self._request.body.model
         if len(attempts) < 2 or not (digest or paid):
             return attempts
+        strategy = config.profiles[self._request.profile_name].strategy
         if not self._warm and config.sticky_ms != 0:
             self._warm = failover.conversations.find(digest, asked)
         warm = self._warm
         own = warm.ref if warm else None
-        rank_new = failover.rank(config.profiles[self._request.profile_name].strategy)
-        attempts = order_attempts(attempts, lambda attempt: (
-            attempt.key.ref in paid, attempt.key.ref != own, rank_new(attempt.key.ref)))
+        metrics, first = failover.journal.metrics, attempts[0].key.ref
+        if strategy != 'order' or paid or own not in (None, first) or any(
+                map(metrics.is_nearly_spent, config.keys)):
+            rank_new = failover.rank(strategy)
+            attempts = order_attempts(attempts, lambda attempt: (
+                attempt.key.ref in paid, attempt.key.ref != own, rank_new(attempt.key.ref)))
         if warm and warm.model != asked and self._clock() - warm.since < FALLBACK_STAY_S and (
                 not failover.conversations.was_proved_since(asked, warm.since)):
             attempts = sorted(attempts, key=lambda attempt: attempt.model != warm.model)
@@ -8023,8 +8027,7 @@ class Serving:
         return (server, attempt.model) in round.given_up or server in round.dead_ends
 
     def _cool_unasked(self, attempt):
-        """What cooled another key of its server cools this one too: how many keys a server has
-        changes nothing."""
+        """What cooled another key of its server cools this one too."""
         outcome = self._round.given_up.get((self._server(attempt.key), attempt.model))
         if outcome and outcome.rule.scope is Scope.PAIR and outcome.rule.strikes == 1:
             is_cooling = self._cool(attempt, outcome) > 0
@@ -8325,8 +8328,7 @@ class Serving:
         return True
 
     def _remember_repairs(self):
-        """What helped is done at once next time, where it is about the model and not about this
-        conversation."""
+        """What helped is done at once next time, unless it is about this conversation."""
         for answerer, repairs in self._repairs.items():
             lasting = tuple(needed for needed in repairs if is_about_model(*needed))
             if lasting and self._failover.repairs.get(answerer) != lasting:
@@ -8400,8 +8402,7 @@ class Serving:
                                 outcome=cooling.outcome)
 
     def _answer_here(self):
-        """Answers what needs no upstream, where messages go to OpenAI because no Claude key is
-        left; whether it did."""
+        """Answers what needs none, where no Claude key is left; whether it did."""
         request, config = self._request, self._config
         if request.is_message or request.profile_name not in config.profiles:
             return False
@@ -10401,8 +10402,7 @@ class PidFile:
         self._file = None             # open, and locked, as long as this process runs
 
     def acquire(self, patience_s: float = 1.0) -> bool:
-        """Locks the file for this process; False when another one has it.  Commands that only
-        look lock it for a moment."""
+        """Locks the file for this process; False when another one has it."""
         make_private_folder(os.path.dirname(self.path))
         file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+b', buffering=0)
         for _ in polling(patience_s):
