@@ -1267,8 +1267,8 @@ class RequestBody:
 
     @functools.cached_property
     def wants_stream(self) -> bool:
-        """Whether a stream is wanted.  Clients say so near one end of the body; it is parsed only
-        where they do not, as that takes milliseconds for a megabyte."""
+        """Whether the ends of a body, where clients say so, want a stream.  `is_streamed` is
+        exact, and costs milliseconds for a megabyte."""
         data = self.data
         for start in data.find(STREAM_NAME, 0, EDGE_BYTES), data.rfind(STREAM_NAME, -EDGE_BYTES):
             if start >= 0 and STREAM_FIELD.match(data, start):
@@ -1349,7 +1349,6 @@ def without_fast_mode(data: bytes, betas: list) -> tuple[bytes, list]:
     """(body bytes, beta names) of a request without fast mode."""
     body = {name: value for name, value in loads_object(data).items() if name != 'speed'}
     return dump_body(body), [beta for beta in betas if not beta.startswith('fast-mode')]
-
 
 
 def is_unsigned(block):
@@ -1565,7 +1564,6 @@ def without_path(value: Any, path: list | tuple) -> Any:
     return {**value, name: without_path(value[name], rest)}
 
 
-
 def leave_out_thinking(body, subject):
     """Without the `thinking` field, and the `context_management` edits that need it."""
     body = without_path(body, ['thinking'])
@@ -1635,7 +1633,6 @@ def without_parameter(body, subject):
     if subject in body and (other_name := TOKEN_LIMITS.get(subject)):
         body = {**body, other_name: body[subject]}
     return without_path(body, re.findall(r'[\w-]+', subject))
-
 
 
 EFFORTS = ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
@@ -1924,7 +1921,6 @@ def rejected_windows(headers):
     return {claim: windows['']} if '' in windows and FAMILY_CLAIM.fullmatch(claim) else windows
 
 
-
 def seconds_to_window_reset(answer):
     """Until the last of the key's spent windows is over, or the last of a family's."""
     windows, then = rejected_windows(answer.headers), answer.now - JUST_NOW_S
@@ -2071,7 +2067,6 @@ def extra_usage_ends_s(headers: dict, now: float) -> float:
     resets = [parse_reset(reset, now) for reset in (
         headers.get(UNIFIED + 'reset'), *rejected_windows(headers).values())]
     return max(filter(None, resets), default=300)
-
 
 
 #: The policy, first match first.  A new status or wording is a row.
@@ -7050,6 +7045,28 @@ def judge(client, attempt, status, headers, error):
                             limit_fields=rate_limit_fields(headers))
 
 
+#: What a document begins with, and no line of an event stream.
+DOCUMENT_STARTS = (b'{', b'[', b'<')
+STREAM_START = re.compile(rb'(?:event|data|id|retry)?:')
+CONTENT_START = re.compile(rb'"content"\s*:\s*\[')
+
+
+def beginning(body):
+    """The first bytes of a body that say something."""
+    return bytes(body[:1024]).lstrip(b'\xef\xbb\xbf \t\r\n')
+
+
+def tells_itself(begins):
+    """Whether so many bytes of a body's beginning tell a document from a stream."""
+    return begins[:1] in DOCUMENT_STARTS or len(begins) >= len(b'event:')
+
+
+def seems_message(body):
+    """Whether an object is a message without a doubt: to parse it costs more."""
+    return (b'"error"' not in body and body.rstrip().endswith(b'}')
+            and CONTENT_START.search(body) is not None)
+
+
 class AnswerReader:
     """Reads the answer to one attempt: what it means is known by its status and the first piece
     of its body, of a stream by its first event with content."""
@@ -7286,32 +7303,10 @@ class AnswerReader:
                          else translated.read_whole(b''.join(body)))
 
 
-#: What a document begins with, and no line of an event stream.
-DOCUMENT_STARTS = (b'{', b'[', b'<')
-STREAM_START = re.compile(rb'(?:event|data|id|retry)?:')
-CONTENT_START = re.compile(rb'"content"\s*:\s*\[')
-
-
-def beginning(body):
-    """The first bytes of a body that say something."""
-    return bytes(body[:1024]).lstrip(b'\xef\xbb\xbf \t\r\n')
-
-
-def tells_itself(begins):
-    """Whether so many bytes of a body's beginning tell a document from a stream."""
-    return begins[:1] in DOCUMENT_STARTS or len(begins) >= len(b'event:')
-
-
-def seems_message(body):
-    """Whether an object is a message without a doubt: to parse it costs more."""
-    return (b'"error"' not in body and body.rstrip().endswith(b'}')
-            and CONTENT_START.search(body) is not None)
-
-
 # -- relaying ------------------------------------------------------------------
 
 def relay(client, attempt, reply, carrier, cool):
-    """Gives the client an upstream's answer: the commit.  What befalls it afterwards, `cool` is
+    """Gives the client an upstream's answer: the commit.  What happens to it later, `cool` is
     given as an Outcome before the client hears of it, so that a retry meets another key."""
     asked = client.request.body.model
     client.record = {
@@ -8044,10 +8039,14 @@ class Serving:
         key, request = attempt.key, self._request
         if not request.is_message:
             return Slot(key.ref, server=self._server(key))
-        has_feature = key.provider == ANTHROPIC and not self._is_plain and not (
-            attempt.model != request.body.model and request.feature == 'fast')
-        return Slot(key.ref, attempt.model, request.feature if has_feature else None,
+        feature = None if self._drops_fast_mode(attempt) else request.feature
+        return Slot(key.ref, attempt.model, feature if key.provider == ANTHROPIC else None,
                     self._server(key))
+
+    def _drops_fast_mode(self, attempt):
+        """Whether an attempt is made without the fast mode that was asked for."""
+        return self._request.feature == 'fast' and (
+            self._is_plain or attempt.model != self._request.body.model)
 
     def _admit(self, attempt):
         """What keeps an attempt from being made now, or None: then it is this request's turn."""
@@ -8164,8 +8163,7 @@ class Serving:
         data = body.data
         if request.is_message:
             data = body.for_model(attempt.model)
-            is_other = attempt.model != request.body.model
-            if (self._is_plain or is_other) and request.feature == 'fast':
+            if self._drops_fast_mode(attempt):
                 data, betas = without_fast_mode(data, betas)
             repairs = self._repairs_for(attempt.model)
             if repairs:
@@ -8343,7 +8341,7 @@ class Serving:
         return self._queue_deadline
 
     def _wait_for(self, slots, deadline):
-        """Waits in the queue for one of these; False when that is not to be hoped for in time."""
+        """Waits in the queue for one of these; False when none will come back in time."""
         entered = self._clock()
         if entered >= deadline:
             return False
